@@ -1,0 +1,1 @@
+"""OGPSA in JAX."""

@@ -1,0 +1,24 @@
+"""Shared by all tests: eight virtual CPU devices, and the folder of real data if there is one."""
+
+import os
+from pathlib import Path
+
+# Before anything imports jax.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder named by OGPSA_DATA (default ../shared): real models, data sets, trajectories."""
+    folder = Path(os.environ.get("OGPSA_DATA", REPOSITORY.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real data: {folder}/data does not exist (set OGPSA_DATA)")
+    return folder
