@@ -1,0 +1,264 @@
+"""The one schema of a run. Every key is documented here; ``--help`` and the docs are made from it.
+
+Unknown keys are refused. A preset fills in those keys of ``ogpsa`` (and ``references.loss``) that
+the configuration leaves open, so a resolved configuration is explicit and round-trips.
+"""
+
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+FloatDType = Literal["float32", "bfloat16", "float16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The published method: gradient placement, stale first moment left as it is.
+    "paper": {"placement": "gradient", "rank": 2, "project_momentum": False},
+    # Momentum re-projected at each refresh: without it Adam undoes the projection.
+    "recommended": {"placement": "gradient", "rank": 2, "project_momentum": True},
+    "off": {},
+}
+# Refresh intervals of the published commands (paper, appendix; official training scripts).
+PUBLISHED_REFRESH_EVERY = {"sft": 30, "dpo": 5}
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict, and immutable once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: PositiveInt = Field(8, description="rank of the adapters")
+    alpha: PositiveFloat = Field(16.0, description="scale: the adapter is multiplied by alpha/rank")
+    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="names of the linear layers that get an adapter",
+    )
+
+
+class ModelSection(Section):
+    """Which model, and in what precision."""
+
+    path: str | None = Field(
+        None,
+        description="Hugging Face folder or hub id; in a later stage of a sequence, left out, "
+        "the stage before",
+    )
+    tokenizer: str | None = Field(
+        None, description="folder or hub id of the tokenizer, where it is not beside the model"
+    )
+    initial_weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: take only config and tokenizer from `path`"
+    )
+    dtype: FloatDType = Field("bfloat16", description="of the computation")
+    param_dtype: FloatDType = Field("float32", description="of parameters and optimizer state")
+    lora: LoraSection | None = Field(None, description="adapters; null: full fine-tuning")
+
+
+class SourceSection(Section):
+    """One data set: a file, a folder or a hub id."""
+
+    path: str = Field(description="file, folder or hub id")
+    split: str = Field(
+        "train", description="split, with the slice syntax of datasets, as in train[:2000]"
+    )
+    format: str = Field("auto", description="record format; auto: recognised by its columns")
+    weight: PositiveFloat = Field(1.0, description="share of this source in the mixture")
+    samples: PositiveInt | None = Field(None, description="take this many rows, drawn by seed")
+
+
+class DataSection(Section):
+    """What is trained on."""
+
+    train: tuple[SourceSection, ...] = Field((), description="the training sources")
+    eval: dict[str, SourceSection] = Field(
+        default_factory=dict, description="named held-out sources whose loss is reported"
+    )
+    template: str | None = Field(
+        None, description="chat template: built-in name or jinja file; null: the tokenizer's"
+    )
+    max_length: PositiveInt = Field(2048, description="tokens a row may have; longer are cut")
+    packing: bool = Field(True, description="several documents a row, isolated (SFT only)")
+
+
+class InStepSection(Section):
+    """References that ride in the training batch, one backward pass each, no extra samples."""
+
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="share of every batch that is reference rows"
+    )
+    window: PositiveInt = Field(
+        64, description="reference gradients the basis remembers; 1: this batch's mean only"
+    )
+    replay_weight: NonNegativeFloat = Field(
+        0.5, description="weight with which reference rows are trained on as well"
+    )
+
+
+class ReferencesSection(Section):
+    """The general-capability examples whose gradients span the reference subspace."""
+
+    sets: tuple[SourceSection, ...] = Field((), description="one reference gradient per set")
+    batch_size: PositiveInt = Field(4, description="rows a reference micro-batch")
+    loss: Literal["response", "all_tokens", "dpo", "official"] = Field(
+        "response",
+        description="response: answer tokens; all_tokens; dpo: the DPO loss on general pairs; "
+        "official: cross-entropy over chosen and rejected answers, as the published code",
+    )
+    in_step: InStepSection | None = Field(None, description="references inside the batch")
+
+
+class OgpsaSection(Section):
+    """The projection."""
+
+    preset: Literal["paper", "recommended", "off"] = Field(
+        "recommended", description="fills in the keys below that are left out; off: no projection"
+    )
+    rank: Annotated[int, Field(ge=1, le=64)] = Field(2, description="directions kept per group")
+    scope: Literal["tensor", "global"] = Field(
+        "tensor", description="one subspace per weight tensor (official code) or one for all"
+    )
+    placement: Literal["gradient", "update", "both"] = Field(
+        "gradient", description="project what enters the optimizer, what leaves it, or both"
+    )
+    rule: Literal["orthogonal", "conflict", "inplane", "none"] = Field(
+        "orthogonal", description="what happens to the in-span component"
+    )
+    scale: NonNegativeFloat = Field(1.0, description="rule conflict: factor where it agrees")
+    apply_per: Literal["step", "micro_batch"] = Field(
+        "step",
+        description="micro_batch: the rule sees every micro-batch's gradient (official code)",
+    )
+    refresh_every: PositiveInt = Field(30, description="optimizer steps between refreshes")
+    project_momentum: bool = Field(True, description="re-project first moments at each refresh")
+    basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
+    offload: bool = Field(False, description="keep the basis in host memory between uses")
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
+    warmup_steps: NonNegativeInt = Field(0, description="linear warm-up")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; matrices only")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="clip, after the projection")
+
+
+class TrainSection(Section):
+    """How long, in what pieces, and what is kept."""
+
+    epochs: PositiveFloat = Field(3, description="passes over the data, unless `steps` is given")
+    steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
+    batch_size: PositiveInt = Field(128, description="rows an optimizer step, over all devices")
+    micro_batch_size: PositiveInt = Field(4, description="rows a device holds at a time, at most")
+    remat: Literal["none", "dots", "full"] = Field("full", description="rematerialisation")
+    loss_chunk: PositiveInt = Field(512, description="tokens whose logits exist at a time, per row")
+    eval_every: PositiveInt | None = Field(None, description="steps; null: before and after only")
+    save_every: PositiveInt = Field(100, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept")
+    log_every: PositiveInt = Field(5, description="steps between flushes of the metrics")
+
+
+class DpoSection(Section):
+    """Direct preference optimisation."""
+
+    beta: PositiveFloat = Field(0.2, description="inverse temperature")
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "orpo", "simpo"] = Field(
+        "sigmoid", description="preference loss"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.0, description="probability that a label is flipped (cDPO, robust)"
+    )
+    simpo_gamma: NonNegativeFloat = Field(0.5, description="SimPO's target margin, in rewards")
+    reference_model: str = Field(
+        "initial", description="initial: the weights the stage starts from; none; or a folder"
+    )
+
+
+class MeshSection(Section):
+    """Devices along each axis; -1: all that are left."""
+
+    data: int = Field(1, description="replicas of parameters and optimizer state")
+    fsdp: int = Field(-1, description="shards of parameters, optimizer state and basis")
+    tensor: int = Field(1, description="shards of heads, hidden units and vocabulary")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshSection":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"sizes must be positive, at most one of them -1, not {sizes}")
+        return self
+
+
+class RunConfig(Section):
+    """One stage of fine-tuning."""
+
+    objective: Literal["sft", "dpo"] = Field("sft", description="what is minimised")
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    references: ReferencesSection = Field(default_factory=ReferencesSection)
+    ogpsa: OgpsaSection = Field(default_factory=OgpsaSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    dpo: DpoSection = Field(default_factory=DpoSection)
+    mesh: MeshSection = Field(default_factory=MeshSection)
+    output_dir: str = Field("runs/run", description="the run directory")
+    seed: int = Field(0, description="of data order, adapters and random weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("ogpsa", {}), dict):
+            return raw
+        objective = raw.get("objective", "sft")
+        ogpsa = dict(raw.get("ogpsa", {}))
+        preset = ogpsa.get("preset", "recommended")
+        defaults = dict(PRESETS.get(preset, {}))
+        if objective in PUBLISHED_REFRESH_EVERY:
+            defaults["refresh_every"] = PUBLISHED_REFRESH_EVERY[objective]
+        filled = {**raw, "ogpsa": {**defaults, **ogpsa}}
+        references = raw.get("references", {})
+        if preset == "paper" and objective == "dpo" and isinstance(references, dict):
+            filled["references"] = {"loss": "official", **references}
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.projects and not self.references.sets:
+            raise ValueError(
+                "references.sets is empty, so there is nothing to project against: name a "
+                "reference set, or set ogpsa.preset to off"
+            )
+        if self.ogpsa.apply_per == "micro_batch" and self.ogpsa.placement != "gradient":
+            raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.placement: gradient")
+        if self.objective == "sft" and self.references.loss in ("dpo", "official"):
+            raise ValueError(f"references.loss: {self.references.loss} needs objective: dpo")
+        if self.train.batch_size % self.train.micro_batch_size and (
+            self.train.batch_size > self.train.micro_batch_size
+        ):
+            raise ValueError(
+                f"train.batch_size ({self.train.batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.train.micro_batch_size})"
+            )
+        return self
+
+    @property
+    def projects(self) -> bool:
+        """Whether this run claims OGPSA."""
+        return self.ogpsa.preset != "off"
+
+    @property
+    def name(self) -> str:
+        """The run directory's own name."""
+        return PurePath(self.output_dir).name

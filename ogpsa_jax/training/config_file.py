@@ -1,0 +1,214 @@
+"""Reading a configuration: YAML, overrides from the command line, and errors that name the line."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.training.config import RunConfig
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML safe-load, with 1e-6 read as a number (YAML 1.1 takes it for text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one YAML file, apply ``key.sub=value`` overrides, validate.
+
+    ``${NAME}`` and ``${NAME:-default}`` in text values are replaced from the environment.
+
+    Args:
+      path: the YAML file.
+      overrides: ``key.sub=value`` each; the value is YAML; list items are addressed by number.
+
+    Returns:
+      The resolved configuration.
+
+    Raises:
+      InputError: unreadable file, unknown key, wrong value; names file, line, key and remedy.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{path}: cannot read the configuration: {reason}.") from error
+    try:
+        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise InputError(f"{path}:{line} {problem}; mend the YAML there.") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected keys and values such as `objective: sft`.")
+    overridden = {}
+    for override in overrides:
+        overridden[_apply_override(raw, override)] = override
+    raw = _expand(raw, path)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(_sentence(error.errors()[0], path, root, overridden)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; :func:`load_config` gives the same one back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def schema_lines(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """One line per key: name, type, default, meaning; for ``--help`` and the docs."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        nested = next(
+            (
+                part
+                for part in (kind, *getattr(kind, "__args__", ()))
+                if isinstance(part, type) and issubclass(part, BaseModel)
+            ),
+            None,
+        )
+        is_list = getattr(kind, "__origin__", None) is tuple
+        is_dict = getattr(kind, "__origin__", None) is dict
+        if nested is not None:
+            yield from schema_lines(
+                nested, f"{prefix}{name}{'[]' if is_list else '{}' if is_dict else ''}."
+            )
+            continue
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = "required" if field.is_required() else yaml.safe_dump(
+            list(default) if isinstance(default, tuple) else default, default_flow_style=True
+        ).removesuffix("\n...\n").strip()
+        choices = getattr(kind, "__args__", ()) if "Literal" in str(kind) else ()
+        names = [str(c) for c in choices if isinstance(c, str)]
+        allowed = f" ({' | '.join(names)})" if names else ""
+        yield f"{prefix}{name} [{shown}]{allowed}: {field.description}"
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override '{override}': expected key.sub=value.")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise InputError(f"override '{override}': the value is not valid YAML.") from error
+    steps: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]
+    at: Any = raw
+    for position, step in enumerate(steps):
+        last = position == len(steps) - 1
+        if isinstance(at, list):
+            if not isinstance(step, int) or step >= len(at):
+                raise InputError(
+                    f"override '{override}': '{step}' is no item of a list of {len(at)}."
+                )
+        elif isinstance(at, dict):
+            if not last and at.get(step) is None:
+                at[step] = {}
+        else:
+            raise InputError(f"override '{override}': nothing can stand below '{steps[position - 1]}'.")
+        if last:
+            at[step] = value
+        else:
+            at = at[step]
+    return tuple(steps)
+
+
+def _expand(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name, default)
+        if found is None:
+            raise InputError(
+                f"{path}: environment variable {name} is not set; set it, or write "
+                f"${{{name}:-default}}."
+            )
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _sentence(
+    detail: ErrorDetails,
+    path: Path,
+    root: yaml.Node | None,
+    overridden: dict[tuple[str | int, ...], str],
+) -> str:
+    """One sentence for pydantic's first complaint."""
+    location = tuple(part for part in detail["loc"])
+    key = ".".join(str(part) for part in location)
+    if location in overridden:
+        where = f"override '{overridden[location]}'"
+    else:
+        line = _line_of(root, location)
+        where = f"{path}, line {line}" if line else str(path)
+    if detail["type"] == "extra_forbidden":
+        siblings = _keys_beside(location)
+        close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
+        remedy = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(siblings)}."
+        return f"{where}: unknown key '{key}'; {remedy}"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if detail["type"] == "missing":
+        return f"{where}: '{key}' is missing; add it."
+    given = detail["input"]
+    shown = "" if isinstance(given, dict | list | BaseModel) else f", not {given!r}"
+    subject = f"'{key}': " if key else ""
+    return f"{where}: {subject}{message}{shown}."
+
+
+def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int | None:
+    """The line of the innermost part of `location` that the file holds."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None:  # a list's number, a mapping's name
+            continue
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next(
+            (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model
+        )
+    return list(model.model_fields)

@@ -1,0 +1,194 @@
+"""The training loop: refresh, step, evaluate, log, save; killed at any instant, it goes on exactly.
+
+Nothing here reads files of models or data: see :mod:`ogpsa_jax.training.run` for that.
+"""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ogpsa_jax.training.checkpoints import Checkpoints
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.mesh import shard_rows
+from ogpsa_jax.training.metrics import Line, MetricsLog
+from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
+from ogpsa_jax.training.progress import Progress
+from ogpsa_jax.training.step import (
+    Network,
+    Objective,
+    TrainState,
+    make_evaluation,
+    make_refresh,
+    make_train_step,
+)
+
+logger = logging.getLogger(__name__)
+HostBatch = dict[str, np.ndarray]
+
+
+class Batches(Protocol):
+    """Training data by step: the same step always gives the same batch."""
+
+    def __len__(self) -> int:
+        """Optimizer steps in total."""
+
+    def batch(self, step: int) -> HostBatch:
+        """Arrays [micro-batches, rows of this process, ...] of 0-based `step`."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out set: batches stacked as [batches, rows, ...] and what is measured on them."""
+
+    batches: HostBatch
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, against what."""
+
+    objective: Objective
+    batches: Batches
+    references: Sequence[HostBatch] = ()
+    reference_loss: Objective | None = None
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+
+
+class Terminated(SystemExit):
+    """SIGTERM was received and a checkpoint written; exit code 143."""
+
+
+def fit(
+    network: Network, task: Task, config: RunConfig, mesh: Mesh, run_dir: Path
+) -> tuple[Network, list[Line]]:
+    """Train `network`, resuming from the newest checkpoint in `run_dir` if there is one.
+
+    Args:
+      network: the model; its trained parameters are donated.
+      task: objective, data, references and held-out sets.
+      config: the run's settings.
+      mesh: the devices.
+      run_dir: metrics and checkpoints are written here.
+
+    Returns:
+      The trained network, and all lines of the run's metrics.
+
+    Raises:
+      Terminated: after SIGTERM, with everything saved.
+    """
+    total = len(task.batches)
+    optimizer = make_optimizer(config, total)
+    schedule = learning_rate(config.optimizer, total)
+    train_step = make_train_step(
+        network.graphdef,
+        task.objective,
+        optimizer,
+        per_micro_batch=config.ogpsa.apply_per == "micro_batch",
+    )
+    evaluate = _Evaluator(network, task.evaluations, mesh)
+    refresh_step, references = None, ()
+    if config.projects and task.reference_loss is not None:
+        refresh_step = make_refresh(
+            network.graphdef, task.reference_loss, project_momentum=config.ogpsa.project_momentum
+        )
+        references = tuple(shard_rows(batches, mesh) for batches in task.references)
+
+    state = TrainState(network.trained, jax.jit(optimizer.init)(network.trained))
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
+    position = {"seed": config.seed, "batch_size": config.train.batch_size}
+    start, state = checkpoints.restore_newest(state, position) or (0, state)
+    log = MetricsLog(run_dir, start)
+    pending: list[tuple[int, dict[str, jax.Array], bool]] = []
+
+    def flush(progress: Progress) -> None:
+        for step, metrics, refreshed in pending:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            line: Line = {"step": step, "learning_rate": float(schedule(step - 1)), **values}
+            if refresh_step is not None:
+                line["refreshed"] = refreshed
+            log.write(line)
+            progress.add(line)
+        pending.clear()
+        log.flush()
+
+    with _Sigterm() as terminated, Progress(config.name, total, start) as progress:
+        if start == 0:
+            evaluate(state.params, 0, log)
+        for step in range(start, total):
+            refreshed = refresh_step is not None and step % config.ogpsa.refresh_every == 0
+            if refreshed:
+                state = refresh_step(state, network.frozen, references)
+            batch = shard_rows(task.batches.batch(step), mesh)
+            state, metrics = train_step(state, network.frozen, batch)
+            done = step + 1
+            pending.append((done, metrics, refreshed))
+            evaluates = config.train.eval_every and done % config.train.eval_every == 0
+            saves = done % config.train.save_every == 0 or done == total or terminated()
+            if done % config.train.log_every == 0 or evaluates or saves:
+                flush(progress)
+            if evaluates or done == total:
+                evaluate(state.params, done, log)
+            if saves:
+                log.flush()
+                checkpoints.save(done, state, position)
+            if terminated() and done < total:
+                checkpoints.close()
+                log.close()
+                logger.warning("terminated: step %d of %d is saved; run again to go on", done, total)
+                raise Terminated(143)
+    checkpoints.close()
+    log.close()
+    return network._replace(trained=state.params), log.lines
+
+
+class _Evaluator:
+    """Measures the held-out sets and logs one line for all of them."""
+
+    def __init__(self, network: Network, sets: Mapping[str, Evaluation], mesh: Mesh) -> None:
+        self._frozen = network.frozen
+        self._sets = {
+            name: (shard_rows(item.batches, mesh), make_evaluation(network.graphdef, item.objective))
+            for name, item in sets.items()
+        }
+
+    def __call__(self, params: Any, step: int, log: MetricsLog) -> None:
+        line: Line = {"step": step}
+        for name, (batches, measure) in self._sets.items():
+            count = len(next(iter(batches.values())))
+            parts = [
+                measure(params, self._frozen, {key: array[i] for key, array in batches.items()})
+                for i in range(count)
+            ]
+            loss, weight, sums = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *parts)
+            line[f"eval/{name}/loss"] = loss / weight
+            line |= {f"eval/{name}/{key}": value / weight for key, value in sums.items()}
+        if len(line) > 1:
+            log.write(line)
+
+
+class _Sigterm:
+    """While active, SIGTERM only sets a flag, so that the step under way is finished and saved."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._received = False
+        try:
+            self._before: Any = signal.signal(signal.SIGTERM, self._receive)
+        except ValueError:  # not the main thread: whoever is, handles signals
+            self._before = None
+        return lambda: self._received
+
+    def _receive(self, *_: object) -> None:
+        self._received = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

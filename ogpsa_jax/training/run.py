@@ -1,0 +1,181 @@
+"""A stage from configuration to exported checkpoint, and several stages in a row."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.models import save_pretrained
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.config_file import dump_config, load_config
+from ogpsa_jax.training.loop import fit
+from ogpsa_jax.training.mesh import make_mesh
+from ogpsa_jax.training.metrics import Line, draw_curves
+from ogpsa_jax.training.prepare import prepare_data, prepare_model, prepare_task
+from ogpsa_jax.training.step import Network
+
+logger = logging.getLogger(__name__)
+
+# Settings that change nothing in the result but float32 round-off: a resumed run may differ here.
+_FREE_ON_RESUME = {
+    "mesh": ...,
+    "train": {"micro_batch_size", "save_every", "keep_checkpoints", "log_every", "remat"},
+}
+
+
+def train_stages(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Run one stage per configuration, each starting from the export of the one before.
+
+    Args:
+      paths: YAML files, in order.
+      overrides: ``key.sub=value``, applied to every stage.
+
+    Returns:
+      The summaries.
+
+    Raises:
+      InputError: bad configuration, data or model of any stage; all configurations are read first.
+    """
+    configs = [load_config(path, overrides) for path in paths]
+    names = [config.output_dir for config in configs]
+    if len(set(names)) < len(names):
+        raise InputError(f"output_dir: two stages write to the same directory ({names[0]}).")
+    if len(configs) > 1 and any(item.startswith("model.path=") for item in overrides):
+        first = configs[0].model.path
+        configs[1:] = [
+            config.model_copy(update={"model": config.model.model_copy(update={"path": None})})
+            for config in configs[1:]
+        ]
+        logger.info("model.path=%s is for the first stage", first)
+    summaries = []
+    for number, config in enumerate(configs):
+        if number:
+            before = str(Path(configs[number - 1].output_dir) / "export")
+            model = config.model.model_copy(update={"path": before, "tokenizer": None})
+            config = config.model_copy(update={"model": model})
+        summaries.append(train(config))
+    return summaries
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run one stage; resume it if its directory holds checkpoints; return its summary.
+
+    Args:
+      config: the resolved configuration.
+
+    Returns:
+      What ``summary.json`` holds: losses before and after, samples and seconds spent, what the
+      projection did.
+
+    Raises:
+      InputError: before the first step, for bad data, model or settings.
+    """
+    run_dir = Path(config.output_dir)
+    if config.model.path is None:
+        raise InputError("model.path is missing: name a Hugging Face folder or hub id.")
+    finished = run_dir / "summary.json"
+    _check_same_run(run_dir, config)
+    if finished.exists():
+        logger.warning("%s is finished; delete the directory to run it again", run_dir)
+        return dict(json.loads(finished.read_text()))
+    started = time.perf_counter()
+    data = prepare_data(config)
+    mesh = make_mesh(config.mesh)
+    model = prepare_model(config, mesh)
+    task = prepare_task(config, data, model, mesh)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    network = Network.of(model)
+    del model
+    network, lines = fit(network, task, config, mesh, run_dir)
+    export(network, config, run_dir / "export")
+    draw_curves(lines, run_dir / "curves.png")
+    summary = {
+        **summarise(config, lines),
+        "data": data.report(),
+        "reference_samples": task.reference_rows * _refreshes(lines),
+        "seconds": round(time.perf_counter() - started, 1),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+    _write_whole(finished, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def export(network: Network, config: RunConfig, folder: Path) -> None:
+    """Write the Hugging Face checkpoint beside its place, then rename."""
+    save_pretrained(network.model(), folder)
+
+
+def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
+    """The figures of a run from its metrics: nothing that was not measured in it."""
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "loss" not in line]
+    warnings = []
+    projection: dict[str, Any] = {}
+    if config.projects:
+        removed = [line["removed_fraction"] for line in steps]
+        projection = {
+            "refreshes": _refreshes(lines),
+            "refused_refreshes": steps[-1]["refused_refreshes"],
+            "effective_rank": steps[-1]["effective_rank"],
+            "mean_removed_fraction": sum(removed) / len(removed),
+        }
+        if any(line["effective_rank"] == 0 for line in steps):
+            warnings.append("the basis was empty in some steps: nothing was projected there")
+    return {
+        "name": config.name,
+        "objective": config.objective,
+        "preset": config.ogpsa.preset,
+        "seed": config.seed,
+        "steps": steps[-1]["step"],
+        "train_loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
+        "before": _without_step(evaluations[0]) if evaluations else {},
+        "after": _without_step(evaluations[-1]) if evaluations else {},
+        "projection": projection,
+        "training_samples": steps[-1]["step"] * config.train.batch_size,
+        "warnings": warnings,
+    }
+
+
+def _refreshes(lines: list[Line]) -> int:
+    return sum(bool(line.get("refreshed")) for line in lines)
+
+
+def _without_step(line: Line) -> Line:
+    return {name.removeprefix("eval/"): value for name, value in line.items() if name != "step"}
+
+
+def _check_same_run(run_dir: Path, config: RunConfig) -> None:
+    """Refuse to continue another run's directory."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    before = load_config(path).model_dump(exclude=_FREE_ON_RESUME)
+    now = config.model_dump(exclude=_FREE_ON_RESUME)
+    for section, value in now.items():
+        if value == before[section]:
+            continue
+        key, old, new = section, before[section], value
+        if isinstance(value, dict):
+            name = next(name for name in value if value[name] != before[section].get(name))
+            key, old, new = f"{section}.{name}", before[section].get(name), value[name]
+        raise InputError(
+            f"{path}: this directory holds a run with {key}: {old!r}, not {new!r}; choose another "
+            "output_dir, or delete the directory."
+        )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.move(beside, path)

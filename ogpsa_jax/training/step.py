@@ -1,0 +1,168 @@
+"""The compiled pieces of training: one optimizer step, one refresh, one evaluation batch.
+
+The loss of a step is the sum over all its micro-batches divided by the sum of their weights
+(target tokens, or pairs), whatever the cut; so is its gradient.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from ogpsa_jax import diagnostics, reference_gradients, refresh
+from ogpsa_jax.training.optimizer import Optimizer
+
+Params = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (model, batch) -> loss summed over its weight, the weight, further sums to report
+Objective = Callable[[Any, Batch], tuple[jax.Array, jax.Array, Metrics]]
+
+
+class Network(NamedTuple):
+    """A model taken apart: structure, and the parameters that are trained or not.
+
+    `trained` and `frozen` are nested dicts of arrays; `frozen` is empty in full fine-tuning.
+    """
+
+    graphdef: Any
+    trained: Params
+    frozen: Params
+
+    @classmethod
+    def of(cls, model: nnx.Module, trained: Any = nnx.Param) -> "Network":
+        """Split `model` by an nnx filter that says which parameters are trained."""
+        graphdef, chosen, rest = nnx.split(model, trained, ...)
+        return cls(graphdef, nnx.to_pure_dict(chosen), nnx.to_pure_dict(rest))
+
+    def model(self) -> Any:
+        """The model put together again."""
+        return nnx.merge(self.graphdef, self.trained, self.frozen)
+
+
+class TrainState(NamedTuple):
+    """What a step replaces: everything that a checkpoint must hold."""
+
+    params: Params
+    opt_state: Any
+
+
+def make_loss(graphdef: Any, objective: Objective) -> Callable[..., Any]:
+    """``loss(params, frozen, batch) -> (sum, (weight, metrics))``."""
+
+    def loss(params: Params, frozen: Params, batch: Batch) -> Any:
+        total, weight, metrics = objective(nnx.merge(graphdef, params, frozen), batch)
+        return total, (weight, metrics)
+
+    return loss
+
+
+def make_train_step(
+    graphdef: Any, objective: Objective, optimizer: Optimizer, *, per_micro_batch: bool = False
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step over a batch of [micro-batches, rows, ...]; the state is donated.
+
+    Args:
+      graphdef: the model's structure.
+      objective: what is minimised.
+      optimizer: projection, clipping and AdamW.
+      per_micro_batch: apply the optimizer's gradient part to the gradient of every micro-batch, as
+        the official hooks do, instead of to their sum. The same for linear rules.
+
+    Returns:
+      ``step(state, frozen, batch) -> (state, metrics)``; metrics are float32 scalars on the device.
+    """
+    value_and_grad = jax.value_and_grad(make_loss(graphdef, objective), has_aux=True)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        params = state.params
+        projection_state, step_state = state.opt_state
+
+        def add(carry: Any, micro_batch: Batch) -> tuple[Any, None]:
+            sums, projection_state = carry
+            (loss, (weight, metrics)), grads = value_and_grad(params, frozen, micro_batch)
+            grads = optax.tree.cast(grads, jnp.float32)
+            if per_micro_batch:
+                grads, projection_state = optimizer.gradient_part.update(
+                    grads, projection_state, params
+                )
+            new = (grads, loss, weight, metrics)
+            return (jax.tree.map(jnp.add, sums, new), projection_state), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(value_and_grad, params, frozen, first)
+        (loss_shape, (weight_shape, metrics_shape)), _ = shapes
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), (loss_shape, weight_shape, metrics_shape)
+        )
+        grads_zero = optax.tree.zeros_like(optax.tree.cast(params, jnp.float32))
+        carry = ((grads_zero, *zeros), projection_state)
+        ((grads, loss, weight, metrics), projection_state), _ = jax.lax.scan(add, carry, batch)
+
+        scale = 1.0 / jnp.maximum(weight, 1.0)
+        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, params)
+        metrics = {name: value * scale for name, value in metrics.items()}
+        metrics |= {"loss": loss * scale, "weight": weight, "grad_norm": optax.global_norm(grads)}
+        if not per_micro_batch:
+            grads, projection_state = optimizer.gradient_part.update(
+                grads, projection_state, params
+            )
+        updates, step_state = optimizer.step_part.update(grads, step_state, params)
+        metrics["update_norm"] = optax.global_norm(updates)
+        opt_state = (projection_state, step_state)
+        metrics |= projection_metrics(opt_state)
+        return TrainState(optax.apply_updates(params, updates), opt_state), metrics
+
+    return train_step
+
+
+def projection_metrics(opt_state: Any) -> Metrics:
+    """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
+    found = diagnostics(opt_state)
+    return found
+
+
+def make_refresh(
+    graphdef: Any, reference_loss: Objective, *, project_momentum: bool
+) -> Callable[[TrainState, Params, tuple[Batch, ...]], TrainState]:
+    """Span the basis anew with the reference gradients at the present weights; state donated.
+
+    The gradient of a set is the mean over its batches of the gradient of the batch's mean loss, as
+    in the official code.
+    """
+    loss = make_loss(graphdef, reference_loss)
+
+    @partial(jax.jit, donate_argnums=0)
+    def refresh_step(
+        state: TrainState, frozen: Params, reference_sets: tuple[Batch, ...]
+    ) -> TrainState:
+        def mean_loss(params: Params, batch: Batch) -> jax.Array:
+            total, (weight, _) = loss(params, frozen, batch)
+            return total / jnp.maximum(weight, 1.0)
+
+        references = reference_gradients(mean_loss, state.params, reference_sets)
+        opt_state = refresh(state.opt_state, references, project_momentum=project_momentum)
+        return TrainState(state.params, opt_state)
+
+    return refresh_step
+
+
+def make_evaluation(
+    graphdef: Any, objective: Objective
+) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array, Metrics]]:
+    """``evaluate(params, frozen, batch) -> (loss sum, weight, metric sums)`` of one batch."""
+    loss = make_loss(graphdef, objective)
+
+    @jax.jit
+    def evaluate(
+        params: Params, frozen: Params, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        total, (weight, metrics) = loss(params, frozen, batch)
+        return total, weight, metrics
+
+    return evaluate
