@@ -54,7 +54,9 @@ def _train(parsed: argparse.Namespace) -> None:
     overrides = [item for item in parsed.config if "=" in item]
     paths = [Path(item) for item in parsed.config if "=" not in item]
     if not paths:
-        raise InputError("train: name at least one configuration file, as in configs/smoke-sft.yaml.")
+        raise InputError(
+            "train: name at least one configuration file, as in configs/smoke-sft.yaml."
+        )
 
     from ogpsa_jax.training.run import train_stages
 

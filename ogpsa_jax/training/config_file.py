@@ -96,9 +96,15 @@ def schema_lines(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
             )
             continue
         default = field.get_default(call_default_factory=True, validated_data={})
-        shown = "required" if field.is_required() else yaml.safe_dump(
-            list(default) if isinstance(default, tuple) else default, default_flow_style=True
-        ).removesuffix("\n...\n").strip()
+        shown = (
+            "required"
+            if field.is_required()
+            else yaml.safe_dump(
+                list(default) if isinstance(default, tuple) else default, default_flow_style=True
+            )
+            .removesuffix("\n...\n")
+            .strip()
+        )
         choices = getattr(kind, "__args__", ()) if "Literal" in str(kind) else ()
         names = [str(c) for c in choices if isinstance(c, str)]
         allowed = f" ({' | '.join(names)})" if names else ""
@@ -126,7 +132,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
             if not last and at.get(step) is None:
                 at[step] = {}
         else:
-            raise InputError(f"override '{override}': nothing can stand below '{steps[position - 1]}'.")
+            raise InputError(
+                f"override '{override}': nothing can stand below '{steps[position - 1]}'."
+            )
         if last:
             at[step] = value
         else:
@@ -164,8 +172,11 @@ def _sentence(
     """One sentence for pydantic's first complaint."""
     location = tuple(part for part in detail["loc"])
     key = ".".join(str(part) for part in location)
-    if location in overridden:
-        where = f"override '{overridden[location]}'"
+    override = next(
+        (text for steps, text in overridden.items() if location[: len(steps)] == steps), None
+    )
+    if override:
+        where = f"override '{override}'"
     else:
         line = _line_of(root, location)
         where = f"{path}, line {line}" if line else str(path)
@@ -193,7 +204,9 @@ def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int | N
             if not found:
                 break
             line, node = found[0][0].start_mark.line + 1, found[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
             node = node.value[part]
             line = node.start_mark.line + 1
         else:
@@ -208,7 +221,5 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         if field is None:  # a list's number, a mapping's name
             continue
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next(
-            (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model
-        )
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     return list(model.model_fields)

@@ -143,7 +143,9 @@ def fit(
             if terminated() and done < total:
                 checkpoints.close()
                 log.close()
-                logger.warning("terminated: step %d of %d is saved; run again to go on", done, total)
+                logger.warning(
+                    "terminated: step %d of %d is saved; run again to go on", done, total
+                )
                 raise Terminated(143)
     checkpoints.close()
     log.close()
@@ -156,7 +158,10 @@ class _Evaluator:
     def __init__(self, network: Network, sets: Mapping[str, Evaluation], mesh: Mesh) -> None:
         self._frozen = network.frozen
         self._sets = {
-            name: (shard_rows(item.batches, mesh), make_evaluation(network.graphdef, item.objective))
+            name: (
+                shard_rows(item.batches, mesh),
+                make_evaluation(network.graphdef, item.objective),
+            )
             for name, item in sets.items()
         }
 

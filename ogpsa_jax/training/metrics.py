@@ -82,7 +82,9 @@ def draw_curves(lines: list[Line], path: Path) -> None:
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 3 else "", label=name)
+                axes.plot(
+                    *zip(*points, strict=True), marker="." if len(points) < 3 else "", label=name
+                )
                 drawn += 1
         axes.set_title(title)
         axes.set_xlabel("optimizer step")

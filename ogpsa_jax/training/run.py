@@ -30,7 +30,9 @@ _FREE_ON_RESUME = {
 }
 
 
-def train_stages(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+def train_stages(
+    paths: Sequence[str | Path], overrides: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Run one stage per configuration, each starting from the export of the one before.
 
     Args:
