@@ -50,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"{path}: cannot read the configuration: {reason}.") from error
     try:
-        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(text, Loader=_Loader)
         root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -116,7 +116,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
     if not equals or not key:
         raise InputError(f"override '{override}': expected key.sub=value.")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise InputError(f"override '{override}': the value is not valid YAML.") from error
     steps: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]

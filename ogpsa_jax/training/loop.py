@@ -5,7 +5,6 @@ Nothing here reads files of models or data: see :mod:`ogpsa_jax.training.run` fo
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ogpsa_jax.training.prepare import prepare_data, prepare_model, prepare_task
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import save_pretrained
@@ -18,7 +19,6 @@ from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import Line, draw_curves
-from ogpsa_jax.training.prepare import prepare_data, prepare_model, prepare_task
 from ogpsa_jax.training.step import Network
 
 logger = logging.getLogger(__name__)
