@@ -74,11 +74,21 @@ class SourceSection(Section):
     samples: PositiveInt | None = Field(None, description="take this many rows, drawn by seed")
 
 
+class EvalSection(SourceSection):
+    """A held-out set and what is measured on it."""
+
+    measure: Literal["response", "all_tokens", "preference"] = Field(
+        "response",
+        description="cross-entropy of the answers or of all tokens; preference: how often and by "
+        "how much the chosen answer is the likelier one",
+    )
+
+
 class DataSection(Section):
     """What is trained on."""
 
     train: tuple[SourceSection, ...] = Field((), description="the training sources")
-    eval: dict[str, SourceSection] = Field(
+    eval: dict[str, EvalSection] = Field(
         default_factory=dict, description="named held-out sources whose loss is reported"
     )
     template: str | None = Field(
