@@ -1,0 +1,122 @@
+"""Groups: which leaves of a pytree share one subspace.
+
+The official code gives every weight tensor a subspace of its own (``scope="tensor"``); the paper's
+equations treat all parameters as one vector (``scope="global"``). A leaf that stacks L layers along
+an axis stands for L tensors, so in tensor scope it is L groups, kept as one `Group` with an axis.
+
+Everything downstream works on flat lists of leaves and on *per-group* arrays: shape ``()`` for a
+plain group, ``(L,)`` for a stacked one.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Scope = str | Callable[[Any, Any], str | None]
+"""``"tensor"``, ``"global"``, or ``(path, leaf) -> label``; a label of None freezes the leaf."""
+
+Stacked = Mapping[str, int] | Callable[[Any, Any], int | None] | None
+"""Regex (searched in the leaf's path) → stacking axis, or ``(path, leaf) -> axis or None``."""
+
+MASKED = optax.MaskedNode()
+
+
+def is_masked(node: Any) -> bool:
+    """Whether `node` stands for a leaf that is left out."""
+    return isinstance(node, optax.MaskedNode)
+
+
+class Group(NamedTuple):
+    """Leaves that share one subspace, or one subspace per layer where they stack layers."""
+
+    label: str
+    leaves: tuple[int, ...]  # positions in the flat list of the leaves that are held
+    axes: tuple[int | None, ...]  # stacking axis of each leaf; all None or none None
+    layers: int | None  # length of that axis
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a per-group array."""
+        return () if self.layers is None else (self.layers,)
+
+
+def stacking_axis(stacked: Stacked, path: Any, leaf: Any) -> int | None:
+    """The axis along which `leaf` stacks layers, or None."""
+    if stacked is None:
+        return None
+    if callable(stacked):
+        axis = stacked(path, leaf)
+    else:
+        name = jax.tree_util.keystr(path)
+        axis = next((axis for rule, axis in stacked.items() if re.search(rule, name)), None)
+    if axis is None or jnp.ndim(leaf) == 0:
+        return None
+    if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
+        raise ValueError(
+            f"stacked: axis {axis} given for {jax.tree_util.keystr(path)}, whose shape is "
+            f"{jnp.shape(leaf)}"
+        )
+    return axis % jnp.ndim(leaf)
+
+
+def form_groups(
+    paths_and_leaves: Sequence[tuple[Any, Any]], scope: Scope, stacked: Stacked
+) -> tuple[list[bool], tuple[Group, ...]]:
+    """Sort leaves into groups.
+
+    Args:
+      paths_and_leaves: as from :func:`jax.tree_util.tree_flatten_with_path`.
+      scope: see :data:`Scope`.
+      stacked: see :data:`Stacked`; ignored by ``scope="global"``.
+
+    Returns:
+      For each leaf whether it is held (floating point, not frozen by the scope), and the groups,
+      which count the held leaves only.
+
+    Raises:
+      ValueError: a complex leaf; one label over leaves that stack different numbers of layers.
+    """
+    held: list[bool] = []
+    members: dict[str, list[tuple[int, int | None, int | None]]] = {}
+    for path, leaf in paths_and_leaves:
+        name = jax.tree_util.keystr(path)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(f"params: {name} is complex; OGPSA is defined for real parameters")
+        axis = None if scope == "global" else stacking_axis(stacked, path, leaf)
+        label = scope(path, leaf) if callable(scope) else "all" if scope == "global" else name
+        holds = label is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if holds:
+            layers = None if axis is None else leaf.shape[axis]
+            members.setdefault(str(label), []).append((sum(held), axis, layers))
+        held.append(bool(holds))
+    groups = []
+    for label, items in members.items():
+        leaves, axes, layers = zip(*items, strict=True)
+        if len(set(layers)) > 1:
+            raise ValueError(
+                f"scope: the group {label!r} joins leaves that stack different numbers of layers "
+                f"({sorted(map(str, set(layers)))}); give them different labels"
+            )
+        groups.append(Group(label, leaves, axes, layers[0]))
+    return held, tuple(groups)
+
+
+def sum_products(a: jax.Array, b: jax.Array, axis: int | None) -> jax.Array:
+    """⟨a, b⟩ in float32, per layer along `axis`: shape ``()`` or ``(L,)``.
+
+    A product and a sum, not a dot: contracting a sharded dimension with a dot all-gathers or is
+    refused on explicit meshes, a sum costs one small all-reduce.
+    """
+    axes = tuple(i for i in range(a.ndim) if i != axis)
+    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=axes)
+
+
+def spread(per_group: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array:
+    """A per-group array, shaped so that it broadcasts against `leaf`."""
+    if axis is None:
+        return jnp.reshape(per_group, (1,) * leaf.ndim)
+    return jnp.reshape(per_group, tuple(-1 if i == axis else 1 for i in range(leaf.ndim)))

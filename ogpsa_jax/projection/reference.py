@@ -1,0 +1,53 @@
+"""Reference gradients: the mean gradient of each reference set, at the memory of one gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def reference_gradients(
+    loss_fn: Callable[[Any, Any], Any], params: Any, sets: Sequence[Any]
+) -> list[Any]:
+    """One gradient per reference set. Jittable; sharded like the parameters.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss``, a scalar; or ``-> (loss_sum, weight)``.
+      params: the parameters.
+      sets: one pytree of arrays per set, its batches stacked on the leading axis and scanned.
+
+    Returns:
+      Pytrees like `params`. With a scalar loss the mean over batches of each batch's gradient, as
+      the official code takes it; with ``(loss_sum, weight)`` the gradient of
+      ``Σ loss_sum / Σ weight``. Accumulated in float32, returned in the parameters' dtype.
+
+    Raises:
+      ValueError: a set without batches.
+    """
+
+    def loss_and_weight(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        out = loss_fn(params, batch)
+        loss, weight = out if isinstance(out, tuple) else (out, jnp.ones([], jnp.float32))
+        return loss, jnp.asarray(weight, jnp.float32)
+
+    gradient = jax.grad(loss_and_weight, has_aux=True)
+
+    def mean_gradient(batches: Any) -> Any:
+        leaves = jax.tree.leaves(batches)
+        if not leaves or leaves[0].shape[0] == 0:
+            raise ValueError("sets: a reference set has no batch")
+
+        def add(carry: Any, batch: Any) -> tuple[Any, None]:
+            total, weights = carry
+            grads, weight = gradient(params, batch)
+            total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
+            return (total, weights + weight), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+        (total, weight), _ = jax.lax.scan(add, (zeros, jnp.zeros([], jnp.float32)), batches)
+        # An empty weight leaves a zero gradient, which adds no direction.
+        scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        return jax.tree.map(lambda t, p: (t * scale).astype(p.dtype), total, params)
+
+    return [mean_gradient(batches) for batches in sets]

@@ -1,0 +1,89 @@
+"""The state of the transformation: arrays that change, and settings that are part of its type."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from ogpsa_jax.projection.groups import Group, is_masked
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hashable settings of one transformation: static in the tree structure of its state."""
+
+    rank: int
+    rule: str
+    scale: float
+    rank_tol: float
+    held: tuple[bool, ...]  # of each leaf of the parameters: whether it has a basis
+    groups: tuple[Group, ...]  # over the held leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OgpsaState:
+    """State of :func:`ogpsa_jax.ogpsa_project`.
+
+    Per-group arrays have the leading shape ``()``, or ``(L,)`` where leaves stack L layers, and the
+    trailing axes given here; k is the rank.
+    """
+
+    basis: tuple[Any, ...]  # k trees, shaped, typed and sharded like the parameters
+    metric: tuple[jax.Array, ...]  # float32 (..., k, k): inverse Gram matrix of the stored basis
+    spectrum: tuple[jax.Array, ...]  # float32 (..., k): energy of the references by direction
+    mean: tuple[jax.Array, ...]  # float32 (..., k): sum of the unit references, in the basis
+    rank_used: tuple[jax.Array, ...]  # int32 (...): directions that are not zero
+    removed: tuple[jax.Array, ...]  # float32 (...): squared norm taken at the last update
+    squared_norm: tuple[jax.Array, ...]  # float32 (...): squared norm before the last update
+    steps_since_refresh: jax.Array  # int32 (): updates since the basis was last replaced
+    refreshes: jax.Array  # int32 (): refreshes accepted
+    refused_refreshes: jax.Array  # int32 (): refreshes refused, the references not being finite
+    settings: Settings = field(metadata={"static": True})
+
+
+class Alignment:
+    """Finds the leaves a state holds in any tree shaped like its parameters, and puts them back.
+
+    The tree may carry other containers than the parameters did (bare arrays for ``nnx.Param``), and
+    may hold leaves that the state's wrapper masks.
+    """
+
+    def __init__(self, state: OgpsaState, tree: Any, what: str) -> None:
+        leaves, treedef = jax.tree.flatten(tree)
+        held = state.settings.held
+        if len(leaves) != len(held):
+            template = jax.tree.structure(state.basis[0], is_leaf=is_masked)
+            masks = [is_masked(x) for x in jax.tree.leaves(state.basis[0], is_leaf=is_masked)]
+            try:
+                leaves = template.flatten_up_to(tree)
+            except ValueError as error:
+                raise ValueError(
+                    f"{what}: expected a tree shaped like the parameters ({len(held)} leaves), got "
+                    f"{len(leaves)} leaves: {error}"
+                ) from error
+            held, treedef = tuple(not mask for mask in masks), template
+        self._leaves, self._treedef, self._held = leaves, treedef, held
+        self.leaves = [leaf for leaf, holds in zip(leaves, held, strict=True) if holds]
+        for leaf, own in zip(self.leaves, jax.tree.leaves(state.basis[0]), strict=True):
+            if getattr(leaf, "shape", None) != own.shape:
+                raise ValueError(
+                    f"{what}: a leaf of shape {getattr(leaf, 'shape', leaf)} where the parameters "
+                    f"have {own.shape}"
+                )
+
+    def rebuild(self, leaves: Sequence[jax.Array]) -> Any:
+        """The tree with its held leaves replaced."""
+        new = iter(leaves)
+        return self._treedef.unflatten(
+            [
+                next(new) if holds else old
+                for old, holds in zip(self._leaves, self._held, strict=True)
+            ]
+        )
+
+
+def of_group(leaves: Sequence[jax.Array], group: Group) -> list[jax.Array]:
+    """The group's leaves out of all held ones."""
+    return [leaves[i] for i in group.leaves]
