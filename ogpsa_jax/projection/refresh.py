@@ -233,7 +233,7 @@ def _outline(tree: Any) -> str:
     if isinstance(tree, tuple):
         inside = [
             f"{name}={_outline(value)}"
-            for name, value in tree._asdict().items()  # type: ignore[attr-defined]
+            for name, value in tree._asdict().items()
             if isinstance(value, tuple)
         ]
         return type(tree).__name__ + (f"[{', '.join(inside)}]" if inside else "")

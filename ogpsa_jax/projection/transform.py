@@ -185,7 +185,7 @@ def ogpsa(
       inner: any optimizer.
       rank: see :func:`ogpsa_project`.
       placement: ``"gradient"``: as ``chain(ogpsa_project(...), inner)``, the paper; ``"update"``:
-        as ``chain(inner, ogpsa_project(...))``, which leaves every reference loss unchanged to first
+        as ``chain(inner, ogpsa_project(...))``, which keeps every reference loss to first
         order (and here the conflict rule knows that updates point down the gradient); ``"both"``.
       **settings: of :func:`ogpsa_project`.
 
