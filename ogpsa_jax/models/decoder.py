@@ -1,0 +1,178 @@
+"""The decoder: Llama 2/3.x, Mistral without a window, Qwen2/2.5 and Qwen3 in one Flax NNX module."""
+
+import contextlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from ogpsa_jax.models.config import DecoderConfig
+from ogpsa_jax.models.layers import AttentionKind, DecoderLayer, Placement, RMSNorm
+from ogpsa_jax.models.rope import rope_table
+from ogpsa_jax.models.sharding import ShardingRules, check_mesh
+
+Remat = Literal["none", "full", "dots"]
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [vocab, hidden]."""
+
+    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+        normal = nnx.initializers.normal(config.initializer_range)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = placement.param(normal, rngs.params(), shape, ("vocab", "embed"))
+
+
+class Unembedding(nnx.Module):
+    """Output kernel [hidden, vocab] of a model whose embeddings are not tied."""
+
+    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+        normal = nnx.initializers.normal(config.initializer_range)
+        shape = (config.hidden_size, config.vocab_size)
+        self.kernel = placement.param(normal, rngs.params(), shape, ("embed", "vocab"))
+
+
+class Decoder(nnx.Module):
+    """A causal language model.
+
+    All its state is ``nnx.Param``: ``graphdef, params = nnx.split(model, nnx.Param)`` loses nothing.
+    Weights of the layers are stacked along a leading axis and scanned over.
+
+    Args:
+      config: the architecture.
+      rngs: randomness of the initial weights, normal with ``config.initializer_range`` as in transformers.
+      dtype: type of the computation; norms, rotary embedding, softmax and logits are float32 always.
+        With float32, matrix products are float32 on every device.
+      param_dtype: type of the parameters.
+      remat: what the backward pass computes again: ``none``, ``full`` (all of a layer) or ``dots``
+        (all but matrix products).
+      mesh: where parameters and activations live, axis types Auto; ``None``: the default device.
+      rules: the table from logical axes to mesh axes.
+      attention: ``auto`` takes cuDNN's fused attention where it can, else XLA's.
+
+    Raises:
+      ValueError: a mesh whose axis types are not all Auto, or an unknown ``remat``.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str | jnp.dtype = "float32",
+        param_dtype: str | jnp.dtype = "float32",
+        remat: Remat = "none",
+        mesh: Mesh | None = None,
+        rules: ShardingRules = ShardingRules(),  # noqa: B008 (frozen)
+        attention: AttentionKind = "auto",
+    ) -> None:
+        check_mesh(mesh)
+        if remat not in ("none", "full", "dots"):
+            raise ValueError(f"remat must be none, full or dots, got {remat!r}")
+        placement = Placement(jnp.dtype(dtype), jnp.dtype(param_dtype), mesh, rules, attention)
+        self.config = config
+        self.placement = placement
+        self.remat: Remat = remat
+        # The Hugging Face folder the weights are from: export takes tokenizer and types from there.
+        self.source: str | None = None
+        self.embed_tokens = Embedding(config, placement, rngs)
+        self.layers = DecoderLayer(config, placement, rngs)
+        self.norm = RMSNorm((), config.hidden_size, config.rms_norm_eps, placement)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Unembedding(config, placement, rngs)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token.
+
+        Args:
+          input_ids: int32 [batch, length].
+          positions: int32 [batch, length]; counted from 0 in each row by default.
+          segment_ids: int32 [batch, length]; tokens attend only within their segment. Padding is a
+            segment of its own (0 by convention); without it, rows are one segment.
+
+        Returns:
+          float32 [batch, length, vocab].
+        """
+        return self.unembed(self.hidden_states(input_ids, positions, segment_ids))
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """What :meth:`unembed` turns into logits.
+
+        Args:
+          input_ids: int32 [batch, length].
+          positions: as in :meth:`__call__`.
+          segment_ids: as in :meth:`__call__`.
+
+        Returns:
+          [batch, length, hidden] after the final norm, in the dtype of the computation.
+        """
+        mask = None
+        if segment_ids is not None:
+            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        graphdef, stacked = nnx.split(self.layers)
+        stacked = jax.tree.map(
+            lambda param: param.replace(self.placement.value(param)),
+            stacked,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+
+        def step(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x, rope, mask), None
+
+        if self.remat != "none":
+            policy = None
+            if self.remat == "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            # A scan cannot be optimised across its steps: no barrier is needed against it.
+            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+        with self.matmul_precision():
+            rope = self.rope(input_ids, positions)
+            x, _ = jax.lax.scan(step, self.embed(input_ids), stacked)
+            return self.norm(x)
+
+    def rope(
+        self, input_ids: jax.Array, positions: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Rotary tables of the positions, which count from 0 in each row by default."""
+        if positions is None:
+            positions = jnp.broadcast_to(
+                jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None], input_ids.shape
+            )
+        return rope_table(self.config.rope, self.config.head_dim, positions)
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """Embeddings of tokens: int32 [batch, length] -> [batch, length, hidden]."""
+        table = self.placement.value(self.embed_tokens.embedding)
+        # Gather whole rows: rows in pieces would be brought together again after the look-up.
+        table = self.placement.constrain(table, "vocab", "features")
+        x = jnp.take(table, input_ids, axis=0).astype(self.placement.dtype)
+        return self.placement.constrain(x, "batch", "length", "features")
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits of hidden states: [..., hidden] -> float32 [..., vocab]."""
+        if self.lm_head is not None:
+            kernel = self.placement.value(self.lm_head.kernel)
+        else:
+            kernel = self.placement.value(self.embed_tokens.embedding).T
+        with self.matmul_precision():
+            return jnp.matmul(
+                hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+            )
+
+    def matmul_precision(self) -> contextlib.AbstractContextManager[None]:
+        """Keep accelerators from computing float32 products in TF32 or bfloat16."""
+        if self.placement.dtype == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()

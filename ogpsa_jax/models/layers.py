@@ -1,0 +1,257 @@
+"""The parts of a decoder layer. Module and parameter names follow Hugging Face's weight names.
+
+The layers of a model are one :class:`DecoderLayer` whose parameters have a leading axis of layers;
+:class:`~ogpsa_jax.models.decoder.Decoder` scans over it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from ogpsa_jax.models.config import DecoderConfig
+from ogpsa_jax.models.rope import apply_rope
+from ogpsa_jax.models.sharding import ShardingRules, constrain
+
+AttentionKind = Literal["auto", "xla", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Types and places shared by all parts of a model."""
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    mesh: Mesh | None
+    rules: ShardingRules
+    attention: AttentionKind
+
+    def param(
+        self,
+        init: Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array],
+        key: jax.Array,
+        shape: tuple[int, ...],
+        axes: Sequence[str | None],
+        kind: type[nnx.Param] = nnx.Param,
+    ) -> nnx.Param:
+        """A parameter, created where it belongs; ``axes`` names its dimensions.
+
+        Compiled even without a mesh, so that values do not depend on there being one.
+        """
+        sharding = None
+        if self.mesh is not None:
+            sharding = NamedSharding(self.mesh, self.rules.spec(axes, shape, self.mesh))
+        create = jax.jit(lambda key: init(key, shape, self.param_dtype), out_shardings=sharding)
+        # The names are logical: no mesh has them, and Flax must not try to shard by them.
+        return kind(create(key), out_sharding=tuple(axes), eager_sharding=False)
+
+    def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
+        """Say how an activation lies on the mesh."""
+        return constrain(array, axes, self.mesh, self.rules)
+
+    def value(self, param: nnx.Param) -> jax.Array:
+        """A parameter's array, said to lie where it belongs: then so does its gradient."""
+        return self.constrain(param[...], *param.get_metadata()["out_sharding"])
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467), in float32."""
+
+    def __init__(self, lead: tuple[int, ...], size: int, eps: float, placement: Placement) -> None:
+        axes = ("layers",) * len(lead) + ("norm",)
+        init = nnx.initializers.ones_init()
+        self.scale = placement.param(init, jax.random.key(0), (*lead, size), axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (wide * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``; kernel [in, out], stored stacked [layers, in, out]."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        axes: tuple[str, str],
+        bias: bool,
+        initializer_range: float,
+        placement: Placement,
+        rngs: nnx.Rngs,
+    ) -> None:
+        layers, _, size_out = sizes
+        normal = nnx.initializers.normal(initializer_range)
+        self.kernel = placement.param(normal, rngs.params(), sizes, ("layers", *axes))
+        zeros, shape = nnx.initializers.zeros_init(), (layers, size_out)
+        self.bias = (
+            placement.param(zeros, rngs.params(), shape, ("layers", axes[1])) if bias else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            bias = self.bias[...].astype(x.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
+
+
+@dataclasses.dataclass
+class CacheSlot:
+    """Keys and values of one layer, and where new ones go.
+
+    Attributes:
+      keys: [batch, slots, kv_heads, head_dim].
+      values: like ``keys``.
+      start: slot of the first new token; a prompt of more than one token starts at slot 0.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    start: jax.Array | int
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+        layers, hidden = config.num_layers, config.hidden_size
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+        def linear(size_in: int, size_out: int, axes: tuple[str, str], bias: bool) -> Linear:
+            scale = config.initializer_range
+            return Linear((layers, size_in, size_out), axes, bias, scale, placement, rngs)
+
+        self.q_proj = linear(hidden, width, ("embed", "heads"), config.qkv_bias)
+        self.k_proj = linear(hidden, kv_width, ("embed", "kv_heads"), config.qkv_bias)
+        self.v_proj = linear(hidden, kv_width, ("embed", "kv_heads"), config.qkv_bias)
+        self.o_proj = linear(width, hidden, ("heads", "embed"), config.output_bias)
+        norm = functools.partial(
+            RMSNorm, (layers,), config.head_dim, config.rms_norm_eps, placement
+        )
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
+        self.head_dim = config.head_dim
+        self.placement = placement
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        cache: CacheSlot | None,
+    ) -> jax.Array:
+        batch, length, _ = x.shape
+
+        def heads(projection: Linear, axis: str) -> jax.Array:
+            y = projection(x).reshape(batch, length, -1, self.head_dim)
+            return self.placement.constrain(y, "batch", "length", axis, "head_dim")
+
+        q, k, v = (
+            heads(self.q_proj, "heads"),
+            heads(self.k_proj, "kv_heads"),
+            heads(self.v_proj, "kv_heads"),
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        decoding = cache is not None and length == 1
+        if cache is not None:
+            at = (0, cache.start, 0, 0)
+            cache.keys = jax.lax.dynamic_update_slice(cache.keys, k, at)
+            cache.values = jax.lax.dynamic_update_slice(cache.values, v, at)
+            if decoding:
+                k, v = cache.keys, cache.values
+        y = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=not decoding,
+            implementation="xla" if decoding else self._implementation(q.shape, k.shape),
+        )
+        return self.o_proj(y.reshape(batch, length, -1))
+
+    def _implementation(
+        self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
+    ) -> Literal["xla", "cudnn"]:
+        """Take cuDNN's fused kernel where there is one: half precision on a GPU, even length.
+
+        It needs queries and keys to lie on the mesh alike.
+        """
+        placement = self.placement
+        if placement.attention != "auto":
+            return placement.attention
+        alike = placement.mesh is None or (
+            placement.rules.spec(("heads",), q_shape[2:3], placement.mesh)
+            == placement.rules.spec(("kv_heads",), k_shape[2:3], placement.mesh)
+        )
+        fits = (
+            jax.default_backend() == "gpu"
+            and placement.dtype in (jnp.bfloat16, jnp.float16)
+            and self.head_dim % 8 == 0
+            and self.head_dim <= 128
+            and q_shape[1] % 2 == 0
+        )
+        return "cudnn" if fits and alike else "xla"
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+        def linear(size_in: int, size_out: int, axes: tuple[str, str]) -> Linear:
+            sizes, scale = (config.num_layers, size_in, size_out), config.initializer_range
+            return Linear(sizes, axes, config.mlp_bias, scale, placement, rngs)
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"))
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"))
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"))
+        self.placement = placement
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.placement.constrain(y, "batch", "length", "mlp"))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+        lead, size, eps = (config.num_layers,), config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(lead, size, eps, placement)
+        self.self_attn = Attention(config, placement, rngs)
+        self.post_attention_layernorm = RMSNorm(lead, size, eps, placement)
+        self.mlp = Mlp(config, placement, rngs)
+        self.placement = placement
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        cache: CacheSlot | None = None,
+    ) -> jax.Array:
+        """One layer.
+
+        Args:
+          x: [batch, length, hidden].
+          rope: tables for the positions of ``x``.
+          mask: bool, broadcastable to [batch, heads, length, keys], True where attention may look; on
+            top of causality, except for a single token with a cache: there it is all there is.
+          cache: updated in place when given.
+
+        Returns:
+          Like ``x``.
+        """
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = self.placement.constrain(x, "batch", "length", "features")
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return self.placement.constrain(x, "batch", "length", "features")

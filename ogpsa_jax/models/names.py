@@ -1,0 +1,126 @@
+"""Names and layouts: our parameters on one side, the tensors of a Hugging Face checkpoint on the other.
+
+Modules are named alike, so a path turns into a name mechanically: ``layers.mlp.up_proj.kernel`` [layers,
+in, out] is ``model.layers.<i>.mlp.up_proj.weight`` [out, in] for each layer i.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+Path = tuple[Any, ...]
+_ENDINGS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorName:
+    """One tensor of a checkpoint.
+
+    Attributes:
+      name: as in the checkpoint.
+      path: of the parameter in the ``nnx.State``.
+      layer: its index along the parameter's leading axis; ``None``: the parameter is not stacked.
+      transposed: whether the checkpoint stores [out, in].
+      shape: in the checkpoint.
+    """
+
+    name: str
+    path: Path
+    layer: int | None
+    transposed: bool
+    shape: tuple[int, ...]
+
+
+def tensor_names(state: nnx.State) -> list[TensorName]:
+    """Every checkpoint tensor that the parameters make, in the order of the layers.
+
+    Args:
+      state: of a :class:`~ogpsa_jax.models.decoder.Decoder`, abstract or not; adapters are left out.
+    """
+    names = []
+    for path, variable in nnx.to_flat_state(state):
+        if path[-1] not in _ENDINGS:
+            continue
+        transposed = path[-1] == "kernel"
+        stem = [str(part) for part in path[:-1]]
+        ending = _ENDINGS[str(path[-1])]
+        shape = tuple(variable.shape)
+        if stem[0] != "layers":
+            prefix = [] if stem[0] == "lm_head" else ["model"]
+            name = ".".join([*prefix, *stem, ending])
+            names.append(
+                TensorName(name, path, None, transposed, shape[::-1] if transposed else shape)
+            )
+            continue
+        shape = shape[:0:-1] if transposed else shape[1:]
+        for layer in range(variable.shape[0]):
+            name = ".".join(["model.layers", str(layer), *stem[1:], ending])
+            names.append(TensorName(name, path, layer, transposed, shape))
+    order = {"embed_tokens": -1, "norm": 1, "lm_head": 2}
+    return sorted(
+        names, key=lambda tensor: (order.get(tensor.path[0], 0), tensor.layer or 0, tensor.name)
+    )
+
+
+def to_huggingface(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters, or anything shaped like them, as tensors of a Hugging Face checkpoint.
+
+    One tensor at a time is brought to the host. Where arrays are spread over several processes, all of
+    them must run through the iteration together.
+
+    Args:
+      state: parameters, gradients, or another ``nnx.State`` of the same structure (or a part of it).
+
+    Yields:
+      (name, array in the dtype of the parameter).
+    """
+    arrays = dict(nnx.to_flat_state(state))
+    for tensor in tensor_names(state):
+        value = _array(arrays[tensor.path])
+        host = _to_host(value if tensor.layer is None else value[tensor.layer])
+        yield tensor.name, np.ascontiguousarray(host.T if tensor.transposed else host)
+
+
+def from_huggingface(like: nnx.State, tensors: Mapping[str, np.ndarray]) -> nnx.State:
+    """The inverse of :func:`to_huggingface`, for tensors that are in memory anyway.
+
+    Args:
+      like: gives structure, dtypes and shardings.
+      tensors: every tensor of :func:`tensor_names`; more are ignored.
+
+    Raises:
+      KeyError: a tensor is missing.
+      ValueError: a tensor has the wrong shape.
+    """
+    stacks: dict[Path, list[np.ndarray]] = {}
+    for tensor in tensor_names(like):
+        value = np.asarray(tensors[tensor.name])
+        if value.shape != tensor.shape:
+            raise ValueError(
+                f"tensors[{tensor.name!r}] must have shape {tensor.shape}, got {value.shape}"
+            )
+        stacks.setdefault(tensor.path, []).append(value.T if tensor.transposed else value)
+    flat = []
+    for path, variable in nnx.to_flat_state(like):
+        if path in stacks:
+            old, parts = _array(variable), stacks[path]
+            value = np.stack(parts) if path[0] == "layers" else parts[0]
+            new = jax.device_put(value.astype(old.dtype), getattr(old, "sharding", None))
+            variable = variable.replace(new) if isinstance(variable, nnx.Variable) else new
+        flat.append((path, variable))
+    return nnx.from_flat_state(flat)
+
+
+def _array(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _to_host(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

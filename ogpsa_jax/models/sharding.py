@@ -1,0 +1,133 @@
+"""The one table from logical axes of arrays to axes of the device mesh.
+
+Every parameter carries the names of its axes (``("layers", "embed", "mlp")``) as Flax sharding metadata;
+:class:`ShardingRules` says which mesh axes each name is split over.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical axis -> mesh axis or axes (``None``: not split).
+
+    The defaults shard parameters fully over ``fsdp`` and, within a layer, over ``tensor`` as in Megatron
+    (arXiv 1909.08053); rows of a batch are split over ``data`` and ``fsdp``. Axes a mesh does not have are
+    left out.
+    """
+
+    # Parameters.
+    layers: MeshAxes = None
+    vocab: MeshAxes = "tensor"
+    embed: MeshAxes = "fsdp"
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    mlp: MeshAxes = "tensor"
+    norm: MeshAxes = None
+    lora_rank: MeshAxes = None
+    # Activations.
+    batch: MeshAxes = ("data", "fsdp")
+    length: MeshAxes = None
+    features: MeshAxes = None
+    head_dim: MeshAxes = None
+
+    def spec(
+        self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+    ) -> PartitionSpec:
+        """How an array lies on a mesh.
+
+        A dimension that the mesh axes do not divide is split over as many of the leading ones as do, in
+        the end over none.
+
+        Args:
+          axes: a logical name (or None) for each dimension.
+          shape: the sizes of the dimensions.
+          mesh: the mesh.
+
+        Raises:
+          ValueError: an unknown logical name, a length mismatch, or two dimensions on one mesh axis.
+        """
+        if len(axes) != len(shape):
+            raise ValueError(f"axes must name every dimension of shape {tuple(shape)}, got {axes}")
+        parts: list[MeshAxes] = []
+        used: set[str] = set()
+        for name, size in zip(axes, shape, strict=True):
+            if name is not None and name not in _LOGICAL_AXES:
+                raise ValueError(f"axes must be among {sorted(_LOGICAL_AXES)}, got {name!r}")
+            wanted = None if name is None else getattr(self, name)
+            chosen: list[str] = []
+            shards = 1
+            for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
+                if axis not in mesh.shape:
+                    continue
+                shards *= mesh.shape[axis]
+                if size % shards:
+                    break
+                chosen.append(axis)
+            if used.intersection(chosen):
+                raise ValueError(
+                    f"rules put two dimensions of {tuple(axes)} on the same mesh axis: {chosen}"
+                )
+            used.update(chosen)
+            parts.append(chosen[0] if len(chosen) == 1 else tuple(chosen) or None)
+        return PartitionSpec(*parts)
+
+
+_LOGICAL_AXES = frozenset(field.name for field in dataclasses.fields(ShardingRules))
+
+
+def check_mesh(mesh: Mesh | AbstractMesh | None) -> None:
+    """Refuse meshes whose axes the compiler may not shard by itself.
+
+    Raises:
+      ValueError: an axis type of the mesh is not ``Auto``.
+    """
+    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh must have axis types Auto (jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)), "
+            f"got {mesh.axis_types}"
+        )
+
+
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
+    """Where each parameter belongs.
+
+    Args:
+      tree: a model, or a (possibly abstract) ``nnx.State`` of one.
+      mesh: the mesh.
+      rules: the table.
+
+    Returns:
+      The ``nnx.State`` with a ``NamedSharding`` in place of each array; variables without axis names are
+      replicated.
+    """
+    state = tree if isinstance(tree, nnx.State) else nnx.state(tree)
+
+    def place(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        axes = variable.get_metadata().get("out_sharding") or (None,) * len(variable.shape)
+        return variable.replace(NamedSharding(mesh, rules.spec(axes, variable.shape, mesh)))
+
+    return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def constrain(
+    array: jax.Array,
+    axes: Sequence[str | None],
+    mesh: Mesh | AbstractMesh | None,
+    rules: ShardingRules,
+) -> jax.Array:
+    """Tell the compiler how an activation lies on the mesh; nothing without a mesh."""
+    if mesh is None or mesh.size == 1:
+        return array
+    sharding = NamedSharding(mesh, rules.spec(axes, array.shape, mesh))
+    return jax.lax.with_sharding_constraint(array, sharding)
