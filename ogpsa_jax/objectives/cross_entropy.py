@@ -1,0 +1,110 @@
+"""Cross-entropy and log-probabilities without ever holding the logits of a whole batch.
+
+Logits are made, used and forgotten for a few positions of every row at a time, forward and
+backward: at a vocabulary of 152,000 they would otherwise be the largest tensor by far.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Batch = dict[str, jax.Array]
+
+
+def target_mask(batch: Batch) -> jax.Array:
+    """Which positions predict a token that is to be learnt.
+
+    Args:
+      batch: ``loss_mask`` bool and ``segment_ids`` int32, both ``[..., T]``.
+
+    Returns:
+      bool ``[..., T]``: true at t where token t + 1 is to be learnt and belongs to the document of
+      token t. The last position predicts nothing.
+    """
+    segments = batch["segment_ids"]
+    learnt = batch["loss_mask"][..., 1:] & (segments[..., 1:] == segments[..., :-1])
+    learnt = learnt & (segments[..., 1:] > 0)
+    return jnp.pad(learnt, [(0, 0)] * (learnt.ndim - 1) + [(0, 1)])
+
+
+def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of every token that is to be learnt.
+
+    Args:
+      model: has ``hidden_states`` and ``unembed``.
+      batch: ``input_ids``, ``loss_mask``, ``segment_ids``, ``positions``, each ``[B, T]``.
+      chunk_size: positions of each row whose logits exist at a time.
+
+    Returns:
+      float32 ``[B, T]``, zero where nothing is learnt, and the mask, bool ``[B, T]``.
+    """
+    rows, length = batch["input_ids"].shape
+    hidden = model.hidden_states(
+        batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
+    mask = target_mask(batch)
+    targets = jnp.pad(batch["input_ids"][:, 1:], [(0, 0), (0, 1)])
+    chunk = min(chunk_size, length)
+    missing = -length % chunk
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        split = padded.reshape(rows, -1, chunk, *x.shape[2:])
+        return jnp.moveaxis(split, 1, 0)
+
+    @jax.checkpoint
+    def log_probs(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = model.unembed(hidden)
+        # Picking the target by comparison, not by index, leaves a sharded vocabulary sharded.
+        vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+        picked = jnp.sum(jnp.where(vocabulary == targets[..., None], logits, 0.0), axis=-1)
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    def body(_: None, chunks: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, log_probs(*chunks)
+
+    _, found = jax.lax.scan(body, None, (cut(hidden), cut(targets)))
+    found = jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :length]
+    return jnp.where(mask, found, 0.0), mask
+
+
+def token_cross_entropy(
+    model: Any, batch: Batch, chunk_size: int = 512
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy summed over the tokens to be learnt, and their number.
+
+    Args:
+      model: has ``hidden_states`` and ``unembed``.
+      batch: arrays ``[B, T]``, or pairs ``[B, 2, T]``, whose rows all count.
+      chunk_size: positions of each row whose logits exist at a time.
+
+    Returns:
+      (nats, tokens), float32 scalars.
+    """
+    found, mask = target_log_probs(model, _as_rows(batch), chunk_size)
+    return -jnp.sum(found), jnp.sum(mask, dtype=jnp.float32)
+
+
+def sequence_log_probs(
+    model: Any, batch: Batch, chunk_size: int = 512
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each row's learnt tokens together, and their number.
+
+    Args:
+      model: has ``hidden_states`` and ``unembed``.
+      batch: arrays ``[B, T]``, or pairs ``[B, 2, T]`` (chosen, rejected), run in one forward pass.
+      chunk_size: positions of each row whose logits exist at a time.
+
+    Returns:
+      (nats, tokens), each float32 ``[B]`` or ``[B, 2]``.
+    """
+    shape = batch["input_ids"].shape[:-1]
+    found, mask = target_log_probs(model, _as_rows(batch), chunk_size)
+    counts = jnp.sum(mask, axis=-1, dtype=jnp.float32)
+    return jnp.sum(found, axis=-1).reshape(shape), counts.reshape(shape)
+
+
+def _as_rows(batch: Batch) -> Batch:
+    keys = ("input_ids", "loss_mask", "segment_ids", "positions")
+    return {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in keys}
