@@ -29,8 +29,9 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     removed = squared = ranks = jnp.zeros([], jnp.float32)
     count = 0
     for state in states:
-        columns = (state.settings.groups, state.removed, state.squared_norm, state.rank_used)
-        for group, taken, norm, rank in zip(*columns, strict=True):
+        # Leaves, because an nnx.Optimizer keeps each array in a Variable.
+        columns = map(jax.tree.leaves, (state.removed, state.squared_norm, state.rank_used))
+        for group, taken, norm, rank in zip(state.settings.groups, *columns, strict=True):
             groups[group.label] = {
                 "removed_fraction": _fraction(taken, norm),
                 "effective_rank": rank,
@@ -81,4 +82,4 @@ def _fraction(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 
 def _largest(values: list[jax.Array]) -> jax.Array:
-    return jnp.max(jnp.stack(values))
+    return jnp.max(jnp.stack(jax.tree.leaves(values)))
