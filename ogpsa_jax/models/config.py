@@ -49,8 +49,8 @@ class RopeConfig:
 class DecoderConfig:
     """Architecture of a :class:`~ogpsa_jax.models.decoder.Decoder`; sizes are counts of elements.
 
-    ``model_type`` names the Hugging Face family the weights are exported as. ``weights_dtype`` is the
-    type a checkpoint stores its weights in (``None``: whatever the parameters have).
+    ``model_type`` names the Hugging Face family the weights are exported as. ``weights_dtype`` is
+    the type a checkpoint stores its weights in (``None``: whatever the parameters have).
     """
 
     vocab_size: int
@@ -80,9 +80,7 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.model_type not in _FAMILIES:
-            raise ValueError(
-                f"model_type must be one of {sorted(_FAMILIES)}, got {self.model_type}"
-            )
+            raise ValueError(f"model_type must be among {list(_FAMILIES)}, got {self.model_type}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}"
@@ -296,7 +294,7 @@ class _Reader:
             )
 
     def _rope(self) -> RopeConfig:
-        """Read both spellings: ``rope_parameters`` (transformers 5) and ``rope_scaling`` (before)."""
+        """``rope_parameters`` since transformers 5; ``rope_scaling`` and ``rope_theta`` before."""
         field = "rope_parameters" if self.raw.get("rope_parameters") else "rope_scaling"
         rope = self.raw.get(field) or {}
         if not isinstance(rope, dict):

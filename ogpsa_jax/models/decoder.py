@@ -1,4 +1,4 @@
-"""The decoder: Llama 2/3.x, Mistral without a window, Qwen2/2.5 and Qwen3 in one Flax NNX module."""
+"""One decoder for Llama 2/3.x, Mistral without a window, Qwen2/2.5 and Qwen3, in Flax NNX."""
 
 import contextlib
 from typing import Literal
@@ -16,7 +16,7 @@ from ogpsa_jax.models.sharding import ShardingRules, check_mesh
 Remat = Literal["none", "full", "dots"]
 
 
-class Embedding(nnx.Module):
+class Embedding(nnx.Module):  # type: ignore[misc]
     """Token embeddings [vocab, hidden]."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
@@ -25,7 +25,7 @@ class Embedding(nnx.Module):
         self.embedding = placement.param(normal, rngs.params(), shape, ("vocab", "embed"))
 
 
-class Unembedding(nnx.Module):
+class Unembedding(nnx.Module):  # type: ignore[misc]
     """Output kernel [hidden, vocab] of a model whose embeddings are not tied."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
@@ -34,17 +34,18 @@ class Unembedding(nnx.Module):
         self.kernel = placement.param(normal, rngs.params(), shape, ("embed", "vocab"))
 
 
-class Decoder(nnx.Module):
+class Decoder(nnx.Module):  # type: ignore[misc]
     """A causal language model.
 
-    All its state is ``nnx.Param``: ``graphdef, params = nnx.split(model, nnx.Param)`` loses nothing.
-    Weights of the layers are stacked along a leading axis and scanned over.
+    All its state is ``nnx.Param``: ``graphdef, params = nnx.split(model, nnx.Param)`` loses
+    nothing. Weights of the layers are stacked along a leading axis and scanned over.
 
     Args:
       config: the architecture.
-      rngs: randomness of the initial weights, normal with ``config.initializer_range`` as in transformers.
-      dtype: type of the computation; norms, rotary embedding, softmax and logits are float32 always.
-        With float32, matrix products are float32 on every device.
+      rngs: randomness of the initial weights, normal with ``config.initializer_range`` as in
+        transformers.
+      dtype: type of the computation; norms, rotary embedding, softmax and logits are float32
+        always. With float32, matrix products are float32 on every device.
       param_dtype: type of the parameters.
       remat: what the backward pass computes again: ``none``, ``full`` (all of a layer) or ``dots``
         (all but matrix products).

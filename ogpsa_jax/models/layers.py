@@ -59,7 +59,7 @@ class Placement:
         return self.constrain(param[...], *param.get_metadata()["out_sharding"])
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(nnx.Module):  # type: ignore[misc]
     """Root-mean-square normalisation (arXiv 1910.07467), in float32."""
 
     def __init__(self, lead: tuple[int, ...], size: int, eps: float, placement: Placement) -> None:
@@ -69,13 +69,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> the same shape and dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
         return (wide * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
-class Linear(nnx.Module):
+class Linear(nnx.Module):  # type: ignore[misc]
     """``x @ kernel + bias``; kernel [in, out], stored stacked [layers, in, out]."""
 
     def __init__(
@@ -96,6 +97,7 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out], in the dtype of ``x``."""
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
@@ -104,21 +106,23 @@ class Linear(nnx.Module):
 
 
 @dataclasses.dataclass
-class CacheSlot:
-    """Keys and values of one layer, and where new ones go.
+class Cache:
+    """Keys and values of all layers, and where one layer's new ones go.
 
     Attributes:
-      keys: [batch, slots, kv_heads, head_dim].
+      keys: [layers, batch, slots, kv_heads, head_dim].
       values: like ``keys``.
+      layer: whose turn it is.
       start: slot of the first new token; a prompt of more than one token starts at slot 0.
     """
 
     keys: jax.Array
     values: jax.Array
-    start: jax.Array | int
+    layer: jax.Array
+    start: jax.Array
 
 
-class Attention(nnx.Module):
+class Attention(nnx.Module):  # type: ignore[misc]
     """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
@@ -146,8 +150,9 @@ class Attention(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
-        cache: CacheSlot | None,
+        cache: Cache | None,
     ) -> jax.Array:
+        """Attention of :class:`DecoderLayer`; see there for the arguments."""
         batch, length, _ = x.shape
 
         def heads(projection: Linear, axis: str) -> jax.Array:
@@ -164,11 +169,13 @@ class Attention(nnx.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         decoding = cache is not None and length == 1
         if cache is not None:
-            at = (0, cache.start, 0, 0)
-            cache.keys = jax.lax.dynamic_update_slice(cache.keys, k, at)
-            cache.values = jax.lax.dynamic_update_slice(cache.values, v, at)
+            # Into the whole cache, so that only the new tokens are written.
+            at = (cache.layer, 0, cache.start, 0, 0)
+            cache.keys = jax.lax.dynamic_update_slice(cache.keys, k[None], at)
+            cache.values = jax.lax.dynamic_update_slice(cache.values, v[None], at)
             if decoding:
-                k, v = cache.keys, cache.values
+                k = jax.lax.dynamic_index_in_dim(cache.keys, cache.layer, keepdims=False)
+                v = jax.lax.dynamic_index_in_dim(cache.values, cache.layer, keepdims=False)
         y = jax.nn.dot_product_attention(
             q,
             k,
@@ -203,7 +210,7 @@ class Attention(nnx.Module):
         return "cudnn" if fits and alike else "xla"
 
 
-class Mlp(nnx.Module):
+class Mlp(nnx.Module):  # type: ignore[misc]
     """SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
@@ -217,11 +224,12 @@ class Mlp(nnx.Module):
         self.placement = placement
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, length, hidden] -> the same."""
         y = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(self.placement.constrain(y, "batch", "length", "mlp"))
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(nnx.Module):  # type: ignore[misc]
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
@@ -237,15 +245,15 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
-        cache: CacheSlot | None = None,
+        cache: Cache | None = None,
     ) -> jax.Array:
         """One layer.
 
         Args:
           x: [batch, length, hidden].
           rope: tables for the positions of ``x``.
-          mask: bool, broadcastable to [batch, heads, length, keys], True where attention may look; on
-            top of causality, except for a single token with a cache: there it is all there is.
+          mask: bool, broadcastable to [batch, heads, length, keys], True where attention may look;
+            on top of causality, except for a single token with a cache: there it is all there is.
           cache: updated in place when given.
 
         Returns:

@@ -1,7 +1,7 @@
-"""Names and layouts: our parameters on one side, the tensors of a Hugging Face checkpoint on the other.
+"""Names and layouts of parameters here and of tensors in a Hugging Face checkpoint.
 
-Modules are named alike, so a path turns into a name mechanically: ``layers.mlp.up_proj.kernel`` [layers,
-in, out] is ``model.layers.<i>.mlp.up_proj.weight`` [out, in] for each layer i.
+Modules are named alike, so a path turns into a name mechanically: ``layers.mlp.up_proj.kernel``
+[layers, in, out] is ``model.layers.<i>.mlp.up_proj.weight`` [out, in] for each layer i.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ def tensor_names(state: nnx.State) -> list[TensorName]:
     """Every checkpoint tensor that the parameters make, in the order of the layers.
 
     Args:
-      state: of a :class:`~ogpsa_jax.models.decoder.Decoder`, abstract or not; adapters are left out.
+      state: of a :class:`~ogpsa_jax.models.decoder.Decoder`, abstract or not; adapters are left
+        out.
     """
     names = []
     for path, variable in nnx.to_flat_state(state):
@@ -70,11 +71,12 @@ def tensor_names(state: nnx.State) -> list[TensorName]:
 def to_huggingface(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
     """Parameters, or anything shaped like them, as tensors of a Hugging Face checkpoint.
 
-    One tensor at a time is brought to the host. Where arrays are spread over several processes, all of
-    them must run through the iteration together.
+    One tensor at a time is brought to the host. Where arrays are spread over several processes,
+    all of them must run through the iteration together.
 
     Args:
-      state: parameters, gradients, or another ``nnx.State`` of the same structure (or a part of it).
+      state: parameters, gradients, or another ``nnx.State`` of the same structure (or a part of
+        it).
 
     Yields:
       (name, array in the dtype of the parameter).

@@ -1,8 +1,8 @@
 """Hugging Face checkpoints to decoders and back, tensor by tensor.
 
-Import puts every tensor, in the type of the file, where it belongs on the mesh, and writes it into its
-place in the stacked parameter there: beside the parameters, one tensor is in memory. Export reads the
-parameters back one tensor at a time.
+Import puts every tensor, in the type of the file, where it belongs on the mesh, and writes it into
+its place in the stacked parameter there: beside the parameters, one tensor is in memory. Export
+reads the parameters back one tensor at a time.
 """
 
 import functools
@@ -44,7 +44,8 @@ def load_pretrained(
     """A decoder with the weights of a Hugging Face folder.
 
     Args:
-      path: a folder with ``config.json`` and safetensors (one file, or several and an index), or a hub id.
+      path: a folder with ``config.json`` and safetensors (one file, or several and an index), or a
+        hub id.
       dtype: type of the computation.
       param_dtype: type the parameters are kept in.
       mesh: where they go, axis types Auto; ``None``: the default device.
@@ -53,8 +54,8 @@ def load_pretrained(
       attention: see :class:`~ogpsa_jax.models.decoder.Decoder`.
 
     Raises:
-      InputError: the folder, its config or a tensor (missing, unexpected, of a wrong shape or type) is not
-        as it must be; the sentence names the file and the field or tensor.
+      InputError: the folder, its config or a tensor (missing, unexpected, of a wrong shape or
+        type) is not as it must be; the sentence names the file and the field or tensor.
     """
     folder = resolve_folder(path)
     config = read_config(folder)
@@ -111,8 +112,8 @@ def _match(
             )
         if reader.shape(source) != tensor.shape:
             raise InputError(
-                f"{reader.file(source)}: tensor {source} has shape {list(reader.shape(source))}, but "
-                f"config.json calls for {list(tensor.shape)}."
+                f"{reader.file(source)}: tensor {source} has shape {list(reader.shape(source))}, "
+                f"but config.json calls for {list(tensor.shape)}."
             )
         reader.dtype(source)
     known = set(sources.values())
@@ -157,7 +158,8 @@ def _load_parameter(
         spec = rules.spec(variable.get_metadata()["out_sharding"], shape, mesh)
         whole = NamedSharding(mesh, spec)
         parts = tuple(spec) if first.layer is None else tuple(spec)[1:]
-        single = NamedSharding(mesh, PartitionSpec(*(parts[::-1] if first.transposed else parts)))
+        parts = parts[::-1] if first.transposed else parts
+        single = NamedSharding(mesh, PartitionSpec(*parts))  # type: ignore[no-untyped-call]
     if first.layer is None:
         tensor = _place(reader, sources[first.name], single)
         return _convert(first.transposed, dtype, whole)(tensor)
@@ -209,12 +211,12 @@ def save_pretrained(
     Args:
       model: its weights are written.
       path: the folder; an earlier export there is replaced.
-      dtype: ``float32``, ``bfloat16`` or ``float16`` for all tensors. By default each tensor keeps the
-        type it had in the source, so that what was not trained comes out bit for bit as it went in;
-        without a source, the type of the parameter.
+      dtype: ``float32``, ``bfloat16`` or ``float16`` for all tensors. By default each tensor keeps
+        the type it had in the source, so that what was not trained comes out bit for bit as it
+        went in; without a source, the type of the parameter.
       max_shard_bytes: largest size of a file.
-      source: a Hugging Face folder whose config, tokenizer, chat template and generation settings go with
-        the weights; by default the one the model was loaded from.
+      source: a Hugging Face folder whose config, tokenizer, chat template and generation settings
+        go with the weights; by default the one the model was loaded from.
 
     Raises:
       InputError: ``path`` cannot be written or holds something else.

@@ -12,7 +12,8 @@ from ogpsa_jax.models.config import RopeConfig
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     """Angle per position of each pair of dimensions.
 
-    In float32 throughout, as transformers computes it: an ulp here is 1e-4 radians at position 1000.
+    In float32 throughout, as transformers computes it: an ulp here is 1e-4 radians at position
+    1000.
 
     Args:
       config: kind and scaling.

@@ -108,12 +108,12 @@ class CheckpointReader:
         code = self._slice(name).get_dtype()
         if code not in DTYPES:
             raise InputError(
-                f"{self.file(name)}: tensor {name} has type {code}, but weights must be F32, F16 or "
-                "BF16."
+                f"{self.file(name)}: tensor {name} has type {code}, but weights must be F32, F16 "
+                "or BF16."
             )
         return DTYPES[code]
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A tensor, or a block of it; only what is asked for is read."""
         part = self._slice(name)
         return np.asarray(part[index] if index else part[...] if part.get_shape() else part[:])
@@ -137,8 +137,8 @@ class CheckpointReader:
 class CheckpointWriter:
     """Writes tensors, announced beforehand, into safetensors files of limited size plus an index.
 
-    The library's own writer wants all tensors of a file in memory at once; the format (a JSON header,
-    then the bytes) lets them pass one by one.
+    The library's own writer wants all tensors of a file in memory at once; the format (a JSON
+    header, then the bytes) lets them pass one by one.
 
     Args:
       folder: exists; files are made in it.

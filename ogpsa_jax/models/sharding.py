@@ -1,7 +1,7 @@
 """The one table from logical axes of arrays to axes of the device mesh.
 
-Every parameter carries the names of its axes (``("layers", "embed", "mlp")``) as Flax sharding metadata;
-:class:`ShardingRules` says which mesh axes each name is split over.
+Every parameter carries the names of its axes (``("layers", "embed", "mlp")``) as Flax sharding
+metadata; :class:`ShardingRules` says which mesh axes each name is split over.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ MeshAxes = str | tuple[str, ...] | None
 class ShardingRules:
     """Logical axis -> mesh axis or axes (``None``: not split).
 
-    The defaults shard parameters fully over ``fsdp`` and, within a layer, over ``tensor`` as in Megatron
-    (arXiv 1909.08053); rows of a batch are split over ``data`` and ``fsdp``. Axes a mesh does not have are
-    left out.
+    The defaults shard parameters fully over ``fsdp`` and, within a layer, over ``tensor`` as in
+    Megatron (arXiv 1909.08053); rows of a batch are split over ``data`` and ``fsdp``. Axes a mesh
+    does not have are left out.
     """
 
     # Parameters.
@@ -44,8 +44,8 @@ class ShardingRules:
     ) -> PartitionSpec:
         """How an array lies on a mesh.
 
-        A dimension that the mesh axes do not divide is split over as many of the leading ones as do, in
-        the end over none.
+        A dimension that the mesh axes do not divide is split over as many of the leading ones as
+        do, in the end over none.
 
         Args:
           axes: a logical name (or None) for each dimension.
@@ -53,7 +53,8 @@ class ShardingRules:
           mesh: the mesh.
 
         Raises:
-          ValueError: an unknown logical name, a length mismatch, or two dimensions on one mesh axis.
+          ValueError: an unknown logical name, a length mismatch, or two dimensions on one mesh
+            axis.
         """
         if len(axes) != len(shape):
             raise ValueError(f"axes must name every dimension of shape {tuple(shape)}, got {axes}")
@@ -78,7 +79,7 @@ class ShardingRules:
                 )
             used.update(chosen)
             parts.append(chosen[0] if len(chosen) == 1 else tuple(chosen) or None)
-        return PartitionSpec(*parts)
+        return PartitionSpec(*parts)  # type: ignore[no-untyped-call]
 
 
 _LOGICAL_AXES = frozenset(field.name for field in dataclasses.fields(ShardingRules))
@@ -92,7 +93,7 @@ def check_mesh(mesh: Mesh | AbstractMesh | None) -> None:
     """
     if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
-            f"mesh must have axis types Auto (jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)), "
+            "mesh must have axis types Auto (jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)), "
             f"got {mesh.axis_types}"
         )
 
@@ -106,14 +107,14 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) 
       rules: the table.
 
     Returns:
-      The ``nnx.State`` with a ``NamedSharding`` in place of each array; variables without axis names are
-      replicated.
+      The ``nnx.State`` with a ``NamedSharding`` in place of each array; variables without axis
+      names are replicated.
     """
     state = tree if isinstance(tree, nnx.State) else nnx.state(tree)
 
     def place(variable: Any) -> Any:
         if not isinstance(variable, nnx.Variable):
-            return NamedSharding(mesh, PartitionSpec())
+            return NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
         axes = variable.get_metadata().get("out_sharding") or (None,) * len(variable.shape)
         return variable.replace(NamedSharding(mesh, rules.spec(axes, variable.shape, mesh)))
 
@@ -130,4 +131,4 @@ def constrain(
     if mesh is None or mesh.size == 1:
         return array
     sharding = NamedSharding(mesh, rules.spec(axes, array.shape, mesh))
-    return jax.lax.with_sharding_constraint(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)  # type: ignore[no-untyped-call]
