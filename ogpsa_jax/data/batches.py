@@ -1,0 +1,206 @@
+"""Batches by step: packed, shuffled anew each epoch, sharded over processes, resumable at once.
+
+The batch of a step is a function of (data, settings, step) alone, so the position in the data is
+the step, and neither the number of processes nor an interruption changes what is seen.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from ogpsa_jax.data.examples import Example, Tokens
+
+Batch = dict[str, np.ndarray]
+_OPEN_ROWS = 16  # rows that packing tries to fill at a time
+
+
+class TrainBatches:
+    """The training data of a run; see :meth:`batch`."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        max_length: int,
+        packing: bool,
+        seed: int,
+        epochs: float = 1.0,
+        steps: int | None = None,
+        weights: Sequence[float] = (1.0,),
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Lay out every row of the run.
+
+        Args:
+          examples: all of the same kind.
+          batch_size: rows a step, over all processes.
+          micro_batch_size: rows a micro-batch, over all processes; divides `batch_size`.
+          max_length: tokens a row may have.
+          packing: several documents a row (single sequences only).
+          seed: of the order.
+          epochs: passes over the first source's examples.
+          steps: optimizer steps; overrides `epochs`.
+          weights: of the sources: source i gives ``weights[i] / weights[0]`` examples for every one
+            of source 0, starting again when it is exhausted.
+          process_index: which process this is.
+          process_count: how many there are; divides `micro_batch_size`.
+        """
+        self._examples = examples
+        self._shape = (batch_size // micro_batch_size, micro_batch_size)
+        self._process = (process_index, process_count)
+        order = _order(examples, weights, seed, epochs, endless=steps is not None)
+        longest = max(example.length for example in examples)
+        if packing:
+            self.length = max_length
+            rows = _packed(order, examples, max_length)
+        else:
+            self.length = min(max_length, -(-longest // 64) * 64)
+            rows = ([index] for index in order)
+        if steps is None:
+            self._rows = list(rows)
+        else:
+            self._rows = [row for row, _ in zip(rows, range(steps * batch_size), strict=False)]
+        self._steps = -(-len(self._rows) // batch_size)
+
+    def __len__(self) -> int:
+        """Optimizer steps in total."""
+        return self._steps
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a 0-based step, this process's part of it.
+
+        Returns:
+          Arrays ``[micro-batches, rows, T]`` or, for pairs, ``[micro-batches, rows, 2, T]``. A last
+          batch that lacks rows is filled up with empty ones, which weigh nothing.
+        """
+        count, rows = self._shape
+        index, processes = self._process
+        first = step * count * rows
+        chosen = self._rows[first : first + count * rows]
+        chosen += [[]] * (count * rows - len(chosen))
+        share = rows // processes
+        mine = [
+            chosen[micro * rows + index * share + i] for micro in range(count) for i in range(share)
+        ]
+        arrays = stack_rows([[self._examples[i] for i in row] for row in mine], self.length)
+        if "reference_logps" not in arrays and self._examples[0].reference_logps is not None:
+            arrays["reference_logps"] = np.zeros((len(mine), 2), np.float32)
+        return {
+            name: array.reshape(count, share, *array.shape[1:]) for name, array in arrays.items()
+        }
+
+
+def fixed_batches(
+    examples: Sequence[Example], *, batch_size: int, max_length: int, multiple: int = 1
+) -> Batch:
+    """All examples in order, stacked as ``[batches, rows, ...]``; the last batch is filled up.
+
+    Args:
+      examples: all of the same kind.
+      batch_size: rows a batch.
+      max_length: tokens a row may have; rows are as long as the longest example needs.
+      multiple: rows are added until `multiple` divides them, so that they can be sharded.
+    """
+    rows = -(-batch_size // multiple) * multiple
+    count = -(-len(examples) // batch_size)
+    longest = max(example.length for example in examples)
+    length = min(max_length, -(-longest // 64) * 64)
+    filled: list[list[Example]] = []
+    for first in range(0, len(examples), batch_size):
+        batch = [[example] for example in examples[first : first + batch_size]]
+        filled += batch + [[]] * (rows - len(batch))
+    arrays = stack_rows(filled, length)
+    return {name: array.reshape(count, rows, *array.shape[1:]) for name, array in arrays.items()}
+
+
+def stack_rows(rows: Sequence[Sequence[Example]], length: int) -> Batch:
+    """Arrays of rows, each holding any number of documents one after the other.
+
+    Returns:
+      ``input_ids``, ``segment_ids`` (0: padding), ``positions`` (from 0 in each document) int32 and
+      ``loss_mask`` bool, ``[rows, length]``, or ``[rows, 2, length]`` for pairs, with
+      ``reference_logps`` float32 ``[rows, 2]`` where the examples have them.
+    """
+    width = next((len(row[0].sequences) for row in rows if row), 1)
+    shape = (len(rows), width, length)
+    batch: Batch = {
+        "input_ids": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "loss_mask": np.zeros(shape, bool),
+    }
+    for i, row in enumerate(rows):
+        for side in range(width):
+            _fill(batch, (i, side), [example.sequences[side] for example in row])
+    if width == 1:
+        batch = {name: array[:, 0] for name, array in batch.items()}
+    known = [row[0].reference_logps if row else None for row in rows]
+    if any(logps is not None for logps in known):
+        batch["reference_logps"] = np.asarray([k or (0.0, 0.0) for k in known], np.float32)
+    return batch
+
+
+def _fill(batch: Batch, place: tuple[int, int], documents: list[Tokens]) -> None:
+    at = 0
+    for number, tokens in enumerate(documents, start=1):
+        stop = at + len(tokens.ids)
+        batch["input_ids"][place][at:stop] = tokens.ids
+        batch["loss_mask"][place][at:stop] = tokens.learnt
+        batch["segment_ids"][place][at:stop] = number
+        batch["positions"][place][at:stop] = np.arange(len(tokens.ids))
+        at = stop
+
+
+def _order(
+    examples: Sequence[Example],
+    weights: Sequence[float],
+    seed: int,
+    epochs: float,
+    *,
+    endless: bool,
+) -> Iterator[int]:
+    """Indices of examples in the order in which they are seen."""
+    members: list[list[int]] = [[] for _ in weights]
+    for index, example in enumerate(examples):
+        members[example.source].append(index)
+    streams = [
+        grain.MapDataset.source(indices).shuffle(seed=seed + number).repeat()
+        for number, indices in enumerate(members)
+    ]
+    total = round(epochs * len(members[0]) * sum(weights) / weights[0])
+    taken = [0] * len(weights)
+    shares = [weight / sum(weights) for weight in weights]
+    count = 0
+    while endless or count < total:
+        # The source that is furthest behind its share is next: exact at every prefix.
+        behind = [share * (count + 1) - have for share, have in zip(shares, taken, strict=True)]
+        number = behind.index(max(behind))
+        yield streams[number][taken[number]]
+        taken[number] += 1
+        count += 1
+
+
+def _packed(
+    order: Iterator[int], examples: Sequence[Example], max_length: int
+) -> Iterator[list[int]]:
+    """First fit into a few open rows; the fullest is closed when none has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        need = examples[index].length
+        fits = next((i for i, left in enumerate(room) if left >= need), None)
+        if fits is None:
+            if len(rows) == _OPEN_ROWS:
+                fullest = room.index(min(room))
+                yield rows.pop(fullest)
+                room.pop(fullest)
+            rows.append([])
+            room.append(max_length)
+            fits = len(rows) - 1
+        rows[fits].append(index)
+        room[fits] -= need
+    yield from rows
