@@ -26,7 +26,11 @@ def run(stage: str, out: Path, overrides: list[str]) -> dict[str, dict[str, Any]
     for method, preset in METHODS.items():
         config = load_config(
             CONFIGS / f"stories260k-{stage}.yaml",
-            [*overrides, f"ogpsa.preset={preset}", f"output_dir={out}/stories260k-{stage}-{method}"],
+            [
+                *overrides,
+                f"ogpsa.preset={preset}",
+                f"output_dir={out}/stories260k-{stage}-{method}",
+            ],
         )
         summaries[method] = train(config)
     return summaries
@@ -66,7 +70,9 @@ def main() -> int:
         print(f"stories_table: {error}", file=sys.stderr)
         return 2
     print(table(summaries))
-    (arguments.out / f"stories260k-{arguments.stage}.json").write_text(json.dumps(summaries, indent=1))
+    (arguments.out / f"stories260k-{arguments.stage}.json").write_text(
+        json.dumps(summaries, indent=1)
+    )
     return 0
 
 

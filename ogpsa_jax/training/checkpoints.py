@@ -1,8 +1,8 @@
-"""Checkpoints by Orbax: parameters, optimizer state with the basis, and where the run stands.
+"""Checkpoints by Orbax: parameters, optimizer state with the basis, and the step.
 
-The position in the data and every random choice are functions of (seed, step), so the step says
-where to go on. A checkpoint is complete or invisible; one that cannot be read is passed over for
-the one before, and the message says so.
+The position in the data and every random choice are functions of (seed, step), so the step is all
+that is needed to go on. A checkpoint is complete or invisible; one that cannot be read is passed
+over for the one before, and the message says so.
 """
 
 import logging
@@ -22,13 +22,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, step: int, state: Any, position: dict[str, int]) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Write the checkpoint of `step` in the background."""
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-            ),
+            args=ocp.args.StandardSave(state),
             force=True,
         )
 
@@ -41,16 +39,12 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                )
+                return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # whatever a torn file makes the storage layers raise
                 logger.warning(
                     "checkpoint %d cannot be read (%s); using the one before", step, error
                 )
                 self._manager.delete(step)
-                continue
-            return step, restored.state
         return None
 
     def wait(self) -> None:

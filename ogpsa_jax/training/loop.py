@@ -58,6 +58,7 @@ class Task:
     objective: Objective
     batches: Batches
     references: Sequence[HostBatch] = ()
+    reference_rows: int = 0
     reference_loss: Objective | None = None
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
@@ -101,10 +102,9 @@ def fit(
         )
         references = tuple(shard_rows(batches, mesh) for batches in task.references)
 
-    state = TrainState(network.trained, jax.jit(optimizer.init)(network.trained))
+    state = TrainState(network.trained, optimizer.init(network.trained))
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
-    position = {"seed": config.seed, "batch_size": config.train.batch_size}
-    start, state = checkpoints.restore_newest(state, position) or (0, state)
+    start, state = checkpoints.restore_newest(state) or (0, state)
     log = MetricsLog(run_dir, start)
     pending: list[tuple[int, dict[str, jax.Array], bool]] = []
 
@@ -138,7 +138,7 @@ def fit(
                 evaluate(state.params, done, log)
             if saves:
                 log.flush()
-                checkpoints.save(done, state, position)
+                checkpoints.save(done, state)
             if terminated() and done < total:
                 checkpoints.close()
                 log.close()

@@ -1,11 +1,10 @@
 """Devices as a mesh of axes data, fsdp and tensor, and how batches lie on it.
 
-Parameters, optimizer state and basis follow the table in :mod:`ogpsa_jax.models.sharding`; rows of a
-batch are split over data and fsdp together.
+Parameters, optimizer state and basis follow the table in :mod:`ogpsa_jax.models.sharding`; rows of
+a batch are split over data and fsdp together.
 """
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,13 +35,18 @@ def make_mesh(section: MeshSection) -> Mesh:
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def rows_per_micro_batch(config: RunConfig, mesh: Mesh) -> int:
     """Rows of one micro-batch over all devices.
 
     Raises:
       InputError: the batch cannot be cut evenly.
     """
-    shards = math.prod(mesh.shape[axis] for axis in ROWS)
+    shards = row_shards(mesh)
     batch = config.train.batch_size
     rows = min(batch, config.train.micro_batch_size * shards)
     if batch % rows or rows % shards:
@@ -64,7 +68,7 @@ def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     Returns:
       Global arrays [micro-batches, rows, ...].
     """
-    shards = math.prod(mesh.shape[axis] for axis in ROWS)
+    shards = row_shards(mesh)
 
     def put(array: np.ndarray) -> jax.Array:
         rows = array.shape[1] * jax.process_count()
@@ -72,8 +76,3 @@ def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
 
     return {name: put(array) for name, array in batch.items()}
-
-
-def replicated(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ogpsa_jax.training.prepare import prepare_data, prepare_model, prepare_task
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import save_pretrained
@@ -19,6 +18,7 @@ from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import Line, draw_curves
+from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model, prepare_task
 from ogpsa_jax.training.step import Network
 
 logger = logging.getLogger(__name__)
@@ -88,31 +88,27 @@ def train(config: RunConfig) -> dict[str, Any]:
         logger.warning("%s is finished; delete the directory to run it again", run_dir)
         return dict(json.loads(finished.read_text()))
     started = time.perf_counter()
-    data = prepare_data(config)
+    data = prepare_data(config, model_config(config))
     mesh = make_mesh(config.mesh)
     model = prepare_model(config, mesh)
-    task = prepare_task(config, data, model, mesh)
+    task = prepare_task(config, data, mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(dump_config(config))
     network = Network.of(model)
     del model
     network, lines = fit(network, task, config, mesh, run_dir)
-    export(network, config, run_dir / "export")
+    save_pretrained(network.model(), run_dir / "export")
     draw_curves(lines, run_dir / "curves.png")
     summary = {
         **summarise(config, lines),
         "data": data.report(),
         "reference_samples": task.reference_rows * _refreshes(lines),
         "seconds": round(time.perf_counter() - started, 1),
+        "export": str(run_dir / "export"),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     _write_whole(finished, json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-def export(network: Network, config: RunConfig, folder: Path) -> None:
-    """Write the Hugging Face checkpoint beside its place, then rename."""
-    save_pretrained(network.model(), folder)
 
 
 def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from ogpsa_jax import diagnostics, reference_gradients, refresh
+from ogpsa_jax.projection.refresh import find_states
 from ogpsa_jax.training.optimizer import Optimizer
 
 Params = Any
@@ -123,8 +124,9 @@ def make_train_step(
 
 def projection_metrics(opt_state: Any) -> Metrics:
     """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
-    found = diagnostics(opt_state)
-    return found
+    if not find_states(opt_state):
+        return {}
+    return {name: value for name, value in diagnostics(opt_state).items() if name != "groups"}
 
 
 def make_refresh(

@@ -1,0 +1,195 @@
+"""From a configuration to what the loop needs: data first, checked whole, then the model."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ogpsa_jax.data import (
+    ChatTemplate,
+    DataReport,
+    DataSource,
+    Example,
+    TrainBatches,
+    fixed_batches,
+    load_tokenizer,
+    prepare,
+)
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.models import Decoder, DecoderConfig, load_pretrained
+from ogpsa_jax.models.config import read_config
+from ogpsa_jax.models.folders import resolve_folder
+from ogpsa_jax.objectives.dpo import dpo_loss
+from ogpsa_jax.objectives.sft import sft_loss
+from ogpsa_jax.training.config import RunConfig, SourceSection
+from ogpsa_jax.training.loop import Evaluation, Task
+from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
+from ogpsa_jax.training.step import Objective
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All examples of a run."""
+
+    train: list[Example]
+    references: list[list[Example]]
+    evaluations: dict[str, list[Example]]
+    reports: dict[str, DataReport]
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Counts for the summary, by data set."""
+        return {name: report.as_dict() for name, report in self.reports.items()}
+
+
+def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
+    """Read, validate and tokenise every data set of the run.
+
+    Raises:
+      InputError: anything wrong in any of them, or a tokenizer that does not fit the model.
+    """
+    if not config.data.train:
+        raise InputError("data.train is empty: name at least one data set to train on.")
+    if config.data.max_length > model.max_position_embeddings:
+        raise InputError(
+            f"data.max_length ({config.data.max_length}) exceeds the model's "
+            f"max_position_embeddings ({model.max_position_embeddings}); lower it."
+        )
+    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
+    template = ChatTemplate(tokenizer, config.data.template)
+    reports: dict[str, DataReport] = {}
+
+    def read(
+        name: str, sources: Sequence[SourceSection], *, pairs: bool, all_tokens: bool = False
+    ) -> list[Example]:
+        examples, reports[name] = prepare(
+            [data_source(source) for source in sources],
+            template,
+            kind="preference" if pairs else "sft",
+            max_length=config.data.max_length,
+            all_tokens=all_tokens,
+            seed=config.seed,
+        )
+        largest = max(int(t.ids.max()) for example in examples for t in example.sequences)
+        if largest >= model.vocab_size:
+            raise InputError(
+                f"{config.model.tokenizer or config.model.path}: the tokenizer gives token "
+                f"{largest}, but the model knows {model.vocab_size}; name the model's own tokenizer."
+            )
+        return examples
+
+    train = read("train", config.data.train, pairs=config.objective == "dpo")
+    pairs = config.references.loss in ("dpo", "official")
+    references = [
+        read(
+            f"references.{i}",
+            [section],
+            pairs=pairs,
+            all_tokens=config.references.loss == "all_tokens",
+        )
+        for i, section in enumerate(config.references.sets if config.projects else ())
+    ]
+    evaluations = {
+        name: read(
+            f"eval.{name}",
+            [section],
+            pairs=section.measure == "preference",
+            all_tokens=section.measure == "all_tokens",
+        )
+        for name, section in config.data.eval.items()
+    }
+    return RunData(train, references, evaluations, reports)
+
+
+def data_source(section: SourceSection) -> DataSource:
+    """The data room's view of a configured source."""
+    names = {field.name for field in dataclasses.fields(DataSource)}
+    return DataSource(**section.model_dump(include=names))
+
+
+def model_config(config: RunConfig) -> DecoderConfig:
+    """The architecture, from the model folder.
+
+    Raises:
+      InputError: no such model, or one that the decoder does not cover.
+    """
+    return read_config(resolve_folder(str(config.model.path)))
+
+
+def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
+    """The model on its mesh, pre-trained or, where the configuration says so, random.
+
+    Raises:
+      InputError: a checkpoint with missing, extra or mis-shaped tensors.
+    """
+    section = config.model
+    options: dict[str, Any] = {
+        "dtype": section.dtype,
+        "param_dtype": section.param_dtype,
+        "remat": config.train.remat,
+        "mesh": mesh,
+    }
+    if section.initial_weights == "pretrained":
+        return load_pretrained(str(section.path), **options)
+    folder = resolve_folder(str(section.path))
+    model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)
+    model.source = str(folder)
+    return model
+
+
+def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
+    """Objective, batches, references and held-out sets."""
+    rows = rows_per_micro_batch(config, mesh)
+    shards = row_shards(mesh)
+    chunk = config.train.loss_chunk
+    batches = TrainBatches(
+        data.train,
+        batch_size=config.train.batch_size,
+        micro_batch_size=rows,
+        max_length=config.data.max_length,
+        packing=config.data.packing and config.objective == "sft",
+        seed=config.seed,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+        weights=[section.weight for section in config.data.train],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    def fixed(examples: list[Example], batch_size: int) -> Any:
+        return fixed_batches(
+            examples, batch_size=batch_size, max_length=config.data.max_length, multiple=shards
+        )
+
+    preference = preference_objective(config)
+    cross_entropy = partial(sft_loss, chunk_size=chunk)
+    return Task(
+        objective=preference if config.objective == "dpo" else cross_entropy,
+        batches=batches,
+        references=[fixed(examples, config.references.batch_size) for examples in data.references],
+        reference_rows=sum(len(examples) for examples in data.references),
+        reference_loss=preference if config.references.loss == "dpo" else cross_entropy,
+        evaluations={
+            name: Evaluation(
+                fixed(examples, rows),
+                preference if len(examples[0].sequences) == 2 else cross_entropy,
+            )
+            for name, examples in data.evaluations.items()
+        },
+    )
+
+
+def preference_objective(config: RunConfig) -> Objective:
+    """The configured preference loss."""
+    return partial(
+        dpo_loss,
+        loss=config.dpo.loss,
+        beta=config.dpo.beta,
+        label_smoothing=config.dpo.label_smoothing,
+        simpo_gamma=config.dpo.simpo_gamma,
+        chunk_size=config.train.loss_chunk,
+    )
