@@ -78,7 +78,7 @@ def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
         if largest >= model.vocab_size:
             raise InputError(
                 f"{config.model.tokenizer or config.model.path}: the tokenizer gives token "
-                f"{largest}, but the model knows {model.vocab_size}; name the model's own tokenizer."
+                f"{largest}, but the model knows {model.vocab_size}; name its own tokenizer."
             )
         return examples
 

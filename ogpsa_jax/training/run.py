@@ -31,39 +31,39 @@ _FREE_ON_RESUME = {
 
 
 def train_stages(
-    paths: Sequence[str | Path], overrides: Sequence[str] = ()
+    paths: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    output_dirs: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Run one stage per configuration, each starting from the export of the one before.
 
     Args:
       paths: YAML files, in order.
-      overrides: ``key.sub=value``, applied to every stage.
+      overrides: ``key.sub=value``, applied to every stage (``model.path`` to the first alone).
+      output_dirs: a run directory per stage, instead of the configurations' own.
 
     Returns:
       The summaries.
 
     Raises:
-      InputError: bad configuration, data or model of any stage; all configurations are read first.
+      InputError: bad configuration, data or model of any stage; all configurations are read before
+        the first stage starts.
     """
-    configs = [load_config(path, overrides) for path in paths]
+    configs = []
+    for number, path in enumerate(paths):
+        own = [f"output_dir={output_dirs[number]}"] if output_dirs else []
+        if number:
+            overrides = [item for item in overrides if not item.startswith("model.path=")]
+            own.append(f"model.path={Path(configs[-1].output_dir) / 'export'}")
+            own.append("model.initial_weights=pretrained")
+        configs.append(load_config(path, [*overrides, *own]))
     names = [config.output_dir for config in configs]
     if len(set(names)) < len(names):
-        raise InputError(f"output_dir: two stages write to the same directory ({names[0]}).")
-    if len(configs) > 1 and any(item.startswith("model.path=") for item in overrides):
-        first = configs[0].model.path
-        configs[1:] = [
-            config.model_copy(update={"model": config.model.model_copy(update={"path": None})})
-            for config in configs[1:]
-        ]
-        logger.info("model.path=%s is for the first stage", first)
-    summaries = []
-    for number, config in enumerate(configs):
-        if number:
-            before = str(Path(configs[number - 1].output_dir) / "export")
-            model = config.model.model_copy(update={"path": before, "tokenizer": None})
-            config = config.model_copy(update={"model": model})
-        summaries.append(train(config))
-    return summaries
+        raise InputError(
+            f"output_dir: two stages write to the same directory ({names[0]}); set it in the "
+            "configuration files, not for all stages at once."
+        )
+    return [train(config) for config in configs]
 
 
 def train(config: RunConfig) -> dict[str, Any]:

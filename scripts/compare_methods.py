@@ -1,0 +1,91 @@
+"""One configuration, several methods, one table: naive, paper and recommended, side by side.
+
+Each method is a run of its own with the same seed (finished runs are not run again). Losses are in
+nats per token, before and after.
+
+    python scripts/compare_methods.py CONFIG [CONFIG...] [--out runs] [key.sub=value ...]
+
+Several configurations are the stages of one pipeline, each starting from the one before.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.training.run import train_stages
+
+METHODS = {"naive": "off", "paper": "paper", "recommended": "recommended"}
+
+
+def run(
+    configs: list[Path], methods: list[str], out: Path, overrides: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The summaries of each method's stages."""
+    return {
+        method: train_stages(
+            configs,
+            [*overrides, f"ogpsa.preset={METHODS[method]}"],
+            output_dirs=[f"{out}/{config.stem}-{method}" for config in configs],
+        )
+        for method in methods
+    }
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row per method, a column per held-out measure."""
+    before = next(iter(summaries.values()))["before"]
+    rows = [["", *before, "reference samples", "squared norm removed"]]
+    rows.append(["before", *(f"{value:.3f}" for value in before.values()), "", ""])
+    for method, summary in summaries.items():
+        removed = summary["projection"].get("mean_removed_fraction")
+        rows.append(
+            [
+                method,
+                *(f"{summary['after'][name]:.3f}" for name in before),
+                str(summary["reference_samples"]),
+                "" if removed is None else f"{removed:.1%}",
+            ]
+        )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(cells))
+        + " |"
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    rule = "|" + "|".join(
+        "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
+    )
+    return "\n".join([lines[0], rule + "|", *lines[1:]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="+", help="YAML files, then key.sub=value overrides")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the runs go")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which, separated by commas")
+    arguments = parser.parse_args()
+    configs = [Path(item) for item in arguments.config if "=" not in item]
+    overrides = [item for item in arguments.config if "=" in item]
+    try:
+        methods = arguments.methods.split(",")
+        unknown = [method for method in methods if method not in METHODS]
+        if unknown:
+            raise InputError(f"--methods: unknown {unknown[0]!r}; known: {', '.join(METHODS)}.")
+        found = run(configs, methods, arguments.out, overrides)
+    except InputError as error:
+        print(f"compare_methods: {error}", file=sys.stderr)
+        return 2
+    for stage, config in enumerate(configs):
+        summaries = {method: stages[stage] for method, stages in found.items()}
+        print(f"\n{config.stem}\n\n{table(summaries)}")
+        path = arguments.out / f"{config.stem}.json"
+        path.write_text(json.dumps(summaries, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
