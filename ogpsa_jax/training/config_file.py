@@ -18,9 +18,17 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML safe-load, with 1e-6 read as a number (YAML 1.1 takes it for text)."""
+    """YAML safe-load as version 1.2 reads it: 1e-6 is a number, off and no are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as in the class it replaces
+        first: [item for item in resolvers if item[0] != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
@@ -73,7 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; :func:`load_config` gives the same one back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def schema_lines(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

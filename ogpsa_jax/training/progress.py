@@ -60,4 +60,5 @@ class Progress:
             self._console.print(
                 f"{self._name}: step {line['step']}/{self._total}  {shown}{remaining}",
                 highlight=False,
+                soft_wrap=True,
             )

@@ -26,6 +26,12 @@ def test_exponents_without_a_point_are_numbers(good):
     assert load_config(good).optimizer.learning_rate == 1e-4
 
 
+def test_off_is_a_preset_and_not_a_truth_value(good):
+    good.write_text(GOOD + "ogpsa: {preset: off}\n")
+    assert load_config(good).ogpsa.preset == "off"
+    assert load_config(good, ["ogpsa.preset=off", "data.packing=false"]).data.packing is False
+
+
 def test_a_resolved_configuration_round_trips(good, tmp_path):
     config = load_config(good, ["ogpsa.preset=paper", "objective=dpo"])
     again = tmp_path / "again.yaml"
