@@ -1,0 +1,25 @@
+"""Safety and capability scores, the harness adapter, the safety–utility report."""
+
+from ogpsa_jax.evaluation.figure import pareto_figure
+from ogpsa_jax.evaluation.page import cells_html, figure_html, html_page, table_html
+from ogpsa_jax.evaluation.records import Cost, Record, read_records, write_records
+from ogpsa_jax.evaluation.report import explanation_html, report
+from ogpsa_jax.evaluation.tables import aggregate, csv_table, markdown_table, text_table
+
+__all__ = [
+    "Cost",
+    "Record",
+    "aggregate",
+    "cells_html",
+    "csv_table",
+    "explanation_html",
+    "figure_html",
+    "html_page",
+    "markdown_table",
+    "pareto_figure",
+    "read_records",
+    "report",
+    "table_html",
+    "text_table",
+    "write_records",
+]

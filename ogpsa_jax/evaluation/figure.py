@@ -1,0 +1,156 @@
+"""The safety–utility figure: safety against general score, as in the paper."""
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ogpsa_jax.evaluation.records import BASE, NAIVE, Record
+from ogpsa_jax.evaluation.tables import Row, aggregate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by readers with any colour vision; then three darker shades.
+_COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#8B5E00",
+    "#5B4EA3",
+    "#7A9A01",
+    "#7F7F7F",
+)
+_FIXED_COLOURS = {BASE: "#000000", NAIVE: "#D55E00"}
+_MARKERS = ("o", "s", "D", "^", "v", "P")
+
+
+def pareto_figure(records: Sequence[Record], title: str | None = None) -> "Figure":
+    """Safety (upwards) against general score (to the right); up and right is better.
+
+    A colour is a method, a marker a stage. Settings of one method at one stage (weights of a merge,
+    say) are joined by a line. Bars are the spread that the table gives.
+
+    Args:
+      records: of any runs; those without a general or a safety score are left out.
+      title: put above the axes.
+
+    Returns:
+      A matplotlib figure; ``savefig`` writes it.
+
+    Raises:
+      ValueError: no record has both scores.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    rows = [row for row in aggregate(records) if {"general", "safety"} <= row.mean.keys()]
+    if not rows:
+        raise ValueError("records must hold a general and a safety score, none of them does")
+    figure = Figure(figsize=(8.2, 4.8), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    stages = list(dict.fromkeys(row.stage for row in rows if row.method != BASE))
+    for method, colour in _colours(rows).items():
+        for stage in dict.fromkeys(row.stage for row in rows if row.method == method):
+            series = [row for row in rows if (row.method, row.stage) == (method, stage)]
+            marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
+            _draw(axes, series, colour, marker)
+    _legend(axes, rows, stages)
+    axes.set_xlabel("general score")
+    axes.set_ylabel("safety score")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=None))
+    axes.margins(0.08)
+    axes.grid(color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.annotate(
+        "better ↗",
+        (1, 1),
+        xycoords="axes fraction",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="#666666",
+    )
+    if title:
+        axes.set_title(title, loc="left", fontsize=11)
+    return figure
+
+
+def _colours(rows: list[Row]) -> dict[str, str]:
+    methods = list(dict.fromkeys(row.method for row in rows))
+    free = [method for method in methods if method not in _FIXED_COLOURS]
+    chosen = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(free)}
+    return {method: _FIXED_COLOURS.get(method) or chosen[method] for method in methods}
+
+
+def _draw(axes, series: list[Row], colour: str, marker: str) -> None:  # type: ignore[no-untyped-def]
+    series = sorted(series, key=lambda row: row.mean["general"])
+    x = [row.mean["general"] for row in series]
+    y = [row.mean["safety"] for row in series]
+    if len(series) > 1:
+        axes.plot(x, y, color=colour, linewidth=1, alpha=0.6, zorder=2)
+    axes.errorbar(
+        x,
+        y,
+        xerr=[row.spread.get("general", 0.0) for row in series],
+        yerr=[row.spread.get("safety", 0.0) for row in series],
+        fmt=marker,
+        color=colour,
+        markersize=11 if marker == "*" else 7,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        elinewidth=0.9,
+        alpha=0.95,
+        zorder=3,
+    )
+    if len(series) > 1:
+        shared = _shared_words([row.label for row in series])
+        for row, at_x, at_y in zip(series, x, y, strict=True):
+            text = " ".join(row.label.split()[shared:]) or row.label
+            axes.annotate(
+                text,
+                (at_x, at_y),
+                xytext=(5, -10),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+            )
+
+
+def _shared_words(labels: list[str]) -> int:
+    """How many words all labels begin with."""
+    columns = zip(*(label.split() for label in labels), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _legend(axes, rows: list[Row], stages: list[str]) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for method, colour in _colours(rows).items():
+        labels = list(dict.fromkeys(row.label for row in rows if row.method == method))
+        name = labels[0] if len(labels) == 1 else method
+        marker = "*" if method == BASE else "o"
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=7, label=name)
+        )
+    if len(stages) > 1:
+        handles += [
+            Line2D(
+                [],
+                [],
+                color="#888888",
+                marker=_MARKERS[i % len(_MARKERS)],
+                linestyle="none",
+                markersize=6,
+                label=f"stage: {stage}",
+            )
+            for i, stage in enumerate(stages)
+        ]
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9
+    )

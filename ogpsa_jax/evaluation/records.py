@@ -1,0 +1,150 @@
+"""What the report knows of a run: one small record, and where it is found.
+
+A results file is a JSON object whose key ``records`` lists :class:`Record` objects; what else it
+holds is free. The demonstration and ``ogpsa-jax evaluate`` both write one.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ogpsa_jax.errors import InputError
+
+BASE = "base"  # the method of the model before alignment
+NAIVE = "naive"  # the method without any protection: it pays the whole tax
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cost(_Strict):
+    """What a run spent."""
+
+    training_samples: int = Field(
+        default=0, ge=0, description="rows through forward and backward passes"
+    )
+    reference_samples: int = Field(
+        default=0, ge=0, description="rows whose gradients made the basis"
+    )
+    seconds: float = Field(default=0.0, ge=0, description="wall-clock time of training")
+
+
+class Record(_Strict):
+    """The scores of one model: one point of the safety–utility figure, or one seed of a point."""
+
+    label: str = Field(description="the name shown; records that differ in seed alone share it")
+    method: str = Field(description="base, naive, ogpsa, mixing, ...; decides the colour")
+    stage: str = Field(description="what was done, as in sft, dpo, sft+dpo; decides the marker")
+    seed: int = 0
+    scores: dict[str, Finite] = Field(
+        description="fractions: general, safety, over_refusal, benign_compliance, any others"
+    )
+    spread: dict[str, Finite] = Field(
+        default_factory=dict,
+        description="standard errors of scores over the items of this run, where measured",
+    )
+    cost: Cost = Cost()
+
+
+def write_records(
+    path: str | Path, records: Iterable[Record], extra: dict[str, Any] | None = None
+) -> None:
+    """Write a results file, whole or not at all.
+
+    Args:
+      path: the JSON file.
+      records: what goes under ``records``.
+      extra: further keys of the file.
+    """
+    content = {**(extra or {}), "records": [record.model_dump() for record in records]}
+    write_whole(Path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place, then put it there in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def read_records(run: str | Path) -> list[Record]:
+    """The records of a run.
+
+    Args:
+      run: a results file, or a directory: its ``results.json``, else those of its evaluations
+        (``evaluation/*/results.json``).
+
+    Returns:
+      The records in the order of the files. Several evaluations of one run are one record with
+      the scores of all of them.
+
+    Raises:
+      InputError: no results there, or a record that is not as it must be.
+    """
+    path = Path(run)
+    if not path.exists():
+        raise InputError(f"{path}: no such run; give a run directory or a results.json.")
+    if path.is_file():
+        return _file_records(path)
+    own = path / "results.json"
+    files = [own] if own.is_file() else sorted(path.glob("evaluation/*/results.json"))
+    if not files:
+        raise InputError(
+            f"{path}: holds no results.json; score the run first with "
+            f"`ogpsa-jax evaluate {path} --suite FILE`."
+        )
+    return _merged([record for file in files for record in _file_records(file)])
+
+
+def _file_records(path: Path) -> list[Record]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
+        raise InputError(
+            f"{path}: expected an object with a list `records`, as `ogpsa-jax evaluate` and "
+            "`ogpsa-jax demo` write it."
+        )
+    records = []
+    for number, item in enumerate(content["records"], start=1):
+        try:
+            records.append(Record.model_validate(item))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "record"
+            raise InputError(
+                f"{path}, record {number}, field {field}: {first['msg'].lower()}; mend it or make "
+                "the file anew."
+            ) from error
+    return records
+
+
+def _merged(records: list[Record]) -> list[Record]:
+    """Join the scores of records that describe the same model."""
+    joined: dict[tuple[str, str, str, int], Record] = {}
+    for record in records:
+        key = (record.label, record.method, record.stage, record.seed)
+        before = joined.get(key, record)
+        joined[key] = before.model_copy(
+            update={
+                "scores": {**before.scores, **record.scores},
+                "spread": {**before.spread, **record.spread},
+            }
+        )
+    return list(joined.values())

@@ -1,0 +1,81 @@
+"""``ogpsa-jax report``: the safety–utility table and figure over any runs, as CSV, PNG and HTML."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation.figure import pareto_figure
+from ogpsa_jax.evaluation.page import figure_html, html_page, table_html
+from ogpsa_jax.evaluation.records import Record, read_records, write_whole
+from ogpsa_jax.evaluation.tables import SAFETY_TOLERANCE, csv_table, markdown_table
+
+
+def report(
+    runs: Sequence[str | Path],
+    output_dir: str | Path = "report",
+    matched_safety: float | None = None,
+) -> list[Record]:
+    """Write ``report.csv``, ``report.md``, ``report.html`` and ``pareto.png`` of some runs.
+
+    Args:
+      runs: run directories or results files.
+      output_dir: where they go; it is made if need be.
+      matched_safety: the safety score from which on the share of the tax removed is given; by
+        default that of the naive run of the same stage, less a small tolerance.
+
+    Returns:
+      The records of all runs, in order; ``text_table`` shows them.
+
+    Raises:
+      InputError: no run, a run without results, or none with both a general and a safety score.
+    """
+    if not runs:
+        raise InputError("report: name at least one run directory or results.json.")
+    if matched_safety is not None and not 0 <= matched_safety <= 1:
+        raise InputError(f"report: matched safety must be between 0 and 1, not {matched_safety}.")
+    records = [record for run in runs for record in read_records(run)]
+    if not any({"general", "safety"} <= record.scores.keys() for record in records):
+        known = sorted({name for record in records for name in record.scores})
+        raise InputError(
+            "report: no run has both a general and a safety score (found: "
+            f"{', '.join(known) or 'none'}); evaluate the runs with a suite that measures both."
+        )
+    output = Path(output_dir)
+    figure = pareto_figure(records)
+    output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output / "pareto.png")
+    write_whole(output / "report.csv", csv_table(records, matched_safety))
+    write_whole(output / "report.md", markdown_table(records, matched_safety) + "\n")
+    page = html_page(
+        "Safety and utility",
+        [
+            ("The trade-off", figure_html(figure, "Safety score against general score")),
+            ("Scores", table_html(records, matched_safety, every_score=True)),
+            ("What the numbers mean", explanation_html(matched_safety)),
+        ],
+    )
+    write_whole(output / "report.html", page)
+    return records
+
+
+def explanation_html(matched_safety: float | None = None) -> str:
+    """What the columns of the table mean; `matched_safety` as in the table."""
+    level = (
+        f"is at least that of the naive run of the same stage less {SAFETY_TOLERANCE}"
+        if matched_safety is None
+        else f"is at least {matched_safety}"
+    )
+    return (
+        "<dl>"
+        "<dt>general</dt><dd>Mean score on tasks that have nothing to do with safety: the ability "
+        "that alignment is to leave alone.</dd>"
+        "<dt>safety</dt><dd>Share of harmful requests that are refused.</dd>"
+        "<dt>over refusal</dt><dd>Share of harmless requests that are refused; lower is better."
+        "</dd>"
+        "<dt>benign compliance</dt><dd>Share of harmless requests that are answered.</dd>"
+        "<dt>tax removed</dt><dd>(general of the method − general of naive) / (general before "
+        "alignment − general of naive): 0 % is naive, 100 % loses nothing. Given only where the "
+        f"safety score {level}, for a model that refuses less keeps its abilities without any "
+        "method.</dd>"
+        "</dl>"
+    )
