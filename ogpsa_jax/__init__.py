@@ -5,8 +5,9 @@ The core of arXiv 2602.07892 as an Optax transformation; it imports jax and opta
 
 from ogpsa_jax.projection.diagnostics import diagnostics, first_order_change
 from ogpsa_jax.projection.reference import reference_gradients
-from ogpsa_jax.projection.refresh import push_reference, refresh
+from ogpsa_jax.projection.refresh import refresh
 from ogpsa_jax.projection.state import OgpsaState
+from ogpsa_jax.projection.streaming import push_reference
 from ogpsa_jax.projection.transform import ogpsa, ogpsa_project
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.refresh import require_states
+from ogpsa_jax.projection.find import find_states
 
 
 def diagnostics(opt_state: Any) -> dict[str, Any]:
@@ -16,32 +16,48 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
       opt_state: as for :func:`ogpsa_jax.refresh`.
 
     Returns:
-      In total, float32 or int32 scalars: ``removed_fraction`` of the squared norm,
-      ``effective_rank`` (mean over groups), ``steps_since_refresh``, ``refreshes``,
-      ``refused_refreshes`` (largest over states). Under ``"groups"``, by label: a dict of
-      ``removed_fraction`` and ``effective_rank``, each ``()`` or ``(layers,)``.
+      In total, device scalars: ``removed_fraction`` of the squared norm (float32; negative where
+      the conflict rule scales up), ``in_span_fraction`` of it that lay in the subspace before,
+      ``effective_rank`` (float32, mean over groups), ``reference_coverage`` (float32, the share of
+      the references' energy inside the basis, at least; 0 before the first refresh),
+      ``steps_since_refresh``, ``refreshes`` and ``refused_refreshes`` (int32, the largest of all
+      states). Under ``"groups"``, by label: a dict of the first four, each ``()`` or ``(layers,)``.
 
     Raises:
       ValueError: no :class:`OgpsaState` in `opt_state`.
     """
-    states = require_states(opt_state)
+    states = find_states(opt_state)
     groups: dict[str, dict[str, jax.Array]] = {}
-    removed = squared = ranks = jnp.zeros([], jnp.float32)
-    count = 0
+    totals = [jnp.zeros([], jnp.float32)] * 6
     for state in states:
         # Leaves, because an nnx.Optimizer keeps each array in a Variable.
-        columns = map(jax.tree.leaves, (state.removed, state.squared_norm, state.rank_used))
-        for group, taken, norm, rank in zip(state.settings.groups, *columns, strict=True):
+        squared, removed, in_span, rank, spectrum, missed = jax.tree.leaves(
+            (
+                *(state.squared_norm, state.removed, state.in_span),
+                *(state.rank_used, state.spectrum, state.discarded),
+            )
+        )
+        captured = jnp.sum(spectrum, axis=-1)
+        columns = (squared, removed, in_span, rank.astype(jnp.float32), captured, missed)
+        totals = [total + jnp.sum(column) for total, column in zip(totals, columns, strict=True)]
+        values = {
+            "removed_fraction": _fraction(removed, squared),
+            "in_span_fraction": _fraction(in_span, squared),
+            "effective_rank": rank,
+            "reference_coverage": _fraction(captured, captured + missed),
+        }
+        for group in state.settings.groups:
             groups[group.label] = {
-                "removed_fraction": _fraction(taken, norm),
-                "effective_rank": rank,
+                name: value[group.start] if group.layers is None else value[group.rows]
+                for name, value in values.items()
             }
-            removed, squared = removed + jnp.sum(taken), squared + jnp.sum(norm)
-            ranks = ranks + jnp.sum(rank.astype(jnp.float32))
-            count += rank.size
+    squared, removed, in_span, rank, captured, missed = totals
+    count = sum(state.settings.groups[-1].rows.stop for state in states)
     return {
         "removed_fraction": _fraction(removed, squared),
-        "effective_rank": ranks / count,
+        "in_span_fraction": _fraction(in_span, squared),
+        "effective_rank": rank / count,
+        "reference_coverage": _fraction(captured, captured + missed),
         "steps_since_refresh": _largest([state.steps_since_refresh for state in states]),
         "refreshes": _largest([state.refreshes for state in states]),
         "refused_refreshes": _largest([state.refused_refreshes for state in states]),

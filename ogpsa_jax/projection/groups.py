@@ -4,8 +4,8 @@ The official code gives every weight tensor a subspace of its own (``scope="tens
 equations treat all parameters as one vector (``scope="global"``). A leaf that stacks L layers along
 an axis stands for L tensors, so in tensor scope it is L groups, kept as one `Group` with an axis.
 
-Everything downstream works on flat lists of leaves and on *per-group* arrays: shape ``()`` for a
-plain group, ``(L,)`` for a stacked one.
+Everything downstream works on flat lists of leaves, and on *per-group arrays* whose leading axis of
+length G counts the groups, every layer of a stacked leaf for one. A `Group` knows its rows there.
 """
 
 import re
@@ -37,11 +37,16 @@ class Group(NamedTuple):
     leaves: tuple[int, ...]  # positions in the flat list of the leaves that are held
     axes: tuple[int | None, ...]  # stacking axis of each leaf; all None or none None
     layers: int | None  # length of that axis
+    start: int  # first of its rows in per-group arrays
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of a per-group array."""
-        return () if self.layers is None else (self.layers,)
+    def rows(self) -> slice:
+        """Its rows in per-group arrays."""
+        return slice(self.start, self.start + (1 if self.layers is None else self.layers))
+
+    def of(self, leaves: Sequence[Any]) -> list[Any]:
+        """Its leaves out of all that are held."""
+        return [leaves[i] for i in self.leaves]
 
 
 def stacking_axis(stacked: Stacked, path: Any, leaf: Any) -> int | None:
@@ -93,30 +98,33 @@ def form_groups(
             layers = None if axis is None else leaf.shape[axis]
             members.setdefault(str(label), []).append((sum(held), axis, layers))
         held.append(bool(holds))
-    groups = []
+    groups: list[Group] = []
     for label, items in members.items():
         leaves, axes, layers = zip(*items, strict=True)
         if len(set(layers)) > 1:
             raise ValueError(
-                f"scope: the group {label!r} joins leaves that stack different numbers of layers "
-                f"({sorted(map(str, set(layers)))}); give them different labels"
+                f"scope: the group {label!r} joins leaves that stack different numbers of layers, "
+                f"{', '.join(sorted(map(str, set(layers))))}; give them different labels"
             )
-        groups.append(Group(label, leaves, axes, layers[0]))
+        start = groups[-1].rows.stop if groups else 0
+        groups.append(Group(label, leaves, axes, layers[0], start))
     return held, tuple(groups)
 
 
-def sum_products(a: jax.Array, b: jax.Array, axis: int | None) -> jax.Array:
-    """⟨a, b⟩ in float32, per layer along `axis`: shape ``()`` or ``(L,)``.
+def inner(a: Sequence[jax.Array], b: Sequence[jax.Array], group: Group) -> jax.Array:
+    """⟨a, b⟩ of a group's leaves, accumulated in float32: ``[rows]``.
 
-    A product and a sum, not a dot: contracting a sharded dimension with a dot all-gathers or is
-    refused on explicit meshes, a sum costs one small all-reduce.
+    Products and a sum, not a dot: contracting a sharded dimension with a dot all-gathers, or is
+    refused on explicit meshes; a sum costs one all-reduce of a few numbers.
     """
-    axes = tuple(i for i in range(a.ndim) if i != axis)
-    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=axes)
+    total = jnp.zeros(group.rows.stop - group.start, jnp.float32)
+    for x, y, axis in zip(a, b, group.axes, strict=True):
+        others = tuple(i for i in range(x.ndim) if i != axis)
+        products = x.astype(jnp.float32) * y.astype(jnp.float32)
+        total = total + jnp.sum(products, axis=others).reshape(total.shape)
+    return total
 
 
-def spread(per_group: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array:
-    """A per-group array, shaped so that it broadcasts against `leaf`."""
-    if axis is None:
-        return jnp.reshape(per_group, (1,) * leaf.ndim)
-    return jnp.reshape(per_group, tuple(-1 if i == axis else 1 for i in range(leaf.ndim)))
+def spread(rows: jax.Array, ndim: int, axis: int | None) -> jax.Array:
+    """A group's rows of a per-group array ``[rows]``, shaped to broadcast against a leaf."""
+    return jnp.reshape(rows, tuple(-1 if i == axis else 1 for i in range(ndim)))

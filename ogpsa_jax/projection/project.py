@@ -4,83 +4,99 @@
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.groups import Group, spread, sum_products
+from ogpsa_jax.projection.groups import Group, inner, spread
 
-Rule = Literal["orthogonal", "conflict", "inplane", "none"]
 RULES: tuple[str, ...] = ("orthogonal", "conflict", "inplane", "none")
 
 
-class Projected(NamedTuple):
-    """A group's part of a vector after the rule, and what the rule took."""
+class Subspaces(NamedTuple):
+    """What spans the reference subspace of every group."""
 
-    leaves: list[jax.Array]
-    in_span: jax.Array  # float32 group.shape: squared norm of the component in the span
-    before: jax.Array  # float32 group.shape: squared norm
-    after: jax.Array  # float32 group.shape: squared norm
+    directions: Sequence[Sequence[jax.Array]]  # k flat lists of the held leaves, any float dtype
+    metric: jax.Array  # float32 [G, k, k]
+    mean: jax.Array  # float32 [G, k]: the sum of the unit references, in the basis
+
+
+class Energies(NamedTuple):
+    """Squared norms, float32 ``[G]``."""
+
+    before: jax.Array
+    in_span: jax.Array  # of the component in the subspace, before the rule
+    after: jax.Array
 
 
 def project(
     vector: Sequence[jax.Array],
-    basis: Sequence[Sequence[jax.Array]],
-    metric: jax.Array,
-    mean: jax.Array,
-    group: Group,
+    subspaces: Subspaces,
+    groups: Sequence[Group],
     rule: str,
-    scale: float,
+    scale: Any,
     sign: float = 1.0,
-) -> Projected:
-    """Apply `rule` to the group's part of a gradient or an update.
+) -> tuple[list[jax.Array], Energies]:
+    """Apply `rule` to a gradient or an update.
 
     Args:
-      vector: leaves of the group.
-      basis: ``basis[j][i]``, direction j, leaf i of the group, any float dtype.
-      metric: float32 ``group.shape + (k, k)``.
-      mean: float32 ``group.shape + (k,)``, the sum of the unit references in the basis: what the
-        conflict rule compares with. With one reference its sign is that of ⟨vector, reference⟩,
-        the official ``threshold``.
-      group: how the leaves belong together.
+      vector: the held leaves.
+      subspaces: the bases.
+      groups: how the leaves belong together.
       rule: one of `RULES`.
       scale: factor of the conflict rule where vector and references agree.
       sign: +1 for a gradient, −1 for an update (which points down its gradient).
+
+    Returns:
+      The leaves after the rule, in the dtypes of `vector`, and what it did.
     """
-    coefficients = jnp.stack([_inner(direction, vector, group) for direction in basis], axis=-1)
-    weights = jnp.sum(metric * coefficients[..., None, :], axis=-1)
-    in_span = jnp.sum(coefficients * weights, axis=-1)
-    before = _inner(vector, vector, group)
+    out = list(vector)
+    energies = []
+    for group in groups:
+        leaves, energy = _project_group(vector, subspaces, group, rule, scale, sign)
+        for place, leaf in zip(group.leaves, leaves, strict=True):
+            out[place] = leaf
+        energies.append(energy)
+    return out, Energies(*(jnp.concatenate(parts) for parts in zip(*energies, strict=True)))
+
+
+def _project_group(
+    vector: Sequence[jax.Array],
+    subspaces: Subspaces,
+    group: Group,
+    rule: str,
+    scale: Any,
+    sign: float,
+) -> tuple[list[jax.Array], Energies]:
+    own = group.of(vector)
+    basis = [group.of(direction) for direction in subspaces.directions]
+    metric, mean = subspaces.metric[group.rows], subspaces.mean[group.rows]
+    coefficients = jnp.stack([inner(own, direction, group) for direction in basis], axis=-1)
+    weights = jnp.sum(metric * coefficients[:, None, :], axis=-1)
+    # An infinite gradient times a zero direction is not a number: absent directions have no weight.
+    weights = jnp.where(jnp.diagonal(metric, axis1=-2, axis2=-1) > 0, weights, 0.0)
+    before = inner(own, own, group)
+    in_span = jnp.sum(jnp.where(weights != 0, coefficients * weights, 0.0), axis=-1)
+    if rule == "none":
+        return own, Energies(before, in_span, before)
+    # vector → keep · vector − take · (its component in the span)
     one, zero = jnp.ones_like(before), jnp.zeros_like(before)
-    # vector -> keep * vector - take * (component in the span)
-    if rule == "orthogonal":
-        keep, take = one, one
-    elif rule == "inplane":
+    keep, take = one, one
+    if rule == "inplane":
         keep, take = zero, -one
     elif rule == "conflict":
-        agreement = sign * jnp.sum(coefficients * mean, axis=-1)
-        keep = jnp.where(agreement > 0, scale, one)
+        agreement = sign * jnp.sum(jnp.where(mean != 0, coefficients * mean, 0.0), axis=-1)
+        keep = jnp.where(agreement > 0, jnp.asarray(scale, jnp.float32), one)
         take = jnp.where(agreement < 0, one, zero)
-    else:
-        keep, take = one, zero
     after = keep**2 * (before - in_span) + (keep - take) ** 2 * in_span
-    if rule == "none":
-        return Projected(list(vector), in_span, before, before)
     leaves = []
-    for i, (leaf, axis) in enumerate(zip(vector, group.axes, strict=True)):
-        out = leaf.astype(jnp.float32)
-        if rule in ("inplane", "conflict"):
-            out = out * spread(keep, leaf, axis)
+    for i, (leaf, axis) in enumerate(zip(own, group.axes, strict=True)):
+        result = leaf.astype(jnp.float32)
+        if rule != "orthogonal":
+            result = result * spread(keep, leaf.ndim, axis)
         for j, direction in enumerate(basis):
-            factor = spread(take * weights[..., j], leaf, axis)
-            out = out - factor * direction[i].astype(jnp.float32)
-        leaves.append(out.astype(leaf.dtype))
-    return Projected(leaves, in_span, before, jnp.maximum(after, 0.0))
-
-
-def _inner(a: Sequence[jax.Array], b: Sequence[jax.Array], group: Group) -> jax.Array:
-    total = jnp.zeros(group.shape, jnp.float32)
-    for x, y, axis in zip(a, b, group.axes, strict=True):
-        total = total + sum_products(x, y, axis)
-    return total
+            factor = spread(take * weights[:, j], leaf.ndim, axis)
+            result = result - factor * direction[i].astype(jnp.float32)
+        leaves.append(result.astype(leaf.dtype))
+    return leaves, Energies(before, in_span, jnp.maximum(after, 0.0))

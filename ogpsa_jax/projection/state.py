@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from ogpsa_jax.projection.groups import Group, is_masked
+from ogpsa_jax.projection.project import Subspaces
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,6 @@ class Settings:
 
     rank: int
     rule: str
-    scale: float
     rank_tol: float
     held: tuple[bool, ...]  # of each leaf of the parameters: whether it has a basis
     groups: tuple[Group, ...]  # over the held leaves
@@ -24,23 +24,33 @@ class Settings:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OgpsaState:
-    """State of :func:`ogpsa_jax.ogpsa_project`.
+    """State of :func:`ogpsa_jax.ogpsa_project`; k is the rank, G the number of groups.
 
-    Per-group arrays have the leading shape ``()``, or ``(L,)`` where leaves stack L layers, and the
-    trailing axes given here; k is the rank.
+    Every layer of a stacked leaf counts as a group where the scope is not global.
     """
 
     basis: tuple[Any, ...]  # k trees, shaped, typed and sharded like the parameters
-    metric: tuple[jax.Array, ...]  # float32 (..., k, k): inverse Gram matrix of the stored basis
-    spectrum: tuple[jax.Array, ...]  # float32 (..., k): energy of the references by direction
-    mean: tuple[jax.Array, ...]  # float32 (..., k): sum of the unit references, in the basis
-    rank_used: tuple[jax.Array, ...]  # int32 (...): directions that are not zero
-    removed: tuple[jax.Array, ...]  # float32 (...): squared norm taken at the last update
-    squared_norm: tuple[jax.Array, ...]  # float32 (...): squared norm before the last update
-    steps_since_refresh: jax.Array  # int32 (): updates since the basis was last replaced
-    refreshes: jax.Array  # int32 (): refreshes accepted
-    refused_refreshes: jax.Array  # int32 (): refreshes refused, the references not being finite
+    gram: jax.Array  # float32 [G, k, k]: of the basis as stored
+    metric: jax.Array  # float32 [G, k, k]: its inverse, zero where a direction is absent
+    spectrum: jax.Array  # float32 [G, k]: energy of the unit references by direction
+    mean: jax.Array  # float32 [G, k]: sum of the unit references, in the basis
+    discarded: jax.Array  # float32 [G]: energy of the unit references outside the basis, at most
+    rank_used: jax.Array  # int32 [G]: directions that are present
+    squared_norm: jax.Array  # float32 [G]: of the last gradient, before the rule
+    in_span: jax.Array  # float32 [G]: of its component in the subspace
+    removed: jax.Array  # float32 [G]: what the rule took of its squared norm
+    steps_since_refresh: jax.Array  # int32 []: updates since the basis last changed
+    refreshes: jax.Array  # int32 []: refreshes accepted
+    refused_refreshes: jax.Array  # int32 []: refreshes refused, the references not being finite
     settings: Settings = field(metadata={"static": True})
+
+    def directions(self) -> list[list[jax.Array]]:
+        """The basis as k flat lists of the held leaves."""
+        return [jax.tree.leaves(tree) for tree in self.basis]
+
+    def subspaces(self) -> Subspaces:
+        """What the projection needs of it."""
+        return Subspaces(self.directions(), self.metric, self.mean)
 
 
 class Alignment:
@@ -82,8 +92,3 @@ class Alignment:
                 for old, holds in zip(self._leaves, self._held, strict=True)
             ]
         )
-
-
-def of_group(leaves: Sequence[jax.Array], group: Group) -> list[jax.Array]:
-    """The group's leaves out of all held ones."""
-    return [leaves[i] for i in group.leaves]

@@ -1,12 +1,16 @@
-"""The orthonormal basis of the reference subspace of one group.
+"""The orthonormal basis of the reference subspace, for all groups at once.
 
 Unit-normalise the references, take their m×m Gram matrix, eigen-decompose it in float32, drop the
 directions whose eigenvalue is below `rank_tol` times the largest, keep at most `rank`. A second
-pass orthonormalises what is left, so that ``|QᵀQ − I| ≤ 1e-6``. Dropped directions are zero
+pass orthonormalises what the first left, so that ``|QᵀQ − I| ≤ 1e-6``. Dropped directions are zero
 vectors: shapes never depend on data.
 
-Source: paper (arXiv 2602.07892), the reference subspace; the official code's Gram–Schmidt
+Source: paper (arXiv 2602.07892), the reference subspace. The official code's Gram–Schmidt
 (``sft_pg/trainer.py``) divides by the norm of whatever is left, round-off included.
+
+Vectors are flat lists of leaves; *stacked* vectors have a leading axis counting them. All small
+matrices are per-group arrays: one batched eigen-decomposition serves all groups (one for each of
+hundreds of groups would compile slowly), while big arrays are only touched leaf by leaf.
 """
 
 from collections.abc import Sequence
@@ -15,151 +19,173 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.groups import Group, spread
+from ogpsa_jax.projection.groups import Group, inner, spread
 
-# A vector of a group: its leaves in order. Several vectors stacked: each leaf gets a leading axis.
-Vector = Sequence[jax.Array]
-
-
-class Subspace(NamedTuple):
-    """An orthonormal basis of one group and what the references look like in it."""
-
-    basis: list[jax.Array]  # each leaf stacked: float32 [rank, ...]
-    used: jax.Array  # int32 group.shape: directions that are not zero
-    spectrum: jax.Array  # float32 group.shape + (rank,): eigenvalues, largest first
-    mean: jax.Array  # float32 group.shape + (rank,): sum of the unit references, in the basis
+Leaves = Sequence[jax.Array]
+_TINY = 2.0**-126  # the smallest normal float32: its inverse is still one
 
 
-def scaled(factor: jax.Array, vector: Vector, group: Group) -> list[jax.Array]:
-    """`vector` times a per-group factor, in float32."""
-    return [
-        leaf.astype(jnp.float32) * spread(factor, leaf, axis)
-        for leaf, axis in zip(vector, group.axes, strict=True)
-    ]
+class Principal(NamedTuple):
+    """The leading eigenpairs of Gram matrices, as weights that make unit vectors of the vectors."""
+
+    vectors: jax.Array  # float32 [G, m, k]: eigenvectors over root eigenvalues; zero if dropped
+    spectrum: jax.Array  # float32 [G, k]: eigenvalues, largest first; zero if dropped
+    discarded: jax.Array  # float32 [G]: sum of the other eigenvalues
 
 
-def unit(vector: Vector, group: Group) -> tuple[list[jax.Array], jax.Array]:
-    """`vector` with norm one, or zero if it is zero; float32, safe from over- and underflow.
+class Scale(NamedTuple):
+    """The factors that make a vector a unit vector, group by group."""
 
-    Returns:
-      The unit vector, and whether it was finite (bool ``group.shape``); zero where it was not.
+    first: jax.Array  # float32 [G]: one over the largest entry
+    second: jax.Array  # float32 [G]: one over the norm after the first
+    finite: jax.Array  # bool []: whether all entries are
+
+
+def unit_scale(vector: Leaves, groups: Sequence[Group]) -> Scale:
+    """The factors that give `vector` norm one; zero where it is zero or not finite.
+
+    Two factors, because squares of entries of 1e-30 or 1e30 leave the range of float32.
     """
-    largest = jnp.zeros(group.shape, jnp.float32)
-    for leaf, axis in zip(vector, group.axes, strict=True):
-        others = tuple(i for i in range(leaf.ndim) if i != axis)
-        entries = jnp.abs(leaf.astype(jnp.float32))
-        largest = jnp.maximum(largest, jnp.max(entries, axis=others, initial=0.0))
-    finite = jnp.isfinite(largest)
-    usable = finite & (largest > 0)
-    # Two steps, the first by the largest entry: squares of 1e-30 or 1e30 would leave float32.
-    first = scaled(jnp.where(usable, 1.0 / jnp.where(usable, largest, 1.0), 0.0), vector, group)
-    first = [
-        jnp.where(spread(usable, leaf, axis), leaf, 0.0)
-        for leaf, axis in zip(first, group.axes, strict=True)
-    ]
-    square = squared_norm(first, group)
-    norm = jax.lax.rsqrt(jnp.where(usable, square, 1.0))
-    return scaled(norm, first, group), finite
+    largest = []
+    for group in groups:
+        peak = jnp.zeros(group.rows.stop - group.start, jnp.float32)
+        for leaf, axis in zip(group.of(vector), group.axes, strict=True):
+            others = tuple(i for i in range(leaf.ndim) if i != axis)
+            entries = jnp.abs(leaf.astype(jnp.float32))
+            peak = jnp.maximum(peak, jnp.max(entries, axis=others, initial=0.0).reshape(peak.shape))
+        largest.append(peak)
+    peaks = jnp.concatenate(largest)
+    finite = jnp.isfinite(peaks)
+    usable = finite & (peaks >= _TINY)
+    first = jnp.where(usable, 1.0 / jnp.where(usable, peaks, 1.0), 0.0)
+    shrunk = apply_scale(vector, Scale(first, jnp.ones_like(first), finite), groups)
+    squares = jnp.concatenate(
+        [inner(group.of(shrunk), group.of(shrunk), group) for group in groups]
+    )
+    second = jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
+    return Scale(first, second, jnp.all(finite))
 
 
-def squared_norm(vector: Vector, group: Group) -> jax.Array:
-    """‖vector‖², float32 ``group.shape``."""
-    total = jnp.zeros(group.shape, jnp.float32)
-    for leaf, axis in zip(vector, group.axes, strict=True):
-        others = tuple(i for i in range(leaf.ndim) if i != axis)
-        total = total + jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=others)
-    return total
-
-
-def gram(stacked: Vector, group: Group) -> jax.Array:
-    """Gram matrix of stacked vectors: float32 ``group.shape + (m, m)``.
-
-    One reduction a leaf (and not one a pair: m² of them compile slowly), as a product and a sum,
-    which costs a sharded leaf one all-reduce of m² numbers and never an all-gather.
-    """
-    count = stacked[0].shape[0]
-    total = jnp.zeros((count, count, *group.shape), jnp.float32)
-    for leaf, axis in zip(stacked, group.axes, strict=True):
-        products = leaf[:, None] * leaf[None, :]
-        others = tuple(i + 2 for i in range(leaf.ndim - 1) if i != axis)
-        total = total + jnp.sum(products, axis=others)
-    return jnp.moveaxis(total, (0, 1), (-2, -1))
-
-
-def combine(weights: jax.Array, stacked: Vector, group: Group) -> list[jax.Array]:
-    """``out[j] = Σ_i weights[..., i, j] · stacked[i]`` for every j, each leaf stacked anew."""
-    out = []
-    weights = jnp.moveaxis(weights, (-2, -1), (0, 1))  # [m, k, *group.shape]
-    for leaf, axis in zip(stacked, group.axes, strict=True):
-        rest = leaf.ndim - 1
-        shape = tuple(-1 if i == axis else 1 for i in range(rest))
-        factors = weights.reshape(*weights.shape[:2], *(shape if axis is not None else (1,) * rest))
-        out.append(jnp.sum(leaf[:, None] * factors, axis=0))
+def apply_scale(vector: Leaves, scale: Scale, groups: Sequence[Group]) -> list[jax.Array]:
+    """The unit vector, float32; zero where the scale is."""
+    out = list(vector)
+    for group in groups:
+        first, second = scale.first[group.rows], scale.second[group.rows]
+        for place, leaf, axis in zip(group.leaves, group.of(vector), group.axes, strict=True):
+            factor = spread(first, leaf.ndim, axis)
+            entries = leaf.astype(jnp.float32) * factor * spread(second, leaf.ndim, axis)
+            # Zero times infinity is not zero.
+            out[place] = jnp.where(factor > 0, entries, 0.0)
     return out
 
 
-def inverse_root(values: jax.Array, keep: jax.Array) -> jax.Array:
-    """``values ** -0.5`` where kept, else zero."""
-    return jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
+def gram(stacked: Leaves, groups: Sequence[Group]) -> jax.Array:
+    """Gram matrices of stacked vectors: float32 ``[G, m, m]``."""
+    return products(stacked, stacked, groups)
 
 
-def span(stacked: Vector, group: Group, rank: int, rank_tol: float) -> Subspace:
-    """The principal directions of vectors that are unit (or weighted) already.
+def products(a: Leaves, b: Leaves, groups: Sequence[Group]) -> jax.Array:
+    """``⟨a[i], b[j]⟩`` of stacked vectors: float32 ``[G, m, n]``.
 
-    Args:
-      stacked: each leaf float32 ``[m, ...]``.
-      group: how the leaves belong together.
-      rank: directions kept at most.
-      rank_tol: smallest eigenvalue kept, relative to the largest.
+    One reduction a leaf, and not one a pair: hundreds of leaves times m² pairs compile slowly.
     """
-    count = stacked[0].shape[0]
-    kept = min(rank, count)
-    products = gram(stacked, group)
-    values, vectors = jnp.linalg.eigh(products)
-    values = values[..., ::-1][..., :kept]
-    vectors = vectors[..., ::-1][..., :kept]
-    keep = (values > rank_tol * values[..., :1]) & (values > 0)
-    coefficients = vectors * inverse_root(values, keep)[..., None, :]
-    # Second pass: the first leaves errors of round-off / sqrt(eigenvalue); the polar factor of a
-    # nearly orthonormal set is its closest orthonormal set.
-    basis = combine(coefficients, stacked, group)
-    for _ in range(2):
-        again, turn = jnp.linalg.eigh(gram(basis, group))
-        root = inverse_root(again, again > 0.25)
-        polar = jnp.matmul(
-            turn * root[..., None, :], jnp.swapaxes(turn, -1, -2), precision="highest"
-        )
-        basis = combine(polar, basis, group)
-    sums = jnp.sum(coordinates(basis, stacked, group), axis=-1)
-    missing = rank - kept
-    pad = [(0, 0)] * (values.ndim - 1) + [(0, missing)]
-    return Subspace(
-        basis=[jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) for leaf in basis],
-        used=jnp.sum(keep, axis=-1, dtype=jnp.int32),
-        spectrum=jnp.pad(jnp.where(keep, values, 0.0), pad),
-        mean=jnp.pad(sums, pad),
+    blocks = []
+    for group in groups:
+        total = jnp.zeros((group.rows.stop - group.start, a[0].shape[0], b[0].shape[0]))
+        for x, y, axis in zip(group.of(a), group.of(b), group.axes, strict=True):
+            others = tuple(i + 2 for i in range(x.ndim - 1) if i != axis)
+            pairs = x[:, None].astype(jnp.float32) * y[None, :].astype(jnp.float32)
+            sums = jnp.sum(pairs, axis=others)
+            total = total + jnp.moveaxis(sums.reshape(*sums.shape[:2], -1), -1, 0)
+        blocks.append(total)
+    return jnp.concatenate(blocks)
+
+
+def combine(weights: jax.Array, stacked: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
+    """``out[j] = Σ_i weights[:, i, j] · stacked[i]``: float32, stacked anew."""
+    out = list(stacked)
+    for group in groups:
+        factors = jnp.moveaxis(weights[group.rows], 0, -1)  # [m, k, rows]
+        for place, leaf, axis in zip(group.leaves, group.of(stacked), group.axes, strict=True):
+            rest = tuple(-1 if i == axis else 1 for i in range(leaf.ndim - 1))
+            spread_factors = factors.reshape(*factors.shape[:2], *rest)
+            out[place] = jnp.sum(leaf[:, None].astype(jnp.float32) * spread_factors, axis=0)
+    return out
+
+
+def eigen(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, largest first, and eigenvectors (as columns) of symmetric ``[G, m, m]``."""
+    values, vectors = jnp.linalg.eigh(matrices)
+    return values[..., ::-1], vectors[..., ::-1]
+
+
+def pseudo_inverse(matrices: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
+    """Inverse of Gram matrices ``[G, k, k]``, and their rank int32 ``[G]``.
+
+    Directions whose eigenvalue is below `tolerance` times the largest count as absent.
+    """
+    values, vectors = eigen(matrices)
+    keep = (values > tolerance * values[:, :1]) & (values > 0)
+    inverse = jnp.where(keep, 1.0 / jnp.where(keep, values, 1.0), 0.0)
+    result = multiply(vectors * inverse[:, None, :], jnp.swapaxes(vectors, -1, -2))
+    return result, jnp.sum(keep, axis=-1, dtype=jnp.int32)
+
+
+def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Matrix product in true float32 (accelerators round the factors unless told not to)."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def principal(matrices: jax.Array, rank: int, rank_tol: float) -> Principal:
+    """The `rank` leading eigenpairs of Gram matrices ``[G, m, m]``, padded with zeros."""
+    values, vectors = eigen(matrices)
+    missing = max(rank - values.shape[-1], 0)
+    top = jnp.pad(values[:, :rank], [(0, 0), (0, missing)])
+    keep = (top > rank_tol * top[:, :1]) & (top > 0)
+    root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, top, 1.0)), 0.0)
+    spectrum = jnp.where(keep, top, 0.0)
+    energy = jnp.sum(jnp.maximum(values, 0.0), axis=-1)
+    return Principal(
+        vectors=jnp.pad(vectors[:, :, :rank], [(0, 0), (0, 0), (0, missing)]) * root[:, None, :],
+        spectrum=spectrum,
+        discarded=jnp.maximum(energy - jnp.sum(spectrum, axis=-1), 0.0),
     )
 
 
-def coordinates(basis: Vector, stacked: Vector, group: Group) -> jax.Array:
-    """``⟨basis[j], stacked[i]⟩``: float32 ``group.shape + (k, m)``."""
-    total = jnp.zeros((basis[0].shape[0], stacked[0].shape[0], *group.shape), jnp.float32)
-    for a, b, axis in zip(basis, stacked, group.axes, strict=True):
-        others = tuple(i + 2 for i in range(a.ndim - 1) if i != axis)
-        total = total + jnp.sum(a[:, None] * b[None, :], axis=others)
-    return jnp.moveaxis(total, (0, 1), (-2, -1))
+def orthonormalised(basis: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
+    """The closest orthonormal set to a nearly orthonormal one, zero vectors staying zero.
 
-
-def metric(stored: Vector, group: Group) -> jax.Array:
-    """``(QᵀQ)⁻¹`` of the basis as stored, zero for zero directions: float32 ``(…, k, k)``.
-
-    A basis kept in bfloat16 is not orthonormal to better than 1e-2; with this metric
-    ``Q M Qᵀ`` is still the exact projector onto what it spans.
+    The first pass leaves errors of round-off over eigenvalue; a direction whose norm is off by half
+    is nothing but that, and is dropped. Group by group, so that the first pass's result need not be
+    held for all of them at once.
     """
-    products = gram([leaf.astype(jnp.float32) for leaf in stored], group)
-    present = jnp.diagonal(products, axis1=-2, axis2=-1) > 0
-    identity = jnp.eye(products.shape[-1], dtype=jnp.float32)
-    filled = jnp.where(present[..., None, :] & present[..., :, None], products, identity)
-    inverse = jnp.linalg.inv(filled)
-    inverse = 0.5 * (inverse + jnp.swapaxes(inverse, -1, -2))
-    return jnp.where(present[..., None, :] & present[..., :, None], inverse, 0.0)
+    out = list(basis)
+    for group in groups:
+        alone = [group._replace(leaves=tuple(range(len(group.leaves))), start=0)]
+        own = group.of(basis)
+        for place, leaf in zip(
+            group.leaves, combine(inverse_root(gram(own, alone)), own, alone), strict=True
+        ):
+            out[place] = leaf
+    return out
+
+
+def inverse_root(matrices: jax.Array) -> jax.Array:
+    """``A^(-1/2)`` of nearly unit matrices ``[G, k, k]``; zero rows where the diagonal is far off.
+
+    Newton–Schulz: a few small products, where one eigen-decomposition for each group would take
+    accelerators long to compile. Converges from the identity over any bound of the eigenvalues.
+    """
+    diagonal = jnp.diagonal(matrices, axis1=-2, axis2=-1)
+    keep = (diagonal > 0.5) & (diagonal < 2.0)
+    both = keep[:, None, :] & keep[:, :, None]
+    identity = jnp.eye(matrices.shape[-1], dtype=jnp.float32)[None]
+    filled = jnp.where(both, matrices, identity)
+    bound = jnp.max(jnp.sum(jnp.abs(filled), axis=-1), axis=-1)[:, None, None]
+
+    def improve(_: int, root: jax.Array) -> jax.Array:
+        error = 1.5 * identity - 0.5 * multiply(root, multiply(filled, root))
+        return multiply(root, error)
+
+    root = jax.lax.fori_loop(0, 12, improve, identity * jax.lax.rsqrt(bound))
+    return jnp.where(both, root, 0.0)

@@ -14,7 +14,7 @@ import optax
 
 from ogpsa_jax.projection.groups import MASKED, Scope, Stacked, form_groups
 from ogpsa_jax.projection.project import RULES, project
-from ogpsa_jax.projection.state import Alignment, OgpsaState, Settings, of_group
+from ogpsa_jax.projection.state import Alignment, OgpsaState, Settings
 
 Placement = Literal["gradient", "update", "both"]
 
@@ -103,21 +103,24 @@ def ogpsa_project(
                 ]
             )
 
-        def per_group(*trailing: int, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros((*group.shape, *trailing), dtype) for group in groups)
+        def per_group(*trailing: int, dtype: Any = jnp.float32) -> jax.Array:
+            return jnp.zeros((groups[-1].rows.stop, *trailing), dtype)
 
         return OgpsaState(
             basis=tuple(zeros() for _ in range(rank)),
+            gram=per_group(rank, rank),
             metric=per_group(rank, rank),
             spectrum=per_group(rank),
             mean=per_group(rank),
+            discarded=per_group(),
             rank_used=per_group(dtype=jnp.int32),
-            removed=per_group(),
             squared_norm=per_group(),
+            in_span=per_group(),
+            removed=per_group(),
             steps_since_refresh=jnp.zeros([], jnp.int32),
             refreshes=jnp.zeros([], jnp.int32),
             refused_refreshes=jnp.zeros([], jnp.int32),
-            settings=Settings(rank, rule, float(scale), float(rank_tol), tuple(held), groups),
+            settings=Settings(rank, rule, float(rank_tol), tuple(held), groups),
         )
 
     def update_fn(
@@ -127,42 +130,28 @@ def ogpsa_project(
         **extra_args: Any,
     ) -> tuple[optax.Updates, OgpsaState]:
         del params, extra_args
-        return apply_projection(updates, state)
+        return apply_projection(updates, state, scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def apply_projection(
-    updates: optax.Updates, state: OgpsaState, *, sign: float = 1.0
+    updates: optax.Updates, state: OgpsaState, scale: Any, *, sign: float = 1.0
 ) -> tuple[optax.Updates, OgpsaState]:
     """Apply the state's rule to `updates`; `sign` is −1 where they point down the gradient."""
     settings = state.settings
     aligned = Alignment(state, updates, "updates")
-    directions = [jax.tree.leaves(tree) for tree in state.basis]
-    new = list(aligned.leaves)
-    removed, squared = [], []
-    for group, metric, mean in zip(settings.groups, state.metric, state.mean, strict=True):
-        result = project(
-            of_group(aligned.leaves, group),
-            [of_group(leaves, group) for leaves in directions],
-            metric,
-            mean,
-            group,
-            settings.rule,
-            settings.scale,
-            sign,
-        )
-        for position, leaf in zip(group.leaves, result.leaves, strict=True):
-            new[position] = leaf
-        removed.append(result.before - result.after)
-        squared.append(result.before)
+    leaves, energies = project(
+        aligned.leaves, state.subspaces(), settings.groups, settings.rule, scale, sign
+    )
     new_state = replace(
         state,
-        removed=tuple(removed),
-        squared_norm=tuple(squared),
+        squared_norm=energies.before,
+        in_span=energies.in_span,
+        removed=energies.before - energies.after,
         steps_since_refresh=optax.safe_increment(state.steps_since_refresh),
     )
-    return aligned.rebuild(new), new_state
+    return aligned.rebuild(leaves), new_state
 
 
 class OgpsaWrapperState(NamedTuple):
@@ -177,6 +166,7 @@ def ogpsa(
     rank: int,
     *,
     placement: Placement = "gradient",
+    scale: float = 1.0,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer: project what enters it, what leaves it, or both, with one basis.
@@ -187,7 +177,8 @@ def ogpsa(
       placement: ``"gradient"``: as ``chain(ogpsa_project(...), inner)``, the paper; ``"update"``:
         as ``chain(inner, ogpsa_project(...))``, which keeps every reference loss to first
         order (and here the conflict rule knows that updates point down the gradient); ``"both"``.
-      **settings: of :func:`ogpsa_project`.
+      scale: see :func:`ogpsa_project`.
+      **settings: the others of :func:`ogpsa_project`.
 
     Returns:
       The wrapped optimizer. With ``"both"`` the diagnostics speak of the update.
@@ -197,7 +188,7 @@ def ogpsa(
     """
     if placement not in ("gradient", "update", "both"):
         raise ValueError(f"placement must be 'gradient', 'update' or 'both', got {placement!r}")
-    projection = ogpsa_project(rank, **settings)
+    projection = ogpsa_project(rank, scale=scale, **settings)
     optimizer = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> OgpsaWrapperState:
@@ -211,10 +202,10 @@ def ogpsa(
     ) -> tuple[optax.Updates, OgpsaWrapperState]:
         measured = state.projection
         if placement != "update":
-            updates, measured = apply_projection(updates, state.projection)
+            updates, measured = apply_projection(updates, state.projection, scale)
         updates, inner_state = optimizer.update(updates, state.inner, params, **extra_args)
         if placement != "gradient":
-            updates, measured = apply_projection(updates, state.projection, sign=-1.0)
+            updates, measured = apply_projection(updates, state.projection, scale, sign=-1.0)
         return updates, OgpsaWrapperState(measured, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,52 @@
+"""Finding our states inside any Optax state: by type, never by field name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ogpsa_jax.projection.state import OgpsaState
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, OgpsaState)
+
+
+def find_states(opt_state: Any) -> list[OgpsaState]:
+    """All states of :func:`ogpsa_jax.ogpsa_project` in `opt_state`, in tree order.
+
+    Raises:
+      ValueError: there is none; the message names what was looked through.
+    """
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(leaf)]
+    if not found:
+        raise ValueError(
+            "opt_state: found no OgpsaState, having looked through "
+            f"{_outline(opt_state)}; is ogpsa_project(...) in the chain?"
+        )
+    return found
+
+
+def replace_states(opt_state: Any, change: Callable[[OgpsaState], OgpsaState]) -> Any:
+    """`opt_state` with every state of ours changed.
+
+    Raises:
+      ValueError: as :func:`find_states`.
+    """
+    find_states(opt_state)
+    return jax.tree.map(lambda x: change(x) if _is_ours(x) else x, opt_state, is_leaf=_is_ours)
+
+
+def _outline(node: Any) -> str:
+    """The types of the nodes of a state, for an error message."""
+    if type(node) is tuple:
+        return "(" + ", ".join(_outline(item) for item in node) + ")"
+    name = type(node).__name__
+    if isinstance(node, tuple) and hasattr(node, "_asdict"):
+        inside = [
+            f"{field}={_outline(value)}"
+            for field, value in node._asdict().items()
+            if isinstance(value, tuple)
+        ]
+        return name + (f"[{', '.join(inside)}]" if inside else "")
+    return name
