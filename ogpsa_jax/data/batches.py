@@ -4,7 +4,10 @@ The batch of a step is a function of (data, settings, step) alone, so the positi
 the step, and neither the number of processes nor an interruption changes what is seen.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import islice
 
 import grain
 import numpy as np
@@ -12,7 +15,7 @@ import numpy as np
 from ogpsa_jax.data.examples import Example, Tokens
 
 Batch = dict[str, np.ndarray]
-_OPEN_ROWS = 16  # rows that packing tries to fill at a time
+_OPEN_ROWS = 64  # rows that packing tries to fill at a time
 
 
 class TrainBatches:
@@ -36,34 +39,45 @@ class TrainBatches:
         """Lay out every row of the run.
 
         Args:
-          examples: all of the same kind.
+          examples: all of the same kind, none longer than `max_length`.
           batch_size: rows a step, over all processes.
           micro_batch_size: rows a micro-batch, over all processes; divides `batch_size`.
           max_length: tokens a row may have.
           packing: several documents a row (single sequences only).
           seed: of the order.
-          epochs: passes over the first source's examples.
+          epochs: passes over the data.
           steps: optimizer steps; overrides `epochs`.
-          weights: of the sources: source i gives ``weights[i] / weights[0]`` examples for every one
-            of source 0, starting again when it is exhausted.
+          weights: of the sources, in the order in which they were prepared. All 1: an epoch is each
+            example once. Otherwise they are the proportions of examples, exact to within one at
+            every point of the run (0.8 and 0.2: every fifth is of the second source); an epoch is
+            one pass over the first source, the others start again when they are exhausted.
           process_index: which process this is.
           process_count: how many there are; divides `micro_batch_size`.
+
+        Raises:
+          ValueError: sizes that do not divide, weights that do not fit, pairs to be packed.
         """
+        if batch_size % micro_batch_size or micro_batch_size % process_count:
+            raise ValueError(
+                f"batch_size ({batch_size}) must be a multiple of micro_batch_size "
+                f"({micro_batch_size}), and that of process_count ({process_count})"
+            )
+        if packing and len(examples[0].sequences) > 1:
+            raise ValueError("packing must be False for pairs")
+        longest = max(example.length for example in examples)
+        if longest > max_length:
+            raise ValueError(f"max_length is {max_length}, but an example has {longest} tokens")
         self._examples = examples
         self._shape = (batch_size // micro_batch_size, micro_batch_size)
         self._process = (process_index, process_count)
-        order = _order(examples, weights, seed, epochs, endless=steps is not None)
-        longest = max(example.length for example in examples)
+        order = _order(examples, weights, seed, epochs if steps is None else None)
         if packing:
             self.length = max_length
             rows = _packed(order, examples, max_length)
         else:
-            self.length = min(max_length, -(-longest // 64) * 64)
+            self.length = _rounded(longest, max_length)
             rows = ([index] for index in order)
-        if steps is None:
-            self._rows = list(rows)
-        else:
-            self._rows = [row for row, _ in zip(rows, range(steps * batch_size), strict=False)]
+        self._rows = list(rows if steps is None else islice(rows, steps * batch_size))
         self._steps = -(-len(self._rows) // batch_size)
 
     def __len__(self) -> int:
@@ -107,8 +121,7 @@ def fixed_batches(
     """
     rows = -(-batch_size // multiple) * multiple
     count = -(-len(examples) // batch_size)
-    longest = max(example.length for example in examples)
-    length = min(max_length, -(-longest // 64) * 64)
+    length = _rounded(max(example.length for example in examples), max_length)
     filled: list[list[Example]] = []
     for first in range(0, len(examples), batch_size):
         batch = [[example] for example in examples[first : first + batch_size]]
@@ -155,33 +168,37 @@ def _fill(batch: Batch, place: tuple[int, int], documents: list[Tokens]) -> None
         at = stop
 
 
+def _rounded(length: int, max_length: int) -> int:
+    """One static row length: the longest example's, rounded up for the accelerator's tiles."""
+    return min(max_length, -(-length // 64) * 64)
+
+
 def _order(
-    examples: Sequence[Example],
-    weights: Sequence[float],
-    seed: int,
-    epochs: float,
-    *,
-    endless: bool,
+    examples: Sequence[Example], weights: Sequence[float], seed: int, epochs: float | None
 ) -> Iterator[int]:
-    """Indices of examples in the order in which they are seen."""
+    """Indices of examples in the order in which they are seen; without end if `epochs` is None."""
+    if len(weights) <= max(example.source for example in examples) or min(weights) <= 0:
+        raise ValueError(f"weights must hold a positive number for each source, found {weights}")
     members: list[list[int]] = [[] for _ in weights]
     for index, example in enumerate(examples):
         members[example.source].append(index)
+    if all(weight == 1 for weight in weights):
+        members, weights = [[index for indices in members for index in indices]], [1.0]
     streams = [
         grain.MapDataset.source(indices).shuffle(seed=seed + number).repeat()
         for number, indices in enumerate(members)
     ]
-    total = round(epochs * len(members[0]) * sum(weights) / weights[0])
     taken = [0] * len(weights)
-    shares = [weight / sum(weights) for weight in weights]
-    count = 0
-    while endless or count < total:
+    # In fractions, because the exact comparison below must not hang on a rounding error.
+    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    total = None if epochs is None else round(epochs * len(members[0]) / float(shares[0]))
+    for count in range(1, total + 1) if total is not None else itertools.count(1):
         # The source that is furthest behind its share is next: exact at every prefix.
-        behind = [share * (count + 1) - have for share, have in zip(shares, taken, strict=True)]
+        behind = [share * count - have for share, have in zip(shares, taken, strict=True)]
         number = behind.index(max(behind))
-        yield streams[number][taken[number]]
+        yield int(streams[number][taken[number]])
         taken[number] += 1
-        count += 1
 
 
 def _packed(

@@ -1,14 +1,19 @@
 """Examples: tokenised rows. A whole data set is read, checked and tokenised before step 0."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from ogpsa_jax.data.reading import read_records
+from ogpsa_jax.data.reading import and_others, read_records
 from ogpsa_jax.data.records import DataSource, Kind, Message, Record
-from ogpsa_jax.data.templates import ChatTemplate
+from ogpsa_jax.data.templates import ChatTemplate, Encoded
 from ogpsa_jax.errors import InputError
+
+_CHUNK = 512  # records that are tokenised in one call
+_TOLD = 20  # refused rows that a report names
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,35 @@ class Example:
 
 @dataclass
 class DataReport:
-    """What became of the rows."""
+    """What became of the rows.
+
+    Attributes:
+      rows: examples made.
+      tokens: in all of them.
+      learnt: tokens that are to be learnt.
+      truncated: examples cut to the length limit.
+      skipped: rows that do not count because of what their format says of them.
+      refused: pairs left out, each with its place and the reason.
+    """
 
     rows: int = 0
     tokens: int = 0
     learnt: int = 0
     truncated: int = 0
+    skipped: int = 0
     refused: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, int]:
-        """Counts for the summary."""
-        return {
+    def as_dict(self) -> dict[str, Any]:
+        """Counts for the summary, and the first refused rows by name."""
+        counts: dict[str, Any] = {
             "rows": self.rows,
             "tokens": self.tokens,
             "learnt_tokens": self.learnt,
             "truncated_rows": self.truncated,
+            "skipped_rows": self.skipped,
             "refused_rows": len(self.refused),
         }
+        return {**counts, "refused": self.refused[:_TOLD]} if self.refused else counts
 
 
 def prepare(
@@ -75,33 +92,40 @@ def prepare(
       template: turns conversations into tokens.
       kind: ``"sft"`` for sequences, ``"preference"`` for pairs.
       max_length: tokens a row may have; longer conversations are cut at the end and counted, longer
-        plain text is cut into several rows.
+        plain text goes on in further rows.
       all_tokens: learn every token but the first, not only the assistant's.
       seed: of the draw where a source asks for some samples.
 
     Returns:
-      The examples, source by source, and the report.
+      The examples, source by source in file order, and the report. Pairs whose answers are equal or
+      empty, or whose prompt leaves no room for an answer, are left out and named in the report.
 
     Raises:
-      InputError: see :func:`ogpsa_jax.data.reading.read_records`; a row with nothing left to learn.
+      InputError: see :func:`ogpsa_jax.data.reading.read_records`; a row with nothing left to learn;
+        fewer usable rows than asked for.
     """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, found {max_length}")
+    tokenise = partial(_outcomes, template=template, max_length=max_length, all_tokens=all_tokens)
     examples: list[Example] = []
     report = DataReport()
     for number, source in enumerate(sources):
-        before = len(examples)
-        for record in read_records(source, kind, seed):
-            if kind == "preference":
-                found = _pair(record, template, max_length, report)
-            else:
-                found = _single(record, template, max_length, report)
-            for sequences in found:
-                if all_tokens:
-                    sequences = tuple(Tokens(t.ids, _all_but_first(t.ids)) for t in sequences)
-                examples.append(Example(sequences, number))
-        if len(examples) == before:
+        records, skipped = read_records(source, kind)
+        report.skipped += skipped
+        outcomes = _drawn(source, records, tokenise, seed)
+        told = [outcome.problem for outcome in outcomes if outcome.problem]
+        made = [outcome for outcome in outcomes if not outcome.problem]
+        if told and (kind == "sft" or not made):
+            others = and_others([problem.partition(": ")[0] for problem in told[1:]])
+            raise InputError(f"{told[0]}{others}; raise data.max_length, or mend or remove them.")
+        report.refused += told
+        if source.samples is not None and len(made) < source.samples:
             raise InputError(
-                f"{source.path}: no row is left to learn from: {'; '.join(report.refused[:3])}."
+                f"{source.path}: {source.samples} samples asked for, but split '{source.split}' "
+                f"holds {len(made)} usable rows; ask for at most {len(made)}."
             )
+        report.truncated += sum(outcome.truncated for outcome in made)
+        examples += [Example(tokens, number) for outcome in made for tokens in outcome.examples]
     report.rows = len(examples)
     for example in examples:
         report.tokens += sum(len(tokens.ids) for tokens in example.sequences)
@@ -109,73 +133,100 @@ def prepare(
     return examples, report
 
 
-def _all_but_first(ids: np.ndarray) -> np.ndarray:
-    return np.arange(len(ids)) > 0
+@dataclass(frozen=True)
+class _Outcome:
+    """What a record gives: examples, or the reason why it gives none."""
+
+    examples: tuple[tuple[Tokens, ...], ...] = ()
+    truncated: bool = False
+    problem: str = ""
 
 
-def _tokens(ids: list[int], learnt: list[bool]) -> Tokens:
-    return Tokens(np.asarray(ids, np.int32), np.asarray(learnt, bool))
+def _drawn(
+    source: DataSource,
+    records: Sequence[Record],
+    tokenise: Callable[[Sequence[Record]], list[_Outcome]],
+    seed: int,
+) -> list[_Outcome]:
+    """All records, or as many drawn ones as give the wanted number of examples, in file order."""
+    order = np.arange(len(records))
+    wanted = len(records)
+    if source.samples is not None:
+        order = np.random.default_rng(seed).permutation(len(records))
+        wanted = source.samples
+    outcomes: dict[int, _Outcome] = {}
+    made = 0
+    while made < wanted and len(outcomes) < len(records):
+        chunk = order[len(outcomes) :][: min(_CHUNK, wanted - made)].tolist()
+        found = tokenise([records[i] for i in chunk])
+        outcomes.update(zip(chunk, found, strict=True))
+        # A record that gives nothing counts all the same where no other takes its place.
+        made += sum(source.samples is None or not outcome.problem for outcome in found)
+    return [outcomes[index] for index in sorted(outcomes)]
 
 
-def _single(
-    record: Record, template: ChatTemplate, max_length: int, report: DataReport
-) -> list[tuple[Tokens, ...]]:
+def _outcomes(
+    records: Sequence[Record], *, template: ChatTemplate, max_length: int, all_tokens: bool
+) -> list[_Outcome]:
+    problems = [_problem(record) for record in records]
+    conversations = [
+        (messages, record.where)
+        for record, problem in zip(records, problems, strict=True)
+        for messages in ([] if problem else _conversations(record))
+    ]
+    encoded = iter(template.encode_all(conversations))
+    outcomes = []
+    for record, problem in zip(records, problems, strict=True):
+        if problem:
+            outcomes.append(_Outcome(problem=f"{record.where}: {problem}"))
+        elif record.text is not None:
+            outcomes.append(_Outcome(_pieces(template.encode_text(record.text), max_length)))
+        else:
+            sequences = [next(encoded) for _ in _conversations(record)]
+            outcomes.append(_cut(sequences, record.where, max_length, all_tokens))
+    return outcomes
+
+
+def _problem(record: Record) -> str:
+    """Why a pair teaches nothing, if it does not."""
+    if record.chosen is None or record.rejected is None:
+        return ""
+    if record.chosen.strip() == record.rejected.strip():
+        return "chosen and rejected are equal"
+    if not record.chosen.strip() or not record.rejected.strip():
+        return f"the {'rejected' if record.chosen.strip() else 'chosen'} answer is empty"
+    return ""
+
+
+def _conversations(record: Record) -> list[tuple[Message, ...]]:
     if record.text is not None:
-        tokenizer = template.tokenizer
-        ids = [*tokenizer(record.text, verbose=False).input_ids]
-        if ids[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
-        pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-        return [
-            (_tokens(piece, [i > 0 for i in range(len(piece))]),)
-            for piece in pieces
-            if len(piece) > 1
-        ]
-    return [(_cut(list(record.messages), template, max_length, record.where, report),)]
-
-
-def _pair(
-    record: Record, template: ChatTemplate, max_length: int, report: DataReport
-) -> list[tuple[Tokens, ...]]:
-    """Chosen and rejected; rows that teach nothing are refused and counted."""
-    answers = [record.chosen or "", record.rejected or ""]
-    if answers[0].strip() == answers[1].strip():
-        report.refused.append(f"{record.where}: chosen and rejected are equal")
         return []
-    truncated = report.truncated
-    try:
-        return [
-            tuple(
-                _cut(
-                    [*record.messages, Message("assistant", answer)],
-                    template,
-                    max_length,
-                    record.where,
-                    report,
-                )
-                for answer in answers
-            )
-        ]
-    except _NothingLeft as error:
-        report.truncated = truncated
-        report.refused.append(str(error))
-        return []
+    if record.chosen is None or record.rejected is None:
+        return [record.messages]
+    answers = (record.chosen, record.rejected)
+    return [(*record.messages, Message("assistant", answer)) for answer in answers]
 
 
-class _NothingLeft(InputError):
-    """The prompt alone fills the row."""
+def _cut(sequences: list[Encoded], where: str, max_length: int, all_tokens: bool) -> _Outcome:
+    tokens = []
+    for ids, learnt in sequences:
+        flags = np.arange(len(ids)) > 0 if all_tokens else np.asarray(learnt, bool)
+        tokens.append(Tokens(np.asarray(ids[:max_length], np.int32), flags[:max_length]))
+    if not all(sequence.learnt[1:].any() for sequence in tokens):
+        return _Outcome(
+            problem=f"{where}: the prompt alone fills max_length ({max_length} tokens), so nothing "
+            "is left to learn"
+        )
+    longest = max(len(ids) for ids, _ in sequences)
+    return _Outcome((tuple(tokens),), truncated=longest > max_length)
 
 
-def _cut(
-    messages: list[Message], template: ChatTemplate, max_length: int, where: str, report: DataReport
-) -> Tokens:
-    ids, learnt = template.encode(messages, where)
-    if len(ids) > max_length:
-        report.truncated += 1
-        ids, learnt = ids[:max_length], learnt[:max_length]
-        if not any(learnt[1:]):
-            raise _NothingLeft(
-                f"{where}: the prompt alone exceeds max_length ({max_length} tokens), so nothing "
-                "is left to learn; raise data.max_length or remove the row."
-            )
-    return _tokens(ids, learnt)
+def _pieces(ids: list[int], max_length: int) -> tuple[tuple[Tokens, ...], ...]:
+    """Rows of a document.
+
+    Each begins with the last token of the one before, so that every token but the document's first
+    is learnt once.
+    """
+    starts = range(0, max(len(ids) - 1, 1), max_length - 1)
+    rows = [np.asarray(ids[start : start + max_length], np.int32) for start in starts]
+    return tuple((Tokens(row, np.arange(len(row)) > 0),) for row in rows)

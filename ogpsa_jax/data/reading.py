@@ -1,52 +1,48 @@
-"""Reading rows: local files and folders, or a hub id through ``datasets``; then records."""
+"""From a source to records: its rows, the part of them that is asked for, each one validated."""
 
-import csv
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ogpsa_jax.data.files import Located, located_rows
 from ogpsa_jax.data.formats import reader_for
 from ogpsa_jax.data.records import DataSource, Kind, Record
 from ogpsa_jax.errors import InputError
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
-_SPLIT = re.compile(r"^(?P<name>[^\[]+)(?:\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?$")
-Located = tuple[dict[str, Any], str]  # a row and where it stands
+_SLICE = re.compile(r"^[^\[\]]+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?$")
+_TOLD = 5  # malformed rows that one message names
 
 
-def read_records(source: DataSource, kind: Kind, seed: int) -> list[Record]:
-    """All records of a source, validated.
+def read_records(source: DataSource, kind: Kind) -> tuple[list[Record], int]:
+    """All records of a source, validated; `source.samples` is not applied here.
 
     Args:
       source: what to read.
       kind: ``"sft"`` or ``"preference"``.
-      seed: draws `source.samples` rows, where fewer than all are asked for.
 
     Returns:
-      The records, in file order.
+      The records, in file order, and the number of rows that the format itself says do not count.
 
     Raises:
-      InputError: unreadable, of no known format, a malformed row, no row at all, or fewer rows than
-        asked for.
+      InputError: unreadable, of no known format, malformed rows, or no usable row at all.
     """
-    located = _sliced(_rows(source), source)
-    reader = reader_for([row for row, _ in located], kind, source.format, source.path)
-    records = [record for row, where in located if (record := reader(row, where)) is not None]
+    bounds, by_prompt = _slice(source)
+    located = located_rows(source)
+    if not by_prompt:
+        located = located[slice(*_within(bounds, len(located), source, "rows"))]
+    records = _read(located, source, kind)
+    skipped = len(located) - len(records)
+    if by_prompt:
+        prompts = list(dict.fromkeys(record.prompt for record in records))
+        chosen = set(prompts[slice(*_within(bounds, len(prompts), source, "prompts"))])
+        records = [record for record in records if record.prompt in chosen]
     if not records:
-        raise InputError(f"{source.path}: split '{source.split}' holds no usable row.")
-    if source.samples is None:
-        return records
-    if source.samples > len(records):
         raise InputError(
-            f"{source.path}: {source.samples} samples asked for, but split '{source.split}' holds "
-            f"{len(records)} usable rows; ask for at most {len(records)}."
+            f"{source.path}: split '{source.split}' holds no usable row ({skipped} rows were left "
+            "out because of what their format says of them); choose another part of the data."
         )
-    drawn = np.random.default_rng(seed).permutation(len(records))[: source.samples]
-    return [records[i] for i in sorted(drawn)]
+    return records, skipped
 
 
 def split_by_prompt(
@@ -56,12 +52,17 @@ def split_by_prompt(
 
     Args:
       records: of any kind.
-      fraction: of the *prompts* that go to the second part.
+      fraction: of the *prompts* that go to the second part, between 0 and 1.
       seed: of the draw.
 
     Returns:
       (the rest, the drawn part), each in the given order.
+
+    Raises:
+      ValueError: a fraction outside 0 to 1.
     """
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}")
     prompts = list(dict.fromkeys(record.prompt for record in records))
     order = np.random.default_rng(seed).permutation(len(prompts))
     drawn = {prompts[i] for i in order[: round(fraction * len(prompts))]}
@@ -71,99 +72,60 @@ def split_by_prompt(
     )
 
 
-def _rows(source: DataSource) -> list[Located]:
-    path = Path(source.path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
-        name = source.split.partition("[")[0]
-        named = [p for p in files if p.stem.startswith(name)]
-        if not files:
-            raise InputError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file.")
-        return [row for file in named or files for row in _file_rows(file)]
-    if path.exists():
-        return _file_rows(path)
-    if path.suffix in _SUFFIXES or path.is_absolute() or source.path.startswith("."):
-        raise InputError(f"{path}: no such file; correct the path in the configuration.")
-    return _hub_rows(source)
-
-
-def _file_rows(path: Path) -> list[Located]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
+def _read(located: list[Located], source: DataSource, kind: Kind) -> list[Record]:
+    reader = reader_for([row for row, _ in located[:1]], kind, source.format, source.path)
+    records: list[Record] = []
+    malformed: list[tuple[str, str]] = []
+    for row, where in located:
         try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable Parquet file ({error}).") from error
-        return [(row, f"{path}, row {i + 1}") for i, row in enumerate(table.to_pylist())]
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    if path.suffix == ".txt":
-        return [({"text": content}, str(path))]
-    if path.suffix == ".csv":
-        rows = csv.DictReader(content.splitlines(keepends=True))
-        return [(row, f"{path}, line {rows.line_num}") for row in rows]
-    if path.suffix == ".json" and content.lstrip().startswith("["):
-        try:
-            items = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {error.lineno}: not valid JSON: {error.msg}."
-            ) from error
-        return [_checked(item, f"{path}, row {i + 1}") for i, item in enumerate(items)]
-    located = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
+            record = reader(row, where)
+        except InputError as error:
+            malformed.append((str(error), where))
             continue
-        where = f"{path}, line {number}"
-        try:
-            located.append(_checked(json.loads(line), where))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not valid JSON: {error.msg}; mend the line.") from error
-    return located
+        if record is not None:
+            records.append(record)
+    if malformed:
+        raise InputError(f"{malformed[0][0]}{and_others([where for _, where in malformed[1:]])}")
+    return records
 
 
-def _checked(item: Any, where: str) -> Located:
-    if not isinstance(item, dict):
-        raise InputError(f"{where}: a row must be an object, found {type(item).__name__}.")
-    return item, where
+def and_others(places: Sequence[str]) -> str:
+    """`` (and 7 rows more: line 3, line 8, …)``, or nothing where there are none."""
+    if not places:
+        return ""
+    named = ", ".join(place.rpartition(", ")[2] for place in places[:_TOLD])
+    more = ", …" if len(places) > _TOLD else ""
+    return f" (and {len(places)} row{'s' * (len(places) > 1)} more: {named}{more})"
 
 
-def _hub_rows(source: DataSource) -> list[Located]:
-    import datasets
-
-    name = source.split.partition("[")[0]
-    try:
-        rows = datasets.load_dataset(source.path, split=name)
-    except Exception as error:  # whatever the hub, the network or a loader raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{source.path}: neither a local file or folder nor a hub data set that could be "
-            f"loaded ({reason}); check the path."
-        ) from error
-    return [(dict(row), f"{source.path}, row {i + 1}") for i, row in enumerate(rows)]
-
-
-def _sliced(located: list[Located], source: DataSource) -> list[Located]:
-    match = _SPLIT.match(source.split)
-    if match is None:
+def _slice(source: DataSource) -> tuple[tuple[str | None, str | None], bool]:
+    """The slice's bounds as written, and whether they count prompts."""
+    match = _SLICE.match(source.split)
+    bounds = (match[1], match[2]) if match else (None, None)
+    kinds = {bound.endswith("%") for bound in bounds if bound}
+    if match is None or len(kinds) > 1:
         raise InputError(
             f"{source.path}: split '{source.split}' is not understood; write a name and perhaps a "
             "slice, as in train[:2000] or train[90%:]."
         )
+    return bounds, kinds == {True}
 
-    def position(text: str | None, default: int) -> int:
-        if not text:
-            return default
-        if text.endswith("%"):
-            return round(len(located) * int(text[:-1]) / 100)
-        return int(text)
 
-    chosen = located[position(match["start"], 0) : position(match["stop"], len(located))]
-    if not chosen:
+def _within(
+    bounds: tuple[str | None, str | None], size: int, source: DataSource, what: str
+) -> tuple[int, int]:
+    """The bounds as numbers between 0 and `size`."""
+    found = []
+    for bound, default in zip(bounds, (0, size), strict=True):
+        if not bound:
+            found.append(default)
+            continue
+        number = round(size * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
+        found.append(number + size if bound.startswith("-") else number)
+    first, last = found
+    if not 0 <= first < last <= size:
         raise InputError(
-            f"{source.path}: split '{source.split}' is empty; the data has {len(located)} rows."
+            f"{source.path}: split '{source.split}' asks for {what} that are not there; the data "
+            f"holds {size}."
         )
-    return chosen
+    return first, last

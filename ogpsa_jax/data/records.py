@@ -1,12 +1,13 @@
 """Records: what a data set holds once its format is forgotten, and where each row came from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ogpsa_jax.errors import InputError
 
 Kind = Literal["sft", "preference"]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,15 @@ class DataSource:
     """A file, a folder or a hub id, and which rows of it.
 
     Attributes:
-      path: JSON, JSON Lines, Parquet, CSV or text file, a folder of such files, or a hub id.
-      split: name of the split, and a slice of its rows as in ``train[:2000]`` or ``train[90%:]``.
+      path: JSON, JSON Lines, Parquet, CSV or text file, a folder of such files or as written by
+        ``datasets.save_to_disk``, or a hub id, perhaps with a subset (``owner/name:subset``).
+      split: name of the split, perhaps with a slice: ``train[:2000]``, ``train[-200:]`` count rows;
+        ``train[:90%]``, ``train[90%:]`` count *prompts*, so that the rows of one prompt are never
+        on both sides.
       format: ``auto`` or one of the names in :mod:`ogpsa_jax.data.formats`.
-      weight: rows of this source for every ``weight`` rows of the first one.
+      weight: 1 for all sources (the default): each row once an epoch. Otherwise the proportions in
+        which the sources are mixed, 0.8 and 0.2 for a fifth of the second; see
+        :class:`ogpsa_jax.data.TrainBatches`.
       samples: number of rows, drawn without replacement by the run's seed; None takes all.
     """
 
@@ -57,10 +63,6 @@ class Record:
         return self.text or "\n".join(f"{m.role}: {m.content}" for m in given)
 
 
-Row = Mapping[str, Any]
-Reader = Callable[[Row, str], Record | None]
-
-
 def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:
     """The text in a column.
 
@@ -73,31 +75,59 @@ def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:
         raise InputError(f"{where}: '{key}' must be text, found {found}; mend or remove the row.")
     if not empty and not value.strip():
         raise InputError(f"{where}: '{key}' is empty; fill it in or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but nobody can encode
+        raise InputError(
+            f"{where}: '{key}' holds half a surrogate pair, which is no text; mend or remove the "
+            "row."
+        ) from None
     return value
 
 
-def conversation(turns: Any, where: str, role_key: str, text_key: str) -> tuple[Message, ...]:
+def conversation(
+    turns: Any, where: str, role_key: str, text_key: str, *, empty_end: bool = False
+) -> tuple[Message, ...]:
     """Messages out of a list of turns, whatever its keys are called.
+
+    Args:
+      turns: what the row holds.
+      where: of the row, for the message.
+      role_key: the key of the speaker.
+      text_key: the key of what is said.
+      empty_end: whether the last turn may be empty.
 
     Raises:
       InputError: not a list of turns, an unknown role, or a turn out of order.
     """
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: expected a list of turns, found {type(turns).__name__}.")
+        found = "nothing" if turns is None else "an empty list" if turns == [] else type(turns)
+        found = found if isinstance(found, str) else found.__name__
+        raise InputError(f"{where}: expected a list of turns, found {found}; mend the row.")
     messages = []
-    for turn in turns:
+    for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise InputError(f"{where}: a turn must hold '{role_key}' and '{text_key}'.")
-        named = text_of(turn, role_key, where)
+            raise InputError(
+                f"{where}: turn {number} must hold '{role_key}' and '{text_key}', found "
+                f"{type(turn).__name__}; mend the row."
+            )
+        named = text_of(turn, role_key, f"{where}, turn {number}")
         role = _ROLES.get(named)
         if role is None:
             raise InputError(
-                f"{where}: unknown role {named!r}; expected one of {', '.join(_ROLES)}."
+                f"{where}, turn {number}: unknown role {named!r}; expected one of "
+                f"{', '.join(_ROLES)}."
             )
-        messages.append(Message(role, text_of(turn, text_key, where, empty=role == "system")))
+        may_be_empty = role == "system" or (empty_end and number == len(turns))
+        said = text_of(turn, text_key, f"{where}, turn {number}", empty=may_be_empty)
+        messages.append(Message(role, said))
     spoken = [m.role for m in messages if m.role != "system"]
     expected = ["user", "assistant"] * len(spoken)
-    if spoken != expected[: len(spoken)] or any(m.role == "system" for m in messages[1:]):
+    if (
+        not spoken
+        or spoken != expected[: len(spoken)]
+        or "system" in [m.role for m in messages[1:]]
+    ):
         raise InputError(
             f"{where}: turns must alternate user, assistant, after at most one system message; "
             f"found {', '.join(m.role for m in messages)}."

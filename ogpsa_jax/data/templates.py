@@ -1,14 +1,18 @@
 """Chat templates, and which of the rendered tokens are the assistant's.
 
 The tokenizer's own template is used unless another is named. The assistant's tokens are found
-whether or not the template marks them with ``{% generation %}``: what a template adds after an
-answer (its end token) is learnt with it, so that a model learns to stop.
+whether or not the template marks them with ``{% generation %}``. Whatever a model has to write
+itself is learnt: all that follows the generation prompt, up to and with the token that ends the
+answer, so that a model learns to stop.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from ogpsa_jax.data.records import Message
 from ogpsa_jax.errors import InputError
@@ -34,8 +38,8 @@ BUILT_IN: dict[str, str] = {
         "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
         "{% set ns.system = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}"
         "{% elif m['role'] == 'user' %}"
-        "{{ bos_token + '[INST] ' + ns.system + m['content'] + ' [/INST]' }}{% set ns.system = '' %}"
-        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}"
+        "{{ bos_token + '[INST] ' + ns.system + m['content'] + ' [/INST]' }}"
+        "{% set ns.system = '' %}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}"
         "{% endfor %}"
     ),
     "mistral": (
@@ -56,13 +60,20 @@ BUILT_IN: dict[str, str] = {
     ),
 }
 _PROBE = "\u27e8answer\u27e9"
+_MARKED = re.compile(r"\{%-?\s*generation\b")
+# Templates that print a date (Llama 3) print this one, whatever the day: a run that is resumed on
+# another day must see the same tokens. It is those templates' own default.
+_DATE = "26 Jul 2024"
+
+Conversation = tuple[Sequence[Message], str]  # the turns, and where they stand
+Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are to be learnt
 
 
 def load_tokenizer(path: str) -> Any:
     """A fast tokenizer from a local folder or a hub id; nothing of it is executed.
 
     Raises:
-      InputError: no tokenizer there, or not a fast one.
+      InputError: no tokenizer there, not a fast one, or one without a token to stop at.
     """
     from transformers import AutoTokenizer
 
@@ -75,138 +86,228 @@ def load_tokenizer(path: str) -> Any:
         raise InputError(f"{path}: the tokenizer has no tokenizer.json; convert it to a fast one.")
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"{path}: the tokenizer has no eos_token, so no model could learn to stop."
+            f"{path}: the tokenizer has no eos_token, so no model could learn to stop; name one in "
+            "tokenizer_config.json."
         )
     return tokenizer
 
 
 class ChatTemplate:
-    """Renders conversations and finds the assistant's part in them."""
+    """Renders conversations and finds the assistant's part in them.
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
+    Where neither a template is named nor the tokenizer has one, plain text can still be encoded;
+    the first conversation then raises :class:`InputError`.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        """Check the template.
+
+        Args:
+          tokenizer: a fast tokenizer.
+          template: a built-in name (see :data:`BUILT_IN`) or a jinja file; None: the tokenizer's.
+
+        Raises:
+          InputError: no such template, or one that does not show what the assistant says.
+        """
         self.tokenizer = tokenizer
         self.source = _template_source(tokenizer, template)
-        self._marks = "{% generation" in self.source or "{%- generation" in self.source
-        probe = [Message("user", "a"), Message("assistant", _PROBE)]
-        _, found, self._tail = self.render(probe).partition(_PROBE)
+        bos = tokenizer.bos_token_id
+        self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._stops = ({*special, *tokenizer.all_special_ids} - {bos}) | {tokenizer.eos_token_id}
+        if self.source is None:
+            return
+        self._marks = bool(_MARKED.search(self.source))
+        asked = [Message("user", "a")]
+        # Whether the template writes the header of an answer when asked to.
+        self._prompts = self.render(asked, generation_prompt=True) != self.render(asked)
+        probe = self.render([*asked, Message("assistant", _PROBE)])
+        _, found, self._tail = probe.partition(_PROBE)
         if not found:
             raise InputError("template: it does not show what the assistant says; choose another.")
 
-    def render(self, messages: list[Message], *, generation_prompt: bool = False) -> str:
-        """The conversation as text."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns,
-                    chat_template=self.source,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(f"template: it cannot render a conversation ({error}).") from error
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = False,
+        where: str = "template",
+    ) -> str:
+        """The conversation as text.
 
-    def encode(self, messages: list[Message], where: str) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them are to be learnt.
+        Raises:
+          InputError: there is no template, or it refuses this conversation.
+        """
+        return str(
+            self._apply(messages, where, tokenize=False, add_generation_prompt=generation_prompt)
+        )
+
+    def encode(self, messages: Sequence[Message], where: str) -> Encoded:
+        """Token ids of one conversation, and which of them are to be learnt.
 
         Raises:
           InputError: the template yields no assistant token for this row.
         """
-        if self._marks:
-            ids, learnt = self._encode_marked(messages)
+        return self.encode_all([(messages, where)])[0]
+
+    def encode_all(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """:meth:`encode` for many conversations, tokenised in one call."""
+        if not conversations:
+            return []
+        if self.source is None or self._marks:
+            found = [self._marked(messages, where) for messages, where in conversations]
         else:
-            ids, learnt = self._encode_located(messages, where)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and self._adds_bos():
-            ids, learnt = [bos, *ids], [False, *learnt]
+            found = self._located(conversations)
+        return [
+            self._finished(ids, learnt, where)
+            for (ids, learnt), (_, where) in zip(found, conversations, strict=True)
+        ]
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to where the assistant starts to speak."""
+        text = self.render(messages, generation_prompt=True)
+        return self._begun(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a document, from BOS (where the tokenizer has one) to EOS."""
+        ids = self._begun(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        eos = self.tokenizer.eos_token_id
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def _begun(self, ids: Sequence[int]) -> list[int]:
+        """Led by BOS if the tokenizer wants it, and never by two."""
+        return [*ids] if not self._bos or list(ids[:1]) == self._bos else [*self._bos, *ids]
+
+    def _apply(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
+        if self.source is None:
+            raise InputError(
+                f"{self.tokenizer.name_or_path}: the tokenizer has no chat template; set "
+                f"data.template to a jinja file or one of {', '.join(BUILT_IN)}."
+            )
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self.source, date_string=_DATE, **options
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InputError(
+                f"{where}: the chat template cannot render the conversation ({error})."
+            ) from error
+
+    def _marked(self, messages: Sequence[Message], where: str) -> Encoded:
+        encoded = self._apply(
+            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+
+    def _located(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        texts, spans = [], []
+        for messages, where in conversations:
+            text = self.render(messages, where=where)
+            texts.append(text)
+            spans.append(self._spans(messages, text, where))
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        found = []
+        for ids, offsets, parts in zip(
+            encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+        ):
+            first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
+            learnt = np.zeros(len(ids), bool)
+            for start, stop in parts:
+                learnt |= (first < stop) & (np.maximum(last, first + 1) > start)
+            found.append((list(ids), learnt.tolist()))
+        return found
+
+    def _spans(self, messages: Sequence[Message], text: str, where: str) -> list[tuple[int, int]]:
+        """Where in the text each answer stands, from its first character to the next turn."""
+        spans: list[tuple[int, int]] = []
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            start = self._start(messages, i, text, spans[-1][1] if spans else 0)
+            stop = len(text)
+            if i + 1 < len(messages):
+                # Not where the template treats the last answer otherwise, as Qwen3's does.
+                upto = self.render(messages[: i + 1], where=where)
+                stop = len(upto) if len(upto) > start and text.startswith(upto) else -1
+            said = next((s for s in _variants(message.content) if s in text[start:]), "")
+            if stop < 0:
+                stop = text.find(said, start) + len(said)
+                stop += len(self._tail) if text.startswith(self._tail, stop) else 0
+            if not said or said not in text[start:stop]:
+                raise InputError(
+                    f"{where}: the chat template changes or drops the assistant's text; set "
+                    "data.template to one that keeps it."
+                )
+            spans.append((start, stop))
+        return spans
+
+    def _start(self, messages: Sequence[Message], i: int, text: str, floor: int) -> int:
+        """Where answer `i` begins: after the generation prompt, if the template writes one."""
+        before = self.render(messages[:i], generation_prompt=True)
+        led = text.startswith(before)
+        if led and self._prompts:
+            return len(before)
+        # The same conversation with an answer that no template alters shows what precedes it.
+        probe = self.render([*messages[:i], Message("assistant", _PROBE)])
+        head = probe.partition(_PROBE)[0]
+        if text.startswith(head):
+            # A space that the template puts before the answer, the model must write.
+            blank = led and not head[len(before) :].strip()
+            return len(before) if blank else len(head)
+        asked = messages[i - 1].content.strip()
+        after = max(text.find(asked, floor) + len(asked), floor)
+        found = (text.find(said, after) for said in _variants(messages[i].content) if said)
+        return min((at for at in found if at >= 0), default=after)
+
+    def _finished(self, ids: list[int], learnt: list[bool], where: str) -> Encoded:
+        """BOS in front, every answer ended by a token to stop at, nothing after the last one."""
+        begun = self._begun(ids)
+        learnt = [False] * (len(begun) - len(ids)) + learnt
+        ids = begun
         if not any(learnt):
             raise InputError(
                 f"{where}: the chat template yields no assistant token, so there is nothing to "
                 "learn; set data.template, or mend the row."
             )
-        last = max(i for i, flag in enumerate(learnt) if flag)
-        stops = set(self.tokenizer.all_special_ids)
-        answer_end = [i for i in range(len(ids)) if learnt[i] and ids[i] in stops]
-        if not answer_end or answer_end[-1] < last - 2:  # a newline may follow the end token
-            ids = [*ids[: last + 1], self.tokenizer.eos_token_id]
-            learnt = [*learnt[: last + 1], True]
+        ends = [i + 1 for i in range(len(ids)) if learnt[i] and not any(learnt[i + 1 : i + 2])]
+        for end in ends:
+            if end < len(ids) and not self._stopped(ids, end) and ids[end] in self._stops:
+                learnt[end] = True
+        last = ends[-1] + (1 if learnt[ends[-1] : ends[-1] + 1] == [True] else 0)
+        ids, learnt = ids[:last], learnt[:last]
+        if not self._stopped(ids, last):
+            ids, learnt = [*ids, self.tokenizer.eos_token_id], [*learnt, True]
         return ids, learnt
 
-    def encode_prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids up to where the assistant starts to speak."""
-        text = self.render(messages, generation_prompt=True)
-        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and self._adds_bos():
-            ids = [bos, *ids]
-        return ids
-
-    def _adds_bos(self) -> bool:
-        return bool(self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id])
-
-    def _encode_marked(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        encoded = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in messages],
-            chat_template=self.source,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
-
-    def _encode_located(self, messages: list[Message], where: str) -> tuple[list[int], list[bool]]:
-        text = self.render(messages)
-        spans, cursor = [], 0
-        for i, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = self.render(messages[:i], generation_prompt=True)
-            start = len(before) if text.startswith(before) else cursor
-            for said in (message.content, message.content.strip(), _after_thought(message.content)):
-                at = text.find(said, start) if said else -1
-                if at >= 0:
-                    break
-            else:
-                raise InputError(
-                    f"{where}: the chat template changes or drops the assistant's text; set "
-                    "data.template to one that keeps it."
-                )
-            # A space the template puts before the answer belongs to it: the model must say it.
-            start = at if not text.startswith(before) or text[start:at].strip() else start
-            cursor = at + len(said)
-            if text.startswith(self._tail, cursor):
-                cursor += len(self._tail)
-            spans.append((start, cursor))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        learnt = [
-            any(start <= first and first < stop and last > first for start, stop in spans)
-            for first, last in encoded["offset_mapping"]
-        ]
-        return list(encoded["input_ids"]), learnt
+    def _stopped(self, ids: Sequence[int], end: int) -> bool:
+        """Whether a token to stop at, and perhaps white space after it, precedes `end`."""
+        while end > 0 and ids[end - 1] not in self._stops:
+            if self.tokenizer.decode([ids[end - 1]]).strip():
+                return False
+            end -= 1
+        return end > 0
 
 
-def _after_thought(content: str) -> str:
-    """What is left of an answer where a template drops the reasoning before it."""
-    return content.rpartition("</think>")[2].strip()
+def _variants(content: str) -> tuple[str, str, str]:
+    """How templates show an answer: as it is, stripped, or without the reasoning before it."""
+    return content, content.strip(), content.rpartition("</think>")[2].strip()
 
 
-def _template_source(tokenizer: Any, template: str | None) -> str:
+def _template_source(tokenizer: Any, template: str | None) -> str | None:
     if template in BUILT_IN:
         return BUILT_IN[str(template)]
     if template is not None:
-        path = Path(template)
-        if not path.is_file():
+        try:
+            return Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"data.template: '{template}' is neither a file nor one of {', '.join(BUILT_IN)}."
-            )
-        return path.read_text(encoding="utf-8")
+                f"data.template: '{template}' is neither a readable file nor one of "
+                f"{', '.join(BUILT_IN)}."
+            ) from error
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
-    if not own:
-        raise InputError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; set data.template to a "
-            f"jinja file or one of {', '.join(BUILT_IN)}."
-        )
-    return str(own)
+    return str(own) if own else None
