@@ -168,34 +168,22 @@ def _drawn(
 def _outcomes(
     records: Sequence[Record], *, template: ChatTemplate, max_length: int, all_tokens: bool
 ) -> list[_Outcome]:
-    problems = [_problem(record) for record in records]
     conversations = [
         (messages, record.where)
-        for record, problem in zip(records, problems, strict=True)
-        for messages in ([] if problem else _conversations(record))
+        for record in records
+        for messages in ([] if record.flaw else _conversations(record))
     ]
     encoded = iter(template.encode_all(conversations))
     outcomes = []
-    for record, problem in zip(records, problems, strict=True):
-        if problem:
-            outcomes.append(_Outcome(problem=f"{record.where}: {problem}"))
+    for record in records:
+        if record.flaw:
+            outcomes.append(_Outcome(problem=f"{record.where}: {record.flaw}"))
         elif record.text is not None:
             outcomes.append(_Outcome(_pieces(template.encode_text(record.text), max_length)))
         else:
             sequences = [next(encoded) for _ in _conversations(record)]
             outcomes.append(_cut(sequences, record.where, max_length, all_tokens))
     return outcomes
-
-
-def _problem(record: Record) -> str:
-    """Why a pair teaches nothing, if it does not."""
-    if record.chosen is None or record.rejected is None:
-        return ""
-    if record.chosen.strip() == record.rejected.strip():
-        return "chosen and rejected are equal"
-    if not record.chosen.strip() or not record.rejected.strip():
-        return f"the {'rejected' if record.chosen.strip() else 'chosen'} answer is empty"
-    return ""
 
 
 def _conversations(record: Record) -> list[tuple[Message, ...]]:

@@ -14,7 +14,7 @@ Located = tuple[dict[str, Any], str]  # a row and where it stands
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
-_SPLITS = re.compile(r"^(train|test|val|valid|validation|dev|eval)(?=[-_.]|$)")
+_SPLITS = re.compile(r"^(train|test|val|valid|validation|dev|eval)(?=[-_.]|$)")  # of file names
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -46,9 +46,9 @@ def _folder_rows(path: Path, split: str) -> list[Located]:
     files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.name not in _METADATA)
     if not files:
         raise InputError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file.")
-    of_split = {p: match[1] for p in files if (match := _SPLITS.match(p.stem))}
-    named = [p for p in files if of_split.get(p) == split or p.stem == split]
-    if not named and (of_split or split != "train"):
+    named = [p for p in files if re.split("[-.]", p.stem)[0] == split]  # train-00000-of-00002
+    named = named or [p for p in files if p.stem.startswith(f"{split}_")]
+    if not named and (split != "train" or any(_SPLITS.match(p.stem) for p in files)):
         raise InputError(
             f"{path}: no file of split '{split}'; the folder holds "
             f"{', '.join(p.name for p in files[:8])}."

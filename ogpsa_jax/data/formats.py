@@ -2,7 +2,7 @@
 
 Each reader turns one row into a record, or into None where the format itself says that the row does
 not count (HaluEval's hallucinated answers, PKU-SafeRLHF's questions without a safe answer). Answers
-of a pair may come out empty: :func:`ogpsa_jax.data.prepare` reports such pairs and leaves them out.
+of a pair may come out empty: :func:`ogpsa_jax.data.prepare` names such pairs and leaves them out.
 """
 
 import re
@@ -121,7 +121,7 @@ def halueval(row: Row, where: str) -> Record | None:
 def pku_saferlhf(row: Row, where: str) -> Record | None:
     """PKU-SafeRLHF pairs: ``response: [safe, unsafe]``, or the published columns.
 
-    Of the published columns the safer answer is chosen; None where even that one is not safe.
+    Of the published rows those count that hold one safe answer and one unsafe one.
     """
     given = (Message("user", text_of(row, "prompt", where)),)
     if "response" in row:
@@ -130,23 +130,31 @@ def pku_saferlhf(row: Row, where: str) -> Record | None:
             raise InputError(f"{where}: 'response' must be a pair [safe, unsafe]; mend the row.")
         safe, unsafe = (text_of({"response": said}, "response", where, empty=True) for said in pair)
         return Record(where, given, chosen=safe, rejected=unsafe)
-    answers = [text_of(row, f"response_{i}", where, empty=True) for i in (0, 1)]
-    is_safe = [_flag(row, f"is_response_{i}_safe", where) for i in (0, 1)]
-    safer = _choice(row, "safer_response_id", where)
-    if not is_safe[safer]:
+    answers, is_safe = _published_answers(row, where)
+    if is_safe[0] == is_safe[1]:
         return None
-    return Record(where, given, chosen=answers[safer], rejected=answers[1 - safer])
+    chosen = is_safe.index(True)
+    return Record(where, given, chosen=answers[chosen], rejected=answers[1 - chosen])
 
 
 def pku_saferlhf_sft(row: Row, where: str) -> Record | None:
     """PKU-SafeRLHF for SFT: the safe answer, of two safe ones the better; None where none is."""
-    pair = pku_saferlhf(row, where)
-    if pair is None:
-        return None
-    answer = pair.chosen or ""
-    if "response" not in row and all(_flag(row, f"is_response_{i}_safe", where) for i in (0, 1)):
-        answer = str(row[f"response_{_choice(row, 'better_response_id', where)}"])
-    return _answered(where, pair.messages, text_of({"response": answer}, "response", where))
+    given = (Message("user", text_of(row, "prompt", where)),)
+    if "response" in row:
+        pair = pku_saferlhf(row, where)
+        answer = pair.chosen if pair is not None else None
+    else:
+        answers, is_safe = _published_answers(row, where)
+        if not any(is_safe):
+            return None
+        best = _choice(row, "better_response_id", where) if all(is_safe) else is_safe.index(True)
+        answer = answers[best]
+    return _answered(where, given, text_of({"response": answer}, "response", where))
+
+
+def _published_answers(row: Row, where: str) -> tuple[list[str], list[bool]]:
+    answers = [text_of(row, f"response_{i}", where, empty=True) for i in (0, 1)]
+    return answers, [_flag(row, f"is_response_{i}_safe", where) for i in (0, 1)]
 
 
 def _flag(row: Row, key: str, where: str) -> bool:
@@ -234,7 +242,7 @@ def _has(*columns: str) -> Callable[[Row], bool]:
 
 
 def _is_pku_saferlhf(row: Row) -> bool:
-    published = {"prompt", "response_0", "response_1", "safer_response_id"} <= set(row)
+    published = {"prompt", "response_0", "response_1", "is_response_0_safe"} <= set(row)
     return published or ("prompt" in row and isinstance(row.get("response"), list))
 
 

@@ -62,6 +62,24 @@ class Record:
         given = self.messages if self.chosen is not None else self.messages[:-1]
         return self.text or "\n".join(f"{m.role}: {m.content}" for m in given)
 
+    @property
+    def flaw(self) -> str:
+        """Why a pair teaches nothing; empty if it does teach something."""
+        if self.chosen is None or self.rejected is None:
+            return ""
+        if self.chosen.strip() == self.rejected.strip():
+            return "chosen and rejected are equal"
+        for name, answer in (("chosen", self.chosen), ("rejected", self.rejected)):
+            if not answer.strip():
+                return f"the {name} answer is empty"
+        return ""
+
+    def answered(self) -> "Record":
+        """A pair as the conversation that ends with its chosen answer."""
+        if self.chosen is None:
+            return self
+        return Record(self.where, (*self.messages, Message("assistant", self.chosen)))
+
 
 def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:
     """The text in a column.
