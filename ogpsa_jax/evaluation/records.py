@@ -87,7 +87,7 @@ def read_records(run: str | Path) -> list[Record]:
 
     Args:
       run: a results file, or a directory: its ``results.json``, else those of its evaluations
-        (``evaluation/*/results.json``).
+        (``evaluation/*/results.json``, or ``*/results.json``).
 
     Returns:
       The records in the order of the files. Several evaluations of one run are one record with
@@ -102,7 +102,8 @@ def read_records(run: str | Path) -> list[Record]:
     if path.is_file():
         return _file_records(path)
     own = path / "results.json"
-    files = [own] if own.is_file() else sorted(path.glob("evaluation/*/results.json"))
+    scored = [*path.glob("evaluation/*/results.json"), *path.glob("*/results.json")]
+    files = [own] if own.is_file() else sorted(scored)
     if not files:
         raise InputError(
             f"{path}: holds no results.json; score the run first with "

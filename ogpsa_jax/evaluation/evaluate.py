@@ -1,0 +1,330 @@
+"""``ogpsa-jax evaluate``: a suite on a model, resumable item by item.
+
+Every item's outcome is a line of ``items.jsonl``, under a key made of all it depends on: the
+weights, the task's settings, the item. An evaluation that was stopped goes on with the items that
+have no line; one with other weights or settings finds no line with its keys and starts anew.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation.items import Item, read_items
+from ogpsa_jax.evaluation.judge import Judge
+from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
+from ogpsa_jax.evaluation.progress import Progress
+from ogpsa_jax.evaluation.provenance import Provenance, find_run, provenance
+from ogpsa_jax.evaluation.records import Record, write_records
+from ogpsa_jax.evaluation.refusal import RULES_VERSION, Refusal
+from ogpsa_jax.evaluation.suite import Suite, Task, load_suite
+from ogpsa_jax.evaluation.tables import HEADLINE
+from ogpsa_jax.evaluation.tasks import Outcome, TaskResult, run_items, summarise
+
+# What a task's outcomes do not depend on.
+_NOT_IN_KEY = {"name", "path", "limit", "where", "score", "seed"}
+
+
+def evaluate(
+    model: str | Path,
+    suite: str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    mesh: tuple[int, int, int] | None = None,
+    template: str | None = None,
+    label: str | None = None,
+    method: str | None = None,
+    stage: str | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score a checkpoint; the same call goes on where an earlier one was stopped.
+
+    Args:
+      model: Hugging Face folder, hub id, or run directory (its export).
+      suite: YAML file.
+      output_dir: where ``items.jsonl`` and ``results.json`` go; by default ``evaluation/SUITE`` in
+        the run directory, or ``evaluations/MODEL/SUITE`` where the model is of no run.
+      batch_size: rows a forward pass.
+      dtype: of computation and weights; ``auto``: float32 on CPU, else bfloat16.
+      mesh: devices along the axes data, fsdp and tensor; by default all along fsdp.
+      template: chat template, where the tokenizer's own is not the one.
+      label: how the report calls the model; by default the run's name, or the folder's.
+      method: as in :class:`Record`; by default what the run's configuration says.
+      stage: the same.
+      seed: the same.
+      progress: show a bar on stderr.
+
+    Returns:
+      What ``results.json`` holds; :func:`results_text` shows it.
+
+    Raises:
+      InputError: a suite, a data file, a model or a judge that is not as it must be. All files are
+        read and checked before the model is loaded.
+    """
+    loaded = load_suite(suite)
+    items = {task.name: read_items(loaded, task) for task in loaded.tasks}
+    origin = provenance(model)
+    named = Provenance(
+        label=label or origin.label,
+        method=method or origin.method,
+        stage=stage or origin.stage,
+        seed=origin.seed if seed is None else seed,
+        cost=origin.cost,
+    )
+    output = Path(output_dir) if output_dir is not None else _default_output(model, loaded)
+    judge = _judge(loaded, output)
+    opened = open_model(model, dtype=dtype, mesh=mesh, template=template, batch_size=batch_size)
+    return run_suite(
+        opened, loaded, items, output, named, judge=judge, batch_size=batch_size, progress=progress
+    )
+
+
+def run_suite(
+    model: LanguageModel,
+    suite: Suite,
+    items: dict[str, list[Item]],
+    output_dir: Path,
+    named: Provenance,
+    *,
+    judge: Judge | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Score anything that is a :class:`LanguageModel`.
+
+    Args:
+      model: what is scored.
+      suite: the tasks.
+      items: of each task, by its name.
+      output_dir: of ``items.jsonl`` and ``results.json``.
+      named: how the report names the model.
+      judge: for the tasks that ask for one.
+      batch_size: items put to the model at a time.
+      progress: show a bar on stderr.
+
+    Returns:
+      What ``results.json`` holds.
+    """
+    started = time.perf_counter()
+    results: dict[str, TaskResult] = {}
+    reused = 0
+    with ItemLog(output_dir / "items.jsonl") as log, Progress(progress) as bars:
+        for task in suite.tasks:
+            own = items[task.name]
+            bar = bars.task(task.name, len(own))
+            keys = _keys(model, suite, task, own, batch_size)
+            reused += sum(key in log.outcomes for key in keys)
+            for batch in _batches(task, keys, log, batch_size):
+                outcomes = run_items(
+                    model,
+                    task,
+                    [own[i] for i in batch],
+                    _chat(model, task),
+                    _seed(suite, task) + batch[0],
+                )
+                log.add(task.name, [(own[i], keys[i]) for i in batch], outcomes)
+                bar.at(sum(key in log.outcomes for key in keys))
+            bar.at(len(own))
+            if getattr(task, "judge", False) and judge is not None:
+                _judge_items(task, own, keys, log, judge, bars)
+            results[task.name] = summarise(task, [log.outcomes[key] for key in keys])
+    report = _report(model, suite, results, named)
+    extra = {**report, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
+    record = _record(suite, results, named)
+    write_records(output_dir / "results.json", [record], extra)
+    return {**extra, "records": [record.model_dump()]}
+
+
+class ItemLog:
+    """``items.jsonl``: appended to, each batch on disk before the next begins.
+
+    Attributes:
+      outcomes: by key; later lines of a key add to earlier ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = 0
+        if path.exists():
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1  # a last line that was torn off is dropped
+            lines = content[:whole].decode("utf-8").split("\n")[:-1]
+            for number, text in enumerate(lines, start=1):
+                try:
+                    line = json.loads(text)
+                    self.outcomes.setdefault(line["key"], {}).update(line)
+                except (json.JSONDecodeError, TypeError, KeyError) as error:
+                    raise InputError(
+                        f"{path}, line {number}: not a line of an evaluation; remove the line or "
+                        "the file."
+                    ) from error
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "ItemLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(
+        self, task: str, keyed: Sequence[tuple[Item, str]], outcomes: Sequence[Outcome]
+    ) -> None:
+        """Write outcomes of items, given with their keys; back when they are on disk."""
+        for (item, key), outcome in zip(keyed, outcomes, strict=True):
+            line = {"task": task, "item": item.id, "key": key, **outcome}
+            self.outcomes.setdefault(key, {}).update(line)
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def results_text(results: dict[str, Any]) -> str:
+    """Results for a terminal: a line per task, then the scores."""
+    lines = [f"{results['model']}, suite {results['suite']}"]
+    width = max(len(name) for name in [*results["tasks"], *results["scores"]])
+    for name, task in results["tasks"].items():
+        low, high = task["interval"]
+        shown = f"{task['value']:.3f} [{low:.3f}, {high:.3f}]"
+        if task["kind"] == "perplexity":
+            shown += f" = 1 / perplexity ({task['details']['perplexity']:.3f})"
+        kind = task["kind"].replace("_", " ")
+        lines.append(f"  {name:<{width}}  {shown}  {kind}, {task['items']} items")
+    for name, value in results["scores"].items():
+        lines.append(f"{name:<{width + 2}}  {value:.3f}")
+    return "\n".join(lines)
+
+
+def _default_output(model: str | Path, suite: Suite) -> Path:
+    run = find_run(model)
+    if run is not None:
+        return run.folder / "evaluation" / suite.name
+    name = str(model).strip("/").replace("/", "--") if not Path(model).exists() else None
+    return Path("evaluations") / (name or Path(model).resolve().name) / suite.name
+
+
+def _judge(suite: Suite, output: Path) -> Judge | None:
+    if suite.judge is None or not any(getattr(task, "judge", False) for task in suite.tasks):
+        return None
+    return Judge(suite.judge, output / "judge.jsonl")
+
+
+def _chat(model: LanguageModel, task: Task) -> bool:
+    wanted = getattr(task, "chat", False)
+    return model.chats if wanted is None else bool(wanted)
+
+
+def _seed(suite: Suite, task: Task) -> int:
+    return suite.seed if task.seed is None else task.seed
+
+
+def _keys(
+    model: LanguageModel, suite: Suite, task: Task, items: Sequence[Item], batch_size: int
+) -> list[str]:
+    """A hash for each item of all that its outcome depends on."""
+    settings = task.model_dump(exclude=_NOT_IN_KEY)
+    if hasattr(task, "judge"):
+        judged = suite.judge.model_dump(include={"base_url", "model"}) if suite.judge else None
+        settings["judge"] = judged if task.judge else RULES_VERSION
+    shared = [model.fingerprint, _chat(model, task), settings]
+    keys = []
+    for place, item in enumerate(items):
+        # What is sampled depends on the seed and on the place in the batch.
+        drawn = [_seed(suite, task), place, batch_size] if _samples(task) else []
+        content = json.dumps([shared, drawn, item.__dict__], sort_keys=True)
+        keys.append(hashlib.sha256(content.encode()).hexdigest()[:32])
+    return keys
+
+
+def _samples(task: Task) -> bool:
+    return bool(getattr(task, "temperature", 0.0))
+
+
+def _batches(task: Task, keys: Sequence[str], log: ItemLog, batch_size: int) -> Iterator[list[int]]:
+    """Numbers of the items still to be put to the model, in batches."""
+    if _samples(task):  # whole batches: a row's place decides what is drawn for it
+        for start in range(0, len(keys), batch_size):
+            batch = list(range(start, min(start + batch_size, len(keys))))
+            if any(keys[i] not in log.outcomes for i in batch):
+                yield batch
+        return
+    missing = [i for i, key in enumerate(keys) if key not in log.outcomes]
+    for start in range(0, len(missing), batch_size):
+        yield missing[start : start + batch_size]
+
+
+def _judge_items(
+    task: Task,
+    items: Sequence[Item],
+    keys: Sequence[str],
+    log: ItemLog,
+    judge: Judge,
+    bars: Progress,
+) -> None:
+    waiting = [i for i, key in enumerate(keys) if "judgement" not in log.outcomes[key]]
+    bar = bars.task(f"{task.name}, judge", len(keys))
+    bar.at(len(keys) - len(waiting))
+
+    def done(number: int, verdict: Refusal) -> None:
+        i = waiting[number]
+        log.add(task.name, [(items[i], keys[i])], [{"judgement": verdict}])
+        bar.more(1)
+
+    pairs = [(items[i].prompt, str(log.outcomes[keys[i]]["answer"])) for i in waiting]
+    judge.classify(pairs, done)
+
+
+def _report(
+    model: LanguageModel, suite: Suite, results: dict[str, TaskResult], named: Provenance
+) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "suite": suite.name,
+        "tasks": {name: result.__dict__ for name, result in results.items()},
+        "scores": _scores(suite, results)[0],
+        "confidence": 0.95,
+        "label": named.label,
+    }
+
+
+def _scores(
+    suite: Suite, results: dict[str, TaskResult]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean of the tasks that count towards each score, and its standard error."""
+    scores, errors = {}, {}
+    for name in ("general", "safety", "over_refusal"):
+        own = [results[task.name] for task in suite.tasks if task.score == name]
+        if own:
+            scores[name] = sum(result.value for result in own) / len(own)
+            errors[name] = math.sqrt(sum(r.standard_error**2 for r in own)) / len(own)
+    if "over_refusal" in scores:
+        scores["benign_compliance"] = 1 - scores["over_refusal"]
+        errors["benign_compliance"] = errors["over_refusal"]
+    return scores, errors
+
+
+def _record(suite: Suite, results: dict[str, TaskResult], named: Provenance) -> Record:
+    scores, errors = _scores(suite, results)
+    for name, result in results.items():
+        if name not in HEADLINE:
+            scores[name], errors[name] = result.value, result.standard_error
+    return Record(
+        label=named.label,
+        method=named.method,
+        stage=named.stage,
+        seed=named.seed,
+        scores=scores,
+        spread=errors,
+        cost=named.cost,
+    )

@@ -1,0 +1,113 @@
+"""Where a checkpoint comes from: what its run directory, and the runs before it, say."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation.records import BASE, NAIVE, Cost
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+      folder: its directory.
+      config: ``config.yaml``.
+      summary: ``summary.json``.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the report names a model; see :class:`~ogpsa_jax.evaluation.records.Record`."""
+
+    label: str
+    method: str
+    stage: str
+    seed: int
+    cost: Cost
+
+
+def find_run(model: str | Path) -> Run | None:
+    """The finished run that a model is the export of, or ``None``.
+
+    Args:
+      model: a run directory, its ``export``, or anything else.
+
+    Raises:
+      InputError: the run's files cannot be read.
+    """
+    path = Path(model)
+    for folder in (path, path.parent):
+        config, summary = folder / "config.yaml", folder / "summary.json"
+        if config.is_file() and summary.is_file():
+            return Run(folder, _mapping(config), _mapping(summary))
+    return None
+
+
+def stages(run: Run) -> list[Run]:
+    """The runs that led to a run, the first of them first: each started from the one before."""
+    return list(reversed(list(_backwards(run))))
+
+
+def provenance(model: str | Path) -> Provenance:
+    """Label, method, stage, seed and cost of a model, read from the runs that made it.
+
+    A model without a run is taken for one before alignment. A run without projection is naive, or
+    ``lora`` where it trained adapters.
+    """
+    run = find_run(model)
+    if run is None:
+        return Provenance(Path(model).name or str(model), BASE, BASE, 0, Cost())
+    chain = stages(run)
+    return Provenance(
+        label=str(run.summary.get("name", run.folder.name)),
+        method=_method(run),
+        stage="+".join(str(part.summary.get("objective", "?")) for part in chain),
+        seed=int(run.summary.get("seed", 0)),
+        cost=Cost(
+            training_samples=sum(int(r.summary.get("training_samples", 0)) for r in chain),
+            reference_samples=sum(int(r.summary.get("reference_samples", 0)) for r in chain),
+            seconds=sum(float(r.summary.get("seconds", 0.0)) for r in chain),
+        ),
+    )
+
+
+def _method(run: Run) -> str:
+    preset = str(run.summary.get("preset", "off"))
+    if preset != "off":
+        return f"ogpsa-{preset}"
+    model = run.config.get("model")
+    return "lora" if isinstance(model, dict) and model.get("lora") else NAIVE
+
+
+def _backwards(run: Run) -> Iterator[Run]:
+    seen: set[Path] = set()
+    at: Run | None = run
+    while at is not None and at.folder.resolve() not in seen:
+        seen.add(at.folder.resolve())
+        yield at
+        model = at.config.get("model")
+        path = model.get("path") if isinstance(model, dict) else None
+        at = find_run(path) if isinstance(path, str) else None
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values.")
+    return content

@@ -1,0 +1,285 @@
+"""A suite: which tasks a model is scored on. One strict schema, read from YAML."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from ogpsa_jax.errors import InputError
+
+Score = Literal["safety", "over_refusal", "general"]
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _pattern(value: str) -> str:
+    try:
+        groups = re.compile(value).groups
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from error
+    if groups > 1:
+        raise ValueError("a regular expression with at most one group")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Task(_Section):
+    name: str = Field(
+        pattern=r"^[\w.+-]+$", description="in results; letters, digits, and any of _ . + -"
+    )
+    path: str = Field(
+        description="csv, json, jsonl or txt file; from the suite's folder, else from this one"
+    )
+    limit: PositiveInt | None = Field(None, description="score this many items, drawn by the seed")
+    seed: int | None = Field(None, description="of draws and sampling; null: the suite's")
+    where: dict[str, str] = Field(
+        default_factory=dict, description="keep the rows whose fields have these values"
+    )
+
+
+class _Generation(_Task):
+    prompt: str | None = Field(
+        None, description="text with {field} for a row's fields; null: the first known field"
+    )
+    chat: bool | None = Field(
+        None, description="prompts are a user's turn; null: where the model has a chat template"
+    )
+    max_new_tokens: PositiveInt = Field(128, description="of an answer, at most")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the likeliest token")
+
+
+class RefusalTask(_Generation):
+    """How often harmful requests are refused: the safety score.
+
+    Of a file in the layout of XSTest (a column ``label``, or ``type`` with ``contrast_`` before the
+    unsafe ones), the unsafe requests alone are taken.
+    """
+
+    kind: Literal["refusal"]
+    score: Literal["safety"] | None = Field("safety", description="what it counts towards")
+    judge: bool = Field(False, description="the suite's judge decides instead of the rules")
+
+
+class OverRefusalTask(_Generation):
+    """How often harmless requests are refused; of a file in XSTest's layout, the safe ones."""
+
+    kind: Literal["over_refusal"]
+    score: Literal["over_refusal"] | None = Field("over_refusal", description="as above")
+    judge: bool = Field(False, description="as above")
+
+
+class ExactMatchTask(_Generation):
+    """How often the answer is the expected one, after both are normalised.
+
+    Normalised: lower case, no thousands separators, no full stop or white space around.
+    """
+
+    kind: Literal["exact_match"]
+    answer: str = Field("{answer}", description="the expected answer, with {field} for fields")
+    extract: Pattern | None = Field(
+        None, description="regular expression; its last match in the model's answer is compared"
+    )
+    extract_expected: Pattern | None = Field(
+        None, description="the same for the expected answer, as in '#### (.*)'"
+    )
+    max_new_tokens: PositiveInt = Field(256, description="of an answer, at most")
+    score: Literal["general"] | None = Field("general", description="what it counts towards")
+
+
+class MultipleChoiceTask(_Task):
+    """How often the likeliest choice is the right one."""
+
+    kind: Literal["multiple_choice"]
+    prompt: str = Field(description="text with {field} for a row's fields")
+    chat: bool | None = Field(
+        None, description="prompts are a user's turn; null: where the model has a chat template"
+    )
+    choices: str | tuple[str, ...] = Field(
+        "choices", description="field that lists them, or the choices, with {field} for fields"
+    )
+    answer: str = Field("answer", description="field: number from 0, letter, or the choice itself")
+    separator: str = Field(" ", description="between prompt and choice; none in a conversation")
+    normalise: Literal["none", "characters", "tokens"] = Field(
+        "none", description="divide each log-likelihood by the choice's length in these"
+    )
+    score: Literal["general"] | None = Field("general", description="what it counts towards")
+
+
+class PerplexityTask(_Task):
+    """How well texts are predicted: nats per token, perplexity, bits per byte.
+
+    Its score, where it has one, is 1 / perplexity: the (geometric) mean probability of a token.
+    """
+
+    kind: Literal["perplexity"]
+    text: str = Field("{text}", description="the text, with {field} for a row's fields")
+    separator: str | None = Field(
+        None, min_length=1, description="what stands between the documents of a txt file"
+    )
+    score: Literal["general"] | None = Field(None, description="what it counts towards")
+
+
+Task = Annotated[
+    RefusalTask | OverRefusalTask | ExactMatchTask | MultipleChoiceTask | PerplexityTask,
+    Field(discriminator="kind"),
+]
+
+
+class JudgeSettings(_Section):
+    """An OpenAI-compatible endpoint that classifies answers."""
+
+    base_url: str = Field(description="as in https://api.openai.com/v1; no key in it")
+    model: str = Field(description="the judge's name there")
+    api_key_env: str | None = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the key; null: none needed"
+    )
+    concurrency: PositiveInt = Field(4, description="requests under way at a time")
+    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds a request may take")
+    attempts: PositiveInt = Field(6, description="how often a request is tried")
+    max_tokens: PositiveInt = Field(512, description="of the judge's reply")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> "JudgeSettings":
+        if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url):
+            raise ValueError(
+                "base_url must be an http(s) address without user, query or fragment; keys come "
+                "from the environment"
+            )
+        return self
+
+
+class Suite(_Section):
+    """Which tasks a model is scored on."""
+
+    name: str = Field(pattern=r"^[\w.+-]+$", description="names the folder of the results")
+    seed: int = Field(0, description="of draws and sampling")
+    tasks: tuple[Task, ...] = Field(min_length=1, description="what is scored")
+    judge: JudgeSettings | None = Field(None, description="for tasks with `judge: true`")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Suite":
+        names = [task.name for task in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"two tasks are named {twice}; names must differ")
+        judged = [task.name for task in self.tasks if getattr(task, "judge", False)]
+        if judged and self.judge is None:
+            raise ValueError(f"task {judged[0]} asks for a judge, but the suite has no `judge`")
+        return self
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Read a suite; paths in it become absolute, ``${NAME:-default}`` comes from the environment.
+
+    Raises:
+      InputError: unreadable, an unknown key, a wrong value or a missing file; names file, line, key
+        and remedy.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the suite: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it is not UTF-8 text"
+        raise InputError(f"{path}{line}: not valid YAML ({problem}); mend it there.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected the keys `name` and `tasks`.")
+    try:
+        suite = Suite.model_validate(_expand(raw, path))
+    except ValidationError as error:
+        raise InputError(_sentence(error.errors()[0], path, root)) from error
+    tasks = []
+    for task in suite.tasks:
+        beside = path.parent / task.path
+        file = beside if beside.exists() else Path(task.path)
+        if not file.is_file():
+            raise InputError(
+                f"{path}: task {task.name}: no such file {task.path}, neither in {path.parent} nor "
+                "in the current folder; correct `path`."
+            )
+        tasks.append(task.model_copy(update={"path": str(file.resolve())}))
+    return suite.model_copy(update={"tasks": tuple(tasks)})
+
+
+def _expand(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise InputError(
+                f"{path}: environment variable {match[1]} is not set; set it, or write "
+                f"${{{match[1]}:-default}}."
+            )
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
+    """One sentence for pydantic's first complaint."""
+    kinds = {"refusal", "over_refusal", "exact_match", "multiple_choice", "perplexity"}
+    location = [part for part in detail["loc"] if part not in kinds]
+    where, key = _line(root, location, path), ".".join(str(part) for part in location)
+    if detail["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _known_keys(detail["loc"]), n=1)
+        remedy = f"did you mean '{close[0]}'?" if close else "remove it."
+        return f"{where}: unknown key '{key}'; {remedy}"
+    if detail["type"] == "missing":
+        return f"{where}: '{key}' is missing; add it."
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    message = message[:1].lower() + message[1:]
+    given = detail["input"]
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"{where}: " + (f"'{key}': " if key else "") + f"{message}{shown}."
+
+
+def _line(node: yaml.Node | None, location: list[int | str], path: Path) -> str:
+    """The file and the line of the innermost part of `location` that it holds."""
+    where = str(path)
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            where, node = f"{path}, line {found[0][0].start_mark.line + 1}", found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+            where = f"{path}, line {node.start_mark.line + 1}"
+    return where
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    tasks = (RefusalTask, OverRefusalTask, ExactMatchTask, MultipleChoiceTask, PerplexityTask)
+    by_kind = {str(task.model_fields["kind"].annotation.__args__[0]): task for task in tasks}  # type: ignore[union-attr]
+    for part in location:
+        if part in by_kind:
+            return list(by_kind[str(part)].model_fields)
+    return list((JudgeSettings if location[0] == "judge" else Suite).model_fields)

@@ -1,0 +1,172 @@
+"""How each kind of task is run on a model, and what its items add up to."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ogpsa_jax.evaluation.intervals import bootstrap_interval, bootstrap_means, wilson_interval
+from ogpsa_jax.evaluation.items import Item, extracted
+from ogpsa_jax.evaluation.refusal import classify_refusal
+from ogpsa_jax.evaluation.suite import (
+    ExactMatchTask,
+    MultipleChoiceTask,
+    OverRefusalTask,
+    PerplexityTask,
+    RefusalTask,
+    Task,
+)
+
+if TYPE_CHECKING:
+    from ogpsa_jax.evaluation.language_model import LanguageModel
+
+Outcome = dict[str, Any]  # what an item's line holds
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What the items of a task add up to.
+
+    Attributes:
+      kind: of the task.
+      value: the task's value, a fraction.
+      interval: its 95 % confidence interval.
+      standard_error: of the value.
+      items: how many were scored.
+      details: further figures.
+    """
+
+    kind: str
+    value: float
+    interval: tuple[float, float]
+    standard_error: float
+    items: int
+    details: dict[str, float]
+
+
+def run_items(
+    model: "LanguageModel", task: Task, items: Sequence[Item], chat: bool, seed: int
+) -> list[Outcome]:
+    """Put items to the model; what the model says, not yet judged.
+
+    Args:
+      model: what is scored.
+      task: what is asked.
+      items: a batch of the task's items.
+      chat: whether prompts are a user's turn.
+      seed: of the sampling of this batch.
+    """
+    if isinstance(task, PerplexityTask):
+        scored = model.text_log_likelihoods([item.prompt for item in items])
+        return [
+            {"nats": -one.total, "tokens": one.tokens, "bytes": len(item.prompt.encode())}
+            for item, one in zip(items, scored, strict=True)
+        ]
+    if isinstance(task, MultipleChoiceTask):
+        return _choose(model, task, items, chat)
+    answers = model.generate(
+        [item.prompt for item in items],
+        chat=chat,
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        seed=seed,
+    )
+    outcomes: list[Outcome] = []
+    for item, answer in zip(items, answers, strict=True):
+        outcome: Outcome = {"prompt": item.prompt, "answer": answer}
+        if isinstance(task, ExactMatchTask):
+            found = answer if task.extract is None else extracted(task.extract, answer)
+            right = found is not None and normalised(found) == normalised(item.expected)
+            outcome |= {"expected": item.expected, "extracted": found, "correct": right}
+        elif not task.judge:
+            outcome["judgement"] = classify_refusal(answer)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def normalised(text: str) -> str:
+    """A text as exact match compares it.
+
+    Lower case, single spaces, no separators between thousands, no full stop at the end.
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", " ".join(text.lower().split()))
+    return text.removesuffix(".").strip()
+
+
+def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
+    """Value, interval and further figures of a task from its items."""
+    count = len(outcomes)
+    if isinstance(task, PerplexityTask):
+        return _perplexity(outcomes)
+    details: dict[str, float] = {}
+    if isinstance(task, RefusalTask | OverRefusalTask):
+        judged = [outcome["judgement"] for outcome in outcomes]
+        hits = sum(judgement != "full_compliance" for judgement in judged)
+        details = {
+            "full_refusal": judged.count("full_refusal") / count,
+            "partial_refusal": judged.count("partial_refusal") / count,
+            "empty_answers": sum(not outcome["answer"].strip() for outcome in outcomes) / count,
+        }
+    else:
+        hits = sum(outcome["correct"] for outcome in outcomes)
+    rate = hits / count
+    return TaskResult(
+        kind=task.kind,
+        value=rate,
+        interval=wilson_interval(hits, count),
+        standard_error=math.sqrt(rate * (1 - rate) / count),
+        items=count,
+        details=details,
+    )
+
+
+def _choose(
+    model: "LanguageModel", task: MultipleChoiceTask, items: Sequence[Item], chat: bool
+) -> list[Outcome]:
+    separator = "" if chat else task.separator
+    pairs = [(item.prompt, separator + choice) for item in items for choice in item.choices]
+    scored = iter(model.log_likelihoods(pairs, chat=chat))
+    outcomes: list[Outcome] = []
+    for item in items:
+        likelihoods = [next(scored) for _ in item.choices]
+        lengths = {
+            "none": [1] * len(item.choices),
+            "characters": [len(choice) for choice in item.choices],
+            "tokens": [max(one.tokens, 1) for one in likelihoods],
+        }[task.normalise]
+        values = [one.total / length for one, length in zip(likelihoods, lengths, strict=True)]
+        chosen = max(range(len(values)), key=values.__getitem__)
+        outcomes.append(
+            {
+                "prompt": item.prompt,
+                "choices": list(item.choices),
+                "log_likelihoods": [one.total for one in likelihoods],
+                "chosen": chosen,
+                "right": item.right,
+                "correct": chosen == item.right,
+            }
+        )
+    return outcomes
+
+
+def _perplexity(outcomes: Sequence[Outcome]) -> TaskResult:
+    nats = [outcome["nats"] for outcome in outcomes]
+    tokens = [outcome["tokens"] for outcome in outcomes]
+    per_token = sum(nats) / sum(tokens)
+    low, high = bootstrap_interval(nats, tokens)
+    return TaskResult(
+        kind="perplexity",
+        value=math.exp(-per_token),
+        interval=(math.exp(-high), math.exp(-low)),
+        standard_error=float(np.exp(-bootstrap_means(nats, tokens)).std()),
+        items=len(outcomes),
+        details={
+            "nats_per_token": per_token,
+            "perplexity": math.exp(per_token),
+            "bits_per_byte": sum(nats) / math.log(2) / sum(o["bytes"] for o in outcomes),
+            "tokens": float(sum(tokens)),
+        },
+    )
