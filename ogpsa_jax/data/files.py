@@ -132,8 +132,8 @@ def _json_rows(content: str, path: Path) -> list[Located]:
             if not done and content[at : at + 1] != ",":
                 raise json.JSONDecodeError("Expecting ',' or ']'", content, at)
             at = at if done else _space(content, at + 1)
-        if _space(content, at + 1) != len(content):
-            raise json.JSONDecodeError("Extra data", content, at + 1)
+        if (rest := _space(content, at + 1)) != len(content):
+            raise json.JSONDecodeError("Extra data", content, rest)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}, line {error.lineno}: not valid JSON: {error.msg}; mend the file."

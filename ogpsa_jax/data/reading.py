@@ -29,6 +29,8 @@ def read_records(source: DataSource, kind: Kind) -> tuple[list[Record], int]:
     """
     bounds, by_prompt = _slice(source)
     located = located_rows(source)
+    if not located:
+        raise InputError(f"{source.path}: split '{source.split}' holds no row.")
     if not by_prompt:
         located = located[slice(*_within(bounds, len(located), source, "rows"))]
     records = _read(located, source, kind)
@@ -39,8 +41,8 @@ def read_records(source: DataSource, kind: Kind) -> tuple[list[Record], int]:
         records = [record for record in records if record.prompt in chosen]
     if not records:
         raise InputError(
-            f"{source.path}: split '{source.split}' holds no usable row ({skipped} rows were left "
-            "out because of what their format says of them); choose another part of the data."
+            f"{source.path}: split '{source.split}' holds no usable row; its format says of all "
+            f"{skipped} of them that they do not count."
         )
     return records, skipped
 

@@ -115,6 +115,7 @@ class ChatTemplate:
         self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._stops = ({*special, *tokenizer.all_special_ids} - {bos}) | {tokenizer.eos_token_id}
+        self._marks = False
         if self.source is None:
             return
         self._marks = bool(_MARKED.search(self.source))
@@ -138,9 +139,7 @@ class ChatTemplate:
         Raises:
           InputError: there is no template, or it refuses this conversation.
         """
-        return str(
-            self._apply(messages, where, tokenize=False, add_generation_prompt=generation_prompt)
-        )
+        return self._apply(messages, where, add_generation_prompt=generation_prompt)[0]
 
     def encode(self, messages: Sequence[Message], where: str) -> Encoded:
         """Token ids of one conversation, and which of them are to be learnt.
@@ -152,12 +151,9 @@ class ChatTemplate:
 
     def encode_all(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """:meth:`encode` for many conversations, tokenised in one call."""
-        if not conversations:
+        if not conversations:  # tokenizers refuse to do nothing
             return []
-        if self.source is None or self._marks:
-            found = [self._marked(messages, where) for messages, where in conversations]
-        else:
-            found = self._located(conversations)
+        found = self._tokenised(conversations)
         return [
             self._finished(ids, learnt, where)
             for (ids, learnt), (_, where) in zip(found, conversations, strict=True)
@@ -178,34 +174,35 @@ class ChatTemplate:
         """Led by BOS if the tokenizer wants it, and never by two."""
         return [*ids] if not self._bos or list(ids[:1]) == self._bos else [*self._bos, *ids]
 
-    def _apply(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
+    def _apply(
+        self, messages: Sequence[Message], where: str, **options: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and the parts of it that the template marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         if self.source is None:
             raise InputError(
                 f"{self.tokenizer.name_or_path}: the tokenizer has no chat template; set "
                 f"data.template to a jinja file or one of {', '.join(BUILT_IN)}."
             )
         turns = [{"role": m.role, "content": m.content} for m in messages]
+        given = {**self.tokenizer.special_tokens_map, "date_string": _DATE, **options}
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self.source, date_string=_DATE, **options
-            )
+            # Not apply_chat_template: its token mask fails on an empty part, and misses tokens
+            # where a part ends with a character of several tokens.
+            texts, marks = render_jinja_template([turns], chat_template=self.source, **given)
         except (jinja2.TemplateError, TypeError) as error:
             raise InputError(
                 f"{where}: the chat template cannot render the conversation ({error})."
             ) from error
+        return texts[0], marks[0] if marks else []
 
-    def _marked(self, messages: Sequence[Message], where: str) -> Encoded:
-        encoded = self._apply(
-            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
-
-    def _located(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+    def _tokenised(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         texts, spans = [], []
         for messages, where in conversations:
-            text = self.render(messages, where=where)
+            text, parts = self._apply(messages, where, return_assistant_tokens_mask=self._marks)
             texts.append(text)
-            spans.append(self._spans(messages, text, where))
+            spans.append(parts if self._marks else self._spans(messages, text, where))
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -216,7 +213,8 @@ class ChatTemplate:
             first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
             learnt = np.zeros(len(ids), bool)
             for start, stop in parts:
-                learnt |= (first < stop) & (np.maximum(last, first + 1) > start)
+                if start < stop:
+                    learnt |= (first < stop) & (np.maximum(last, first + 1) > start)
             found.append((list(ids), learnt.tolist()))
         return found
 
@@ -227,16 +225,18 @@ class ChatTemplate:
             if message.role != "assistant":
                 continue
             start = self._start(messages, i, text, spans[-1][1] if spans else 0)
-            stop = len(text)
-            if i + 1 < len(messages):
-                # Not where the template treats the last answer otherwise, as Qwen3's does.
-                upto = self.render(messages[: i + 1], where=where)
-                stop = len(upto) if len(upto) > start and text.startswith(upto) else -1
-            said = next((s for s in _variants(message.content) if s in text[start:]), "")
-            if stop < 0:
-                stop = text.find(said, start) + len(said)
+            upto = self.render(messages[: i + 1], where=where) if i + 1 < len(messages) else text
+            ended = len(upto) > start and text.startswith(upto)
+            stop = len(upto) if ended else len(text)
+            places = [
+                (at, -len(said))
+                for said in _variants(message.content)
+                if said and (at := text.find(said, start, stop)) >= 0
+            ]
+            if places and not ended:  # the last answer is treated otherwise, as in Qwen3's template
+                stop = min(places)[0] - min(places)[1]
                 stop += len(self._tail) if text.startswith(self._tail, stop) else 0
-            if not said or said not in text[start:stop]:
+            if not places:
                 raise InputError(
                     f"{where}: the chat template changes or drops the assistant's text; set "
                     "data.template to one that keeps it."
