@@ -87,7 +87,8 @@ def _read(located: list[Located], source: DataSource, kind: Kind) -> list[Record
         if record is not None:
             records.append(record)
     if malformed:
-        raise InputError(f"{malformed[0][0]}{and_others([where for _, where in malformed[1:]])}")
+        others = and_others([where for _, where in malformed[1:]])
+        raise InputError(f"{malformed[0][0].removesuffix('.')}{others}.")
     return records
 
 

@@ -189,7 +189,7 @@ def test_all_malformed_rows_are_told_at_once(tmp_path: Path, rng: random.Random)
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     said = refusal(DataSource(str(tmp_path / "a.jsonl"), format="prompt_completion"))
     assert f"line {bad[0] + 1}: " in said
-    assert said.endswith(f"(and 2 rows more: line {bad[1] + 1}, line {bad[2] + 1})")
+    assert said.endswith(f"(and 2 rows more: line {bad[1] + 1}, line {bad[2] + 1}).")
 
 
 @pytest.mark.parametrize("path", ["absent.jsonl", "./absent", "/absent/file"])
