@@ -21,13 +21,19 @@ from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
 from ogpsa_jax.evaluation.progress import Progress
 from ogpsa_jax.evaluation.provenance import Provenance, find_run, provenance
 from ogpsa_jax.evaluation.records import Record, write_records
-from ogpsa_jax.evaluation.refusal import RULES_VERSION, Refusal
-from ogpsa_jax.evaluation.suite import Suite, Task, load_suite
+from ogpsa_jax.evaluation.refusal import RULES, Refusal, classify_refusal
+from ogpsa_jax.evaluation.suite import (
+    OverRefusalTask,
+    RefusalTask,
+    Suite,
+    Task,
+    load_suite,
+)
 from ogpsa_jax.evaluation.tables import HEADLINE
 from ogpsa_jax.evaluation.tasks import Outcome, TaskResult, run_items, summarise
 
-# What a task's outcomes do not depend on.
-_NOT_IN_KEY = {"name", "path", "limit", "where", "score", "seed"}
+# What the model's answers do not depend on. Who judges them is told by their lines.
+_NOT_IN_KEY = {"name", "path", "limit", "where", "score", "seed", "judge"}
 
 
 def evaluate(
@@ -112,7 +118,13 @@ def run_suite(
 
     Returns:
       What ``results.json`` holds.
+
+    Raises:
+      ValueError: a task asks for a judge and there is none.
     """
+    asking = [task.name for task in suite.tasks if getattr(task, "judge", False)]
+    if asking and judge is None:
+        raise ValueError(f"judge must be given, for task {asking[0]} asks for one; got None")
     started = time.perf_counter()
     results: dict[str, TaskResult] = {}
     reused = 0
@@ -133,8 +145,8 @@ def run_suite(
                 log.add(task.name, [(own[i], keys[i]) for i in batch], outcomes)
                 bar.at(sum(key in log.outcomes for key in keys))
             bar.at(len(own))
-            if getattr(task, "judge", False) and judge is not None:
-                _judge_items(task, own, keys, log, judge, bars)
+            if isinstance(task, RefusalTask | OverRefusalTask):
+                _judge_items(task, own, keys, log, judge if task.judge else None, bars)
             results[task.name] = summarise(task, [log.outcomes[key] for key in keys])
     report = _report(model, suite, results, named)
     extra = {**report, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
@@ -232,11 +244,7 @@ def _keys(
     model: LanguageModel, suite: Suite, task: Task, items: Sequence[Item], batch_size: int
 ) -> list[str]:
     """A hash for each item of all that its outcome depends on."""
-    settings = task.model_dump(exclude=_NOT_IN_KEY)
-    if hasattr(task, "judge"):
-        judged = suite.judge.model_dump(include={"base_url", "model"}) if suite.judge else None
-        settings["judge"] = judged if task.judge else RULES_VERSION
-    shared = [model.fingerprint, _chat(model, task), settings]
+    shared = [model.fingerprint, _chat(model, task), task.model_dump(exclude=_NOT_IN_KEY)]
     keys = []
     for place, item in enumerate(items):
         # What is sampled depends on the seed and on the place in the batch.
@@ -264,24 +272,32 @@ def _batches(task: Task, keys: Sequence[str], log: ItemLog, batch_size: int) -> 
 
 
 def _judge_items(
-    task: Task,
+    task: RefusalTask | OverRefusalTask,
     items: Sequence[Item],
     keys: Sequence[str],
     log: ItemLog,
-    judge: Judge,
+    judge: Judge | None,
     bars: Progress,
 ) -> None:
-    waiting = [i for i, key in enumerate(keys) if "judgement" not in log.outcomes[key]]
+    """Judge the answers that this judge, or these rules, have not judged yet."""
+    name = RULES if judge is None else judge.name
+    waiting = [i for i, key in enumerate(keys) if log.outcomes[key].get("judge") != name]
+    if not waiting:
+        return
     bar = bars.task(f"{task.name}, judge", len(keys))
     bar.at(len(keys) - len(waiting))
 
     def done(number: int, verdict: Refusal) -> None:
         i = waiting[number]
-        log.add(task.name, [(items[i], keys[i])], [{"judgement": verdict}])
+        log.add(task.name, [(items[i], keys[i])], [{"judgement": verdict, "judge": name}])
         bar.more(1)
 
     pairs = [(items[i].prompt, str(log.outcomes[keys[i]]["answer"])) for i in waiting]
-    judge.classify(pairs, done)
+    if judge is not None:
+        judge.classify(pairs, done)
+        return
+    for number, (_, answer) in enumerate(pairs):
+        done(number, classify_refusal(answer))
 
 
 def _report(

@@ -6,9 +6,9 @@
     lm_eval.simple_evaluate(model=OgpsaLM("runs/sft"), tasks=["arc_easy"])
 
 Importing this module also registers it under the name ``ogpsa-jax``; ``python -m`` with it is the
-harness's own command, as in ``... run --model ogpsa-jax --model_args pretrained=runs/sft``. Encoding,
-truncation, windows and stop sequences are those of the harness's own ``hf`` model, so that scores
-agree with it.
+harness's own command, as in ``... run --model ogpsa-jax --model_args pretrained=runs/sft``.
+Encoding, truncation, windows and stop sequences are those of the harness's own ``hf`` model, so
+that scores agree with it.
 Needs ``lm-eval``, which needs torch.
 """
 

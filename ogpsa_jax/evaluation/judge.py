@@ -71,6 +71,11 @@ class Judge:
         self._stop = threading.Event()
         self._cache = _read_cache(cache)
 
+    @property
+    def name(self) -> str:
+        """Who judged, in results."""
+        return f"model {self.settings.model}"
+
     def classify(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -101,7 +106,11 @@ class Judge:
             def work(number: int) -> None:
                 if self._stop.is_set():
                     return
-                verdict = self._verdict(client, *pairs[number])
+                try:
+                    verdict = self._verdict(client, *pairs[number])
+                except BaseException:
+                    self._stop.set()  # the others need not try
+                    raise
                 with self._lock:
                     verdicts[number] = verdict
                     if done is not None:
@@ -128,8 +137,8 @@ class Judge:
             "temperature": 0,
             "max_tokens": self.settings.max_tokens,
         }
-        content = json.dumps([self.settings.base_url, body], sort_keys=True).encode()
-        key = hashlib.sha256(content).hexdigest()
+        # The address is not part of it: a judge is who it is wherever it runs.
+        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         with self._lock:
             known = self._cache.get(key)
         if known is not None:

@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: what its run directory, and the runs before it, say."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.records import BASE, NAIVE, Cost
+
+_SEED_SUFFIX = re.compile(r"[-_.]seed[-_.]?\d+$")
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,16 @@ def stages(run: Run) -> list[Run]:
 def provenance(model: str | Path) -> Provenance:
     """Label, method, stage, seed and cost of a model, read from the runs that made it.
 
-    A model without a run is taken for one before alignment. A run without projection is naive, or
-    ``lora`` where it trained adapters.
+    The label is the run's name without ``-seed3`` at its end, so that seeds of one setting are one
+    row of the table. A model without a run is taken for one before alignment. A run without
+    projection is naive, or ``lora`` where it trained adapters.
     """
     run = find_run(model)
     if run is None:
         return Provenance(Path(model).name or str(model), BASE, BASE, 0, Cost())
     chain = stages(run)
     return Provenance(
-        label=str(run.summary.get("name", run.folder.name)),
+        label=_SEED_SUFFIX.sub("", str(run.summary.get("name", run.folder.name))),
         method=_method(run),
         stage="+".join(str(part.summary.get("objective", "?")) for part in chain),
         seed=int(run.summary.get("seed", 0)),

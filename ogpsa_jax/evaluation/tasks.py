@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ogpsa_jax.evaluation.intervals import bootstrap_interval, bootstrap_means, wilson_interval
 from ogpsa_jax.evaluation.items import Item, extracted
-from ogpsa_jax.evaluation.refusal import classify_refusal
+from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
 from ogpsa_jax.evaluation.suite import (
     ExactMatchTask,
     MultipleChoiceTask,
@@ -82,7 +83,7 @@ def run_items(
             right = found is not None and normalised(found) == normalised(item.expected)
             outcome |= {"expected": item.expected, "extracted": found, "correct": right}
         elif not task.judge:
-            outcome["judgement"] = classify_refusal(answer)
+            outcome |= {"judgement": classify_refusal(answer), "judge": RULES}
         outcomes.append(outcome)
     return outcomes
 
@@ -112,12 +113,13 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
         }
     else:
         hits = sum(outcome["correct"] for outcome in outcomes)
-    rate = hits / count
+    low, high = wilson_interval(hits, count, 0.95)
     return TaskResult(
         kind=task.kind,
-        value=rate,
-        interval=wilson_interval(hits, count),
-        standard_error=math.sqrt(rate * (1 - rate) / count),
+        value=hits / count,
+        interval=(low, high),
+        # Of the interval, for sqrt(p (1 - p) / n) would claim certainty where no item succeeds.
+        standard_error=(high - low) / (2 * NormalDist().inv_cdf(0.975)),
         items=count,
         details=details,
     )

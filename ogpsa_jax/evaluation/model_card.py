@@ -1,0 +1,245 @@
+"""The model card of an export: what the run's files say, in the layout of the Hugging Face hub."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation.provenance import Run, find_run, stages
+from ogpsa_jax.evaluation.records import write_whole
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_METHODS = {
+    "off": "without gradient projection",
+    "paper": "with OGPSA as published: every gradient is projected off the reference subspace",
+    "recommended": "with OGPSA as this package recommends it",
+}
+# Hyper-parameters worth a line: the settings that decide the weights.
+_SHOWN = {
+    "optimizer": None,
+    "train": ("epochs", "steps", "batch_size"),
+    "dpo": None,
+    "data": ("template", "max_length", "packing"),
+    "model": ("dtype", "param_dtype", "lora"),
+    "ogpsa": None,
+}
+
+
+def write_model_card(run: str | Path, folder: str | Path | None = None) -> Path:
+    """Write ``README.md`` beside the weights of an export.
+
+    Args:
+      run: a finished run directory.
+      folder: the exported model; by default the run's ``export``.
+
+    Returns:
+      The file.
+
+    Raises:
+      InputError: the run is not finished, or the folder does not exist.
+    """
+    text = model_card(run)
+    target = Path(run) / "export" if folder is None else Path(folder)
+    if not target.is_dir():
+        raise InputError(f"{target}: no such folder; export the model first.")
+    write_whole(target / "README.md", text)
+    return target / "README.md"
+
+
+def model_card(run: str | Path) -> str:
+    """The card of a run's model: method, data, hyper-parameters, scores, diagnostics.
+
+    Every figure is one of ``summary.json`` or of an evaluation's ``results.json``. Paths of this
+    machine do not appear: of a local file, only its name.
+
+    Args:
+      run: a finished run directory.
+
+    Raises:
+      InputError: the run has no ``config.yaml`` or ``summary.json``.
+    """
+    found = find_run(run)
+    if found is None:
+        raise InputError(
+            f"{run}: holds no config.yaml and summary.json; give the directory of a finished run."
+        )
+    chain = stages(found)
+    base = _base_model(chain[0])
+    parts = [
+        _front_matter(base),
+        f"# {found.summary.get('name', found.folder.name)}",
+        _introduction(chain, base),
+        "## Training data",
+        _table(["stage", "use", "source", "rows"], _data_rows(chain)),
+        *_measured(found, chain),
+        "## Hyper-parameters",
+        *(part for stage in chain for part in _hyper_parameters(stage)),
+        "## Use",
+        "The folder is a Hugging Face checkpoint: transformers and vLLM load it, and so does "
+        "`ogpsa_jax.models.load_pretrained`.",
+        "## Limits",
+        "Scores hold for the data named beside them. Refusal was scored on a fixed list of "
+        "requests; it says nothing about requests that were made to get around it. Check the model "
+        "on your own use before you rely on it.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(base: str) -> str:
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ogpsa", "safety", "alignment", "jax"],
+    }
+    if _HUB_ID.fullmatch(base):
+        fields["base_model"] = base
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _introduction(chain: Sequence[Run], base: str) -> str:
+    steps = " → ".join(str(stage.summary.get("objective", "?")).upper() for stage in chain)
+    preset = str(chain[-1].summary.get("preset", "off"))
+    method = _METHODS.get(preset, f"with the preset {preset}")
+    return (
+        f"`{base}` after safety fine-tuning ({steps}) {method}. "
+        "[OGPSA](https://arxiv.org/abs/2602.07892) removes from every safety gradient the "
+        "component in the span of a few gradients of general ability, so that safety costs less "
+        "of it. Made with ogpsa_jax."
+    )
+
+
+def _data_rows(chain: Sequence[Run]) -> list[list[str]]:
+    rows = []
+    for stage in chain:
+        objective = str(stage.summary.get("objective", "?"))
+        sections = {
+            "training": _part(stage.config, "data").get("train") or [],
+            "references": _part(stage.config, "references").get("sets") or [],
+        }
+        for use, sources in sections.items():
+            for source in sources:
+                count = source.get("samples") or source.get("split") or "all"
+                rows.append([objective, use, _public_name(str(source.get("path"))), str(count)])
+    return rows
+
+
+def _measured(run: Run, chain: Sequence[Run]) -> list[str]:
+    """Scores, held-out measures and diagnostics: those parts that there are."""
+    parts: list[str] = []
+    scores = _score_rows(run)
+    if scores:
+        parts += [
+            "## Scores",
+            "Value and 95 % confidence interval over the items.",
+            _table(["suite", "task", "kind", "items", "value", "interval"], scores),
+        ]
+    held_out, diagnostics = [], []
+    for stage in chain:
+        objective = str(stage.summary.get("objective", "?"))
+        before, after = _part(stage.summary, "before"), _part(stage.summary, "after")
+        for name, value in after.items():
+            held_out.append([objective, name, _number(before.get(name)), _number(value)])
+        for name, value in _diagnostics(stage).items():
+            diagnostics.append([objective, name, _number(value)])
+    if held_out:
+        parts += [
+            "## Held-out measures",
+            _table(["stage", "measure", "before", "after"], held_out),
+        ]
+    parts += ["## Diagnostics", _table(["stage", "figure", "value"], diagnostics)]
+    warnings = [str(w) for stage in chain for w in stage.summary.get("warnings") or []]
+    parts += ["\n".join(f"- Warning: {warning}" for warning in warnings)]
+    return parts
+
+
+def _diagnostics(stage: Run) -> dict[str, Any]:
+    summary = stage.summary
+    figures: dict[str, Any] = {
+        "optimizer steps": summary.get("steps"),
+        "training samples": summary.get("training_samples"),
+        "reference samples": summary.get("reference_samples"),
+        "seconds": summary.get("seconds"),
+        "devices": summary.get("devices"),
+        "training loss, first step": _part(summary, "train_loss").get("first"),
+        "training loss, last step": _part(summary, "train_loss").get("last"),
+    }
+    for name, value in _part(summary, "projection").items():
+        figures[f"projection, {name.replace('_', ' ')}"] = value
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _score_rows(run: Run) -> list[list[str]]:
+    rows = []
+    for path in sorted(run.folder.glob("evaluation/*/results.json")):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            for name, task in results["tasks"].items():
+                low, high = task["interval"]
+                kind, value = task["kind"].replace("_", " "), _number(task["value"])
+                if task["kind"] == "perplexity":
+                    kind = "1 / perplexity"
+                interval = f"{_number(low)} – {_number(high)}"
+                rows.append([results["suite"], name, kind, str(task["items"]), value, interval])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: not the results of an evaluation; evaluate the run again."
+            ) from error
+    return rows
+
+
+def _hyper_parameters(stage: Run) -> list[str]:
+    rows = []
+    projects = stage.summary.get("preset", "off") != "off"
+    for section, names in _SHOWN.items():
+        if section == "dpo" and stage.summary.get("objective") != "dpo":
+            continue
+        if section == "ogpsa" and not projects:
+            continue
+        settings = _part(stage.config, section)
+        for name in names or settings:
+            if settings.get(name) is not None:
+                rows.append([f"{section}.{name}", _setting(settings[name])])
+    if projects:
+        settings = _part(stage.config, "references")
+        names = ("loss", "batch_size", "in_step")
+        rows += [[f"references.{n}", _setting(settings[n])] for n in names if settings.get(n)]
+    rows.append(["seed", str(stage.summary.get("seed", stage.config.get("seed")))])
+    return [f"### {stage.summary.get('objective', '?')}", _table(["key", "value"], rows)]
+
+
+def _base_model(first: Run) -> str:
+    path = _part(first.config, "model").get("path")
+    return _public_name(str(path)) if path else "a model with random weights"
+
+
+def _public_name(path: str) -> str:
+    """A hub id as it is; of a path on a disk its last part alone."""
+    if _HUB_ID.fullmatch(path) and not Path(path).exists() and not Path(path).suffix:
+        return path
+    return Path(path).name
+
+
+def _part(mapping: dict[str, Any], name: str) -> dict[str, Any]:
+    value = mapping.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _setting(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list | bool) else str(value)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "–" if value is None else str(value)
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [headings, ["---"] * len(headings), *cells]
+    )

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import yaml
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation.model_card import model_card, write_model_card
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A pipeline of two finished stages with an evaluation of the second."""
+    for name, base, objective in (
+        ("first", "someone/base-7b", "sft"),
+        ("second", str(tmp_path / "first" / "export"), "dpo"),
+    ):
+        folder = tmp_path / name
+        (folder / "export").mkdir(parents=True)
+        config = {
+            "objective": objective,
+            "model": {"path": base, "dtype": "bfloat16", "lora": None},
+            "data": {
+                "train": [{"path": f"/home/me/{objective}.jsonl", "split": "train[:90]"}],
+                "max_length": 2048,
+            },
+            "references": {"sets": [{"path": "org/general", "samples": 200}], "loss": "response"},
+            "ogpsa": {"preset": "paper", "rank": 2, "refresh_every": 30},
+            "optimizer": {"learning_rate": 1e-6, "betas": [0.9, 0.999]},
+            "dpo": {"beta": 0.2},
+            "train": {"epochs": 3, "batch_size": 128},
+        }
+        summary = {
+            "name": name,
+            "objective": objective,
+            "preset": "paper",
+            "seed": 7,
+            "steps": 41,
+            "training_samples": 5248,
+            "reference_samples": 800,
+            "seconds": 12.5,
+            "before": {"safety/loss": 2.5},
+            "after": {"safety/loss": 1.25},
+            "projection": {"mean_removed_fraction": 0.0123},
+            "warnings": ["the basis was empty in some steps"],
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / "summary.json").write_text(json.dumps(summary))
+    scored = tmp_path / "second" / "evaluation" / "public"
+    scored.mkdir(parents=True)
+    task = {"kind": "refusal", "value": 0.875, "interval": [0.8, 0.93], "items": 100}
+    results = {"suite": "public", "tasks": {"harmful": task}, "records": []}
+    (scored / "results.json").write_text(json.dumps(results))
+    return tmp_path / "second"
+
+
+def test_the_card_holds_what_the_runs_files_say(run):
+    card = model_card(run)
+    assert "`someone/base-7b` after safety fine-tuning (SFT → DPO)" in card
+    assert "| public | harmful | refusal | 100 | 0.875 | 0.8 – 0.93 |" in card
+    assert "| dpo | safety/loss | 2.5 | 1.25 |" in card
+    assert "| sft | references | org/general | 200 |" in card
+    assert "| dpo | projection, mean removed fraction | 0.0123 |" in card
+    assert "| optimizer.learning_rate | 1e-06 |" in card
+    assert card.count("| dpo.beta | 0.2 |") == 1  # of the stage it belongs to
+    assert "Warning: the basis was empty in some steps" in card
+    assert card.count("| seed | 7 |") == 2
+
+
+def test_the_head_of_the_card_is_what_the_hub_reads(run):
+    head = yaml.safe_load(model_card(run).split("---")[1])
+    assert head["base_model"] == "someone/base-7b"
+    assert head["library_name"] == "transformers"
+
+
+def test_no_path_of_this_machine_is_published(run, tmp_path):
+    card = model_card(run)
+    assert "/home/me" not in card
+    assert str(tmp_path) not in card
+    assert "sft.jsonl" in card
+
+
+def test_the_card_goes_beside_the_weights(run, tmp_path):
+    assert write_model_card(run).read_text() == model_card(run)
+    assert write_model_card(run) == run / "export" / "README.md"
+    (tmp_path / "elsewhere").mkdir()
+    assert write_model_card(run, tmp_path / "elsewhere").parent == tmp_path / "elsewhere"
+    with pytest.raises(InputError, match="export the model first"):
+        write_model_card(run, tmp_path / "absent")
+
+
+def test_a_run_without_its_files_is_told(run, tmp_path):
+    with pytest.raises(InputError, match="directory of a finished run"):
+        model_card(tmp_path)
+    (run / "evaluation" / "public" / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="evaluate the run again"):
+        model_card(run)
+    (run / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=r"summary.json: not readable"):
+        model_card(run)

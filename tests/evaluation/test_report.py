@@ -1,0 +1,218 @@
+import csv
+import io
+import json
+import statistics
+
+import pytest
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation import (
+    Cost,
+    Record,
+    aggregate,
+    csv_table,
+    html_page,
+    markdown_table,
+    pareto_figure,
+    read_records,
+    report,
+    table_html,
+    text_table,
+    write_records,
+)
+
+_SAFE = {"base": 0.03, "naive": 0.98, "ogpsa": 0.97, "merge": 0.5}
+
+
+@pytest.fixture
+def records(drawn):
+    """Three seeds of four methods in two stages; the merge is not safe."""
+    rows = []
+    for stage in ("sft", "sft+dpo"):
+        for seed in range(3):
+            for method, general in (("naive", 0.7), ("ogpsa", 0.9), ("merge", 0.93)):
+                scores = {
+                    "general": general + drawn.uniform(-0.03, 0.03),
+                    "safety": _SAFE[method] + drawn.uniform(-0.01, 0.01),
+                    "over_refusal": drawn.uniform(0, 0.3),
+                }
+                cost = Cost(training_samples=100, reference_samples=10 * seed, seconds=2.5)
+                rows.append(
+                    Record(
+                        label=f"{method} run",
+                        method=method,
+                        stage=stage,
+                        seed=seed,
+                        scores=scores,
+                        cost=cost,
+                    )
+                )
+    base = Record(
+        label="before",
+        method="base",
+        stage="base",
+        scores={"general": 0.95, "safety": 0.03},
+        spread={"general": 0.01},
+    )
+    return [base, *rows]
+
+
+def _row(rows, method, stage="sft"):
+    return next(row for row in rows if (row.method, row.stage) == (method, stage))
+
+
+def test_seeds_become_one_row_with_mean_and_standard_deviation(records):
+    rows = aggregate(records)
+    assert len(rows) == 1 + 2 * 3
+    for row in rows[1:]:
+        own = [r for r in records if (r.method, r.stage) == (row.method, row.stage)]
+        general = [r.scores["general"] for r in own]
+        assert row.seeds == 3
+        assert row.mean["general"] == pytest.approx(sum(general) / 3)
+        assert row.spread["general"] == pytest.approx(statistics.stdev(general))
+        assert (row.training_samples, row.reference_samples, row.seconds) == (100, 10, 2.5)
+    assert rows[0].spread == {"general": 0.01}  # one seed: its own standard error
+
+
+def test_the_tax_removed_is_the_share_of_the_general_loss_that_did_not_happen(records):
+    rows = aggregate(records)
+    for stage in ("sft", "sft+dpo"):
+        general = {
+            method: statistics.fmean(
+                r.scores["general"] for r in records if (r.method, r.stage) == (method, stage)
+            )
+            for method in ("naive", "ogpsa")
+        }
+        share = (general["ogpsa"] - general["naive"]) / (0.95 - general["naive"])
+        assert _row(rows, "ogpsa", stage).tax_removed == pytest.approx(share)
+    assert _row(rows, "naive").tax_removed is None
+    assert rows[0].tax_removed is None
+
+
+def test_a_method_less_safe_than_naive_gets_no_share(records):
+    merge = _row(aggregate(records), "merge")
+    assert merge.tax_removed is None
+    assert "safety below" in merge.tax_note
+    assert _row(aggregate(records, matched_safety=0.4), "merge").tax_removed is not None
+    ogpsa = _row(aggregate(records, matched_safety=0.999), "ogpsa")
+    assert ogpsa.tax_note == "naive is not as safe as asked for"
+
+
+def test_without_a_base_or_naive_run_the_share_is_left_out(records):
+    for method in ("base", "naive"):
+        rows = aggregate([record for record in records if record.method != method])
+        assert _row(rows, "ogpsa").tax_removed is None
+        assert method in _row(rows, "ogpsa").tax_note
+    free = [r.model_copy(update={"scores": {**r.scores, "general": 0.96}}) for r in records[1:]]
+    assert _row(aggregate([records[0], *free]), "ogpsa").tax_note == "naive pays no tax"
+
+
+def test_all_forms_of_the_table_show_the_same_cells(records):
+    text, markdown = text_table(records), markdown_table(records)
+    page = html_page("Title <b>", [("Scores", table_html(records))])
+    share = f"{_row(aggregate(records), 'ogpsa').tax_removed:.0%}"
+    for form in (text, markdown, page):
+        assert "ogpsa run" in form
+        assert share in form
+        assert "0.950 ± 0.010" in form
+    assert len({len(line) for line in text.splitlines()[1:2]}) == 1
+    assert len({line.count("|") for line in markdown.splitlines()}) == 1
+    assert "Title &lt;b&gt;" in page
+    rows = list(csv.DictReader(io.StringIO(csv_table(records))))
+    for row, expected in zip(rows, aggregate(records), strict=True):
+        assert row["label"] == expected.label
+        assert float(row["general"]) == expected.mean["general"]  # full precision
+        if expected.tax_removed is not None:
+            assert float(row["tax_removed"]) == expected.tax_removed
+
+
+def test_the_figure_puts_every_row_at_its_scores(records):
+    figure = pareto_figure(records, "A title")
+    (axes,) = figure.axes
+    drawn_points = {
+        (round(float(x), 9), round(float(y), 9))
+        for line in axes.lines
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    }
+    for row in aggregate(records):
+        assert (round(row.mean["general"], 9), round(row.mean["safety"], 9)) in drawn_points
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:4] == ["before", "naive run", "ogpsa run", "merge run"]
+    assert "stage: sft+dpo" in labels
+    with pytest.raises(ValueError, match="general and a safety score"):
+        pareto_figure([records[0].model_copy(update={"scores": {"general": 1.0}})])
+
+
+def test_a_report_of_runs_is_written_whole_and_needs_nothing_from_elsewhere(records, tmp_path):
+    half = len(records) // 2
+    write_records(tmp_path / "one" / "results.json", records[:half], {"note": "free"})
+    write_records(tmp_path / "two" / "evaluation" / "suite" / "results.json", records[half:])
+    out = tmp_path / "report"
+    assert report([tmp_path / "one", tmp_path / "two"], out) == records
+    assert sorted(path.name for path in out.iterdir()) == [
+        "pareto.png",
+        "report.csv",
+        "report.html",
+        "report.md",
+    ]
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<script" not in page
+
+
+def test_several_evaluations_of_a_run_are_one_record(records, tmp_path):
+    scored = records[1]
+    for name, scores in (("a", {"general": 0.5}), ("b", {"safety": 0.7})):
+        part = scored.model_copy(update={"scores": scores})
+        write_records(tmp_path / "evaluation" / name / "results.json", [part])
+    (record,) = read_records(tmp_path)
+    assert record.scores == {"general": 0.5, "safety": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable JSON file"),
+        ("[]", "list `records`"),
+        ('{"records": [{"method": "naive"}]}', r"record 1, field label: field required"),
+        (
+            '{"records": [{"label": "a", "method": "b", "stage": "c", "scores": {"x": NaN}}]}',
+            r"record 1, field scores.x: .*finite",
+        ),
+        (
+            '{"records": [{"label": "a", "method": "b", "stage": "c", "scores": {}, "sede": 1}]}',
+            r"record 1, field sede",
+        ),
+    ],
+)
+def test_a_file_that_is_no_result_is_told_in_one_sentence(content, message, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        report([path], tmp_path / "out")
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_without_scores_are_told(records, tmp_path):
+    with pytest.raises(InputError, match="no such run"):
+        report([tmp_path / "absent"])
+    with pytest.raises(InputError, match="ogpsa-jax evaluate"):
+        report([tmp_path])
+    with pytest.raises(InputError, match="at least one run"):
+        report([])
+    only = records[1].model_copy(update={"scores": {"fluency": 0.1}})
+    write_records(tmp_path / "results.json", [only])
+    with pytest.raises(InputError, match="found: fluency"):
+        report([tmp_path], tmp_path / "out")
+    with pytest.raises(InputError, match=r"between 0 and 1, not 95"):
+        report([tmp_path], tmp_path / "out", matched_safety=95)
+
+
+def test_records_survive_the_file(records, tmp_path):
+    write_records(tmp_path / "results.json", records)
+    assert read_records(tmp_path / "results.json") == records
+    assert json.loads((tmp_path / "results.json").read_text())["records"][0]["method"] == "base"
