@@ -90,7 +90,12 @@ class TrainBatches:
         Returns:
           Arrays ``[micro-batches, rows, T]`` or, for pairs, ``[micro-batches, rows, 2, T]``. A last
           batch that lacks rows is filled up with empty ones, which weigh nothing.
+
+        Raises:
+          IndexError: no such step.
         """
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step must lie between 0 and {self._steps - 1}, found {step}")
         count, rows = self._shape
         index, processes = self._process
         first = step * count * rows
@@ -100,9 +105,8 @@ class TrainBatches:
         mine = [
             chosen[micro * rows + index * share + i] for micro in range(count) for i in range(share)
         ]
-        arrays = stack_rows([[self._examples[i] for i in row] for row in mine], self.length)
-        if "reference_logps" not in arrays and self._examples[0].reference_logps is not None:
-            arrays["reference_logps"] = np.zeros((len(mine), 2), np.float32)
+        documents = [[self._examples[i] for i in row] for row in mine]
+        arrays = _stacked(documents, self.length, like=self._examples[0])
         return {
             name: array.reshape(count, share, *array.shape[1:]) for name, array in arrays.items()
         }
@@ -126,19 +130,24 @@ def fixed_batches(
     for first in range(0, len(examples), batch_size):
         batch = [[example] for example in examples[first : first + batch_size]]
         filled += batch + [[]] * (rows - len(batch))
-    arrays = stack_rows(filled, length)
+    arrays = _stacked(filled, length, like=examples[0])
     return {name: array.reshape(count, rows, *array.shape[1:]) for name, array in arrays.items()}
 
 
-def stack_rows(rows: Sequence[Sequence[Example]], length: int) -> Batch:
+def _stacked(rows: Sequence[Sequence[Example]], length: int, like: Example) -> Batch:
     """Arrays of rows, each holding any number of documents one after the other.
+
+    Args:
+      rows: perhaps all of them empty.
+      length: tokens a row.
+      like: says what the arrays are where the rows are empty.
 
     Returns:
       ``input_ids``, ``segment_ids`` (0: padding), ``positions`` (from 0 in each document) int32 and
       ``loss_mask`` bool, ``[rows, length]``, or ``[rows, 2, length]`` for pairs, with
       ``reference_logps`` float32 ``[rows, 2]`` where the examples have them.
     """
-    width = next((len(row[0].sequences) for row in rows if row), 1)
+    width = len(like.sequences)
     shape = (len(rows), width, length)
     batch: Batch = {
         "input_ids": np.zeros(shape, np.int32),
@@ -151,9 +160,9 @@ def stack_rows(rows: Sequence[Sequence[Example]], length: int) -> Batch:
             _fill(batch, (i, side), [example.sequences[side] for example in row])
     if width == 1:
         batch = {name: array[:, 0] for name, array in batch.items()}
-    known = [row[0].reference_logps if row else None for row in rows]
-    if any(logps is not None for logps in known):
-        batch["reference_logps"] = np.asarray([k or (0.0, 0.0) for k in known], np.float32)
+    if like.reference_logps is not None:
+        known = [row[0].reference_logps if row else (0.0, 0.0) for row in rows]
+        batch["reference_logps"] = np.asarray(known, np.float32)
     return batch
 
 
@@ -204,7 +213,10 @@ def _order(
 def _packed(
     order: Iterator[int], examples: Sequence[Example], max_length: int
 ) -> Iterator[list[int]]:
-    """First fit into a few open rows; the fullest is closed when none has room."""
+    """First fit into a few open rows; the fullest is closed when none has room.
+
+    (The packers of grain are iterators: a step could only be reached through all before it.)
+    """
     rows: list[list[int]] = []
     room: list[int] = []
     for index in order:

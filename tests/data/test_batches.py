@@ -237,6 +237,44 @@ def test_proportions_are_exact_at_every_point(
         assert max(seen) - min(seen) <= 1  # the others start again only when they are exhausted
 
 
+def test_processes_agree_on_shapes_though_one_has_only_empty_rows(rng: random.Random) -> None:
+    plain = examples_of(random_lengths(rng, 9, 20), width=2)
+    examples = [Example(e.sequences, 0, reference_logps=(-1.0, -2.0)) for e in plain]
+    found = [
+        TrainBatches(
+            examples,
+            batch_size=8,
+            micro_batch_size=8,
+            max_length=32,
+            packing=False,
+            seed=0,
+            process_index=index,
+            process_count=4,
+        ).batch(1)
+        for index in range(4)
+    ]
+    shapes = [{name: array.shape for name, array in batch.items()} for batch in found]
+    assert shapes == [shapes[0]] * 4
+    assert shapes[0]["input_ids"] == (1, 2, 2, 32)
+    assert shapes[0]["reference_logps"] == (1, 2, 2)
+    assert [bool(batch["segment_ids"].any()) for batch in found] == [True, False, False, False]
+
+
+def test_there_is_no_batch_beyond_the_last_step() -> None:
+    batches = TrainBatches(
+        examples_of([4] * 5),
+        batch_size=2,
+        micro_batch_size=2,
+        max_length=8,
+        packing=False,
+        seed=0,
+    )
+    assert len(batches) == 3
+    for step in (-1, 3):
+        with pytest.raises(IndexError, match=f"between 0 and 2, found {step}"):
+            batches.batch(step)
+
+
 def test_pairs_keep_both_answers_and_their_reference_log_probabilities(
     rng: random.Random,
 ) -> None:

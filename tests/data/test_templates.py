@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from ogpsa_jax.data import BUILT_IN, ChatTemplate, Message, load_tokenizer
 from ogpsa_jax.errors import InputError
@@ -255,6 +256,28 @@ def test_tokenizer_without_end_token_is_refused(make_tokenizer: Maker, tmp_path:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no eos_token"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "data/tokenizers/qwen2.5",
+        "data/tokenizers/llama3.1",
+        "data/models/stories260k",
+        "golden/models/qwen2",
+    ],
+)
+def test_tokenizer_does_what_its_file_says(
+    folder: str, real_data: Path, rng: random.Random
+) -> None:
+    path = real_data / folder
+    theirs = Tokenizer.from_file(str(path / "tokenizer.json"))
+    ours = load_tokenizer(str(path))
+    for _ in range(50):
+        text = "".join(rng.choices("The story, é日☃ \n\t'z 12", k=rng.randint(1, 60)))
+        assert ours(text, add_special_tokens=False).input_ids == (
+            theirs.encode(text, add_special_tokens=False).ids
+        )
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3.1"])
