@@ -53,7 +53,7 @@ class DataReport:
       learnt: tokens that are to be learnt.
       truncated: examples cut to the length limit.
       skipped: rows that do not count because of what their format says of them.
-      refused: pairs left out, each with its place and the reason.
+      refused: pairs, and rows passed over in a draw, that were left out: place and reason.
     """
 
     rows: int = 0
@@ -98,7 +98,8 @@ def prepare(
 
     Returns:
       The examples, source by source in file order, and the report. Pairs whose answers are equal or
-      empty, or whose prompt leaves no room for an answer, are left out and named in the report.
+      empty, or whose prompt leaves no room for an answer, are left out and named in the report; so
+      are such rows for SFT where only some are drawn.
 
     Raises:
       InputError: see :func:`ogpsa_jax.data.reading.read_records`; a row with nothing left to learn;
@@ -115,7 +116,8 @@ def prepare(
         outcomes = _drawn(source, records, tokenise, seed)
         told = [outcome.problem for outcome in outcomes if outcome.problem]
         made = [outcome for outcome in outcomes if not outcome.problem]
-        if told and (kind == "sft" or not made):
+        # A draw passes over what teaches nothing; who asks for all rows must not lose any unasked.
+        if told and (not made or (kind == "sft" and source.samples is None)):
             others = and_others([problem.partition(": ")[0] for problem in told[1:]])
             raise InputError(f"{told[0]}{others}; raise data.max_length, or mend or remove them.")
         report.refused += told

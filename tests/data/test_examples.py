@@ -152,17 +152,19 @@ def test_samples_are_drawn_from_the_usable_rows_alone(
         drawn(21)
 
 
-def test_rows_that_are_not_drawn_cannot_be_too_long(template: ChatTemplate, tmp_path: Path) -> None:
-    rows = [{"prompt": "q" * (40 if i == 3 else 1), "completion": "a"} for i in range(8)]
+def test_draw_passes_over_rows_that_are_too_long_and_names_them(
+    template: ChatTemplate, tmp_path: Path, rng: random.Random
+) -> None:
+    long = set(rng.sample(range(8), 3))
+    rows = [{"prompt": "q" * (40 if i in long else 1), "completion": "a"} for i in range(8)]
     path = write(tmp_path / "a.jsonl", rows).path
-    outcomes = set()
-    for seed in range(40):
-        try:
-            prepare([DataSource(path, samples=2)], template, kind="sft", max_length=16, seed=seed)
-            outcomes.add("fits")
-        except InputError:
-            outcomes.add("too long")
-    assert outcomes == {"fits", "too long"}
+    source, seed = DataSource(path, samples=5), rng.randrange(2**32)
+    examples, report = prepare([source], template, kind="sft", max_length=16, seed=seed)
+    assert [example.length for example in examples] == [4] * 5
+    named = {int(told.partition("line ")[2].partition(":")[0]) - 1 for told in report.refused}
+    assert named <= long
+    with pytest.raises(InputError, match=r"6 samples asked for, .* holds 5 usable rows"):
+        prepare([DataSource(path, samples=6)], template, kind="sft", max_length=16, seed=seed)
 
 
 def test_examples_know_their_source(template: ChatTemplate, tmp_path: Path) -> None:
