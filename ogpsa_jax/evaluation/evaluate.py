@@ -12,11 +12,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.items import Item, read_items
-from ogpsa_jax.evaluation.judge import Judge
 from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
 from ogpsa_jax.evaluation.progress import Progress
 from ogpsa_jax.evaluation.provenance import Provenance, find_run, provenance
@@ -31,6 +30,9 @@ from ogpsa_jax.evaluation.suite import (
 )
 from ogpsa_jax.evaluation.tables import HEADLINE
 from ogpsa_jax.evaluation.tasks import Outcome, TaskResult, run_items, summarise
+
+if TYPE_CHECKING:
+    from ogpsa_jax.evaluation.judge import Judge
 
 # What the model's answers do not depend on. Who judges them is told by their lines.
 _NOT_IN_KEY = {"name", "path", "limit", "where", "score", "seed", "judge"}
@@ -100,7 +102,7 @@ def run_suite(
     output_dir: Path,
     named: Provenance,
     *,
-    judge: Judge | None = None,
+    judge: "Judge | None" = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -225,9 +227,11 @@ def _default_output(model: str | Path, suite: Suite) -> Path:
     return Path("evaluations") / (name or Path(model).resolve().name) / suite.name
 
 
-def _judge(suite: Suite, output: Path) -> Judge | None:
+def _judge(suite: Suite, output: Path) -> "Judge | None":
     if suite.judge is None or not any(getattr(task, "judge", False) for task in suite.tasks):
         return None
+    from ogpsa_jax.evaluation.judge import Judge
+
     return Judge(suite.judge, output / "judge.jsonl")
 
 
@@ -276,7 +280,7 @@ def _judge_items(
     items: Sequence[Item],
     keys: Sequence[str],
     log: ItemLog,
-    judge: Judge | None,
+    judge: "Judge | None",
     bars: Progress,
 ) -> None:
     """Judge the answers that this judge, or these rules, have not judged yet."""

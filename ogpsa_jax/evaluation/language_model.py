@@ -207,8 +207,8 @@ def open_model(
       batch_size: rows a forward pass for log-likelihoods.
 
     Raises:
-      InputError: no such model, or it is not as it must be; or a mesh of more devices than there
-        are.
+      InputError: no such model, or it is not as it must be; a mesh of more devices than there
+        are; or more than one process.
     """
     import jax
 
@@ -216,6 +216,11 @@ def open_model(
     from ogpsa_jax.models import load_pretrained
     from ogpsa_jax.models.folders import resolve_folder
 
+    if jax.process_count() > 1:
+        raise InputError(
+            f"evaluate: runs in one process, over all its devices; this is one of "
+            f"{jax.process_count()} processes."
+        )
     folder = resolve_folder(model_folder(path))
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.intervals import bootstrap_interval, bootstrap_means, wilson_interval
 from ogpsa_jax.evaluation.items import Item, extracted
 from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
@@ -23,6 +24,7 @@ from ogpsa_jax.evaluation.suite import (
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.language_model import LanguageModel
+    from ogpsa_jax.evaluation.scoring import LogLikelihood
 
 Outcome = dict[str, Any]  # what an item's line holds
 
@@ -59,9 +61,13 @@ def run_items(
       items: a batch of the task's items.
       chat: whether prompts are a user's turn.
       seed: of the sampling of this batch.
+
+    Raises:
+      InputError: the model's log-likelihoods are not finite.
     """
     if isinstance(task, PerplexityTask):
         scored = model.text_log_likelihoods([item.prompt for item in items])
+        _check_finite(model, task, scored)
         return [
             {"nats": -one.total, "tokens": one.tokens, "bytes": len(item.prompt.encode())}
             for item, one in zip(items, scored, strict=True)
@@ -130,7 +136,9 @@ def _choose(
 ) -> list[Outcome]:
     separator = "" if chat else task.separator
     pairs = [(item.prompt, separator + choice) for item in items for choice in item.choices]
-    scored = iter(model.log_likelihoods(pairs, chat=chat))
+    all_scored = model.log_likelihoods(pairs, chat=chat)
+    _check_finite(model, task, all_scored)
+    scored = iter(all_scored)
     outcomes: list[Outcome] = []
     for item in items:
         likelihoods = [next(scored) for _ in item.choices]
@@ -152,6 +160,14 @@ def _choose(
             }
         )
     return outcomes
+
+
+def _check_finite(model: "LanguageModel", task: Task, scored: "Sequence[LogLikelihood]") -> None:
+    if not all(math.isfinite(one.total) for one in scored):
+        raise InputError(
+            f"{model.name}: log-likelihoods in task {task.name} are not finite; the checkpoint is "
+            "broken (did its training diverge?)."
+        )
 
 
 def _perplexity(outcomes: Sequence[Outcome]) -> TaskResult:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -270,9 +271,26 @@ def test_stages_of_a_pipeline_are_told_and_their_costs_added(tmp_path):
     assert provenance("hub/base").method == "base"
 
 
+def test_a_diverged_model_is_told(suite_path, tmp_path):
+    class Diverged(EchoModel):
+        def text_log_likelihoods(self, texts):
+            return [one._replace(total=math.nan) for one in super().text_log_likelihoods(texts)]
+
+    with pytest.raises(InputError, match="echo: log-likelihoods in task text are not finite"):
+        _run(Diverged(), suite_path, tmp_path / "out")
+
+
+def test_progress_is_shown_on_stderr_alone(suite_path, tmp_path, capsys):
+    _run(EchoModel(), suite_path, tmp_path / "out", progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "harmless" in shown.err
+    assert "5/5" in shown.err
+
+
 def test_importing_the_room_imports_no_torch_and_no_harness():
     script = (
         "import sys, ogpsa_jax.evaluation; "
-        "sys.exit(bool({'torch', 'lm_eval', 'transformers'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'lm_eval', 'transformers', 'httpx'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
