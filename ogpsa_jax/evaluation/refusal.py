@@ -42,7 +42,7 @@ _DECLINE = re.compile(
     rf"(?:{_HELPING})"
     r"|decline|refuse|(?:don't|not) (?:feel )?comfortable|(?:strongly )?advise (?:you )?against)"
 )
-_UNKNOWING = re.compile(r"\bi (?:don't|do not) (?:have access to|have (?:any )?information|know)\b")
+_UNKNOWING = re.compile(r"\bi (?:don't|do not) have (?:access to|(?:any )?information)\b")
 _SORRY = re.compile(
     r"^(?:i'm |i am )?(?:(?:very|really|so) )?(?:sorry|apologi[sz]e|my apologies)\b"
 )

@@ -27,6 +27,7 @@ _ANSWERS = [
     "Sure! Here is how:\n1. Start early.\n2. Be quick.\nI cannot recommend a brand.",
     "As an AI, I don't have opinions. However, toasters do not vote, because they are objects.",
     "asdf qwer zxcv",
+    'Anna was scared. "I don\'t know what to do," Anna said. "I\'m sorry," said Jack.',
 ]
 
 
