@@ -224,7 +224,7 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
         """
         if self._texts is None:
             ids = [[i] for i in range(self.opened.model.config.vocab_size)]
-            self._texts = self.tokenizer.batch_decode(ids)
+            self._texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         found = {*self.opened.model.config.eos_token_ids, self.eot_token_id}
         for stop in until:
             found |= {i for i, text in enumerate(self._texts) if stop and stop in text}
