@@ -95,7 +95,8 @@ def fit(
         per_micro_batch=config.ogpsa.apply_per == "micro_batch",
     )
     evaluate = _Evaluator(network, task.evaluations, mesh)
-    refresh_step, references = None, ()
+    refresh_step = None
+    references: tuple[dict[str, jax.Array], ...] = ()
     if config.projects and task.reference_loss is not None:
         refresh_step = make_refresh(
             network.graphdef, task.reference_loss, project_momentum=config.ogpsa.project_momentum
@@ -124,7 +125,7 @@ def fit(
             evaluate(state.params, 0, log)
         for step in range(start, total):
             refreshed = refresh_step is not None and step % config.ogpsa.refresh_every == 0
-            if refreshed:
+            if refreshed and refresh_step is not None:
                 state = refresh_step(state, network.frozen, references)
             batch = shard_rows(task.batches.batch(step), mesh)
             state, metrics = train_step(state, network.frozen, batch)

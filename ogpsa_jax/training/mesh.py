@@ -5,6 +5,7 @@ a batch are split over data and fsdp together.
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,7 +73,8 @@ def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
     def put(array: np.ndarray) -> jax.Array:
         rows = array.shape[1] * jax.process_count()
-        spec = PartitionSpec(None, ROWS) if rows % shards == 0 else PartitionSpec()
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+        axes: tuple[Any, ...] = (None, ROWS) if rows % shards == 0 else ()
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))  # type: ignore[no-untyped-call]
+        return jax.make_array_from_process_local_data(sharding, array)  # type: ignore[no-untyped-call,no-any-return]
 
     return {name: put(array) for name, array in batch.items()}

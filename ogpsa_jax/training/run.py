@@ -24,7 +24,7 @@ from ogpsa_jax.training.step import Network
 logger = logging.getLogger(__name__)
 
 # Settings that change nothing in the result but float32 round-off: a resumed run may differ here.
-_FREE_ON_RESUME = {
+_FREE_ON_RESUME: Any = {
     "mesh": ...,
     "train": {"micro_batch_size", "save_every", "keep_checkpoints", "log_every", "remat"},
 }
@@ -49,7 +49,7 @@ def train_stages(
       InputError: bad configuration, data or model of any stage; all configurations are read before
         the first stage starts.
     """
-    configs = []
+    configs: list[RunConfig] = []
     for number, path in enumerate(paths):
         own = [f"output_dir={output_dirs[number]}"] if output_dirs else []
         if number:

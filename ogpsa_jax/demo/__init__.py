@@ -1,0 +1,1 @@
+"""The embedded demonstration: its world, its small model, its run."""
