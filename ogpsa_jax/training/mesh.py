@@ -75,6 +75,6 @@ def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
         rows = array.shape[1] * jax.process_count()
         axes: tuple[Any, ...] = (None, ROWS) if rows % shards == 0 else ()
         sharding = NamedSharding(mesh, PartitionSpec(*axes))  # type: ignore[no-untyped-call]
-        return jax.make_array_from_process_local_data(sharding, array)  # type: ignore[no-untyped-call,no-any-return]
+        return jax.make_array_from_process_local_data(sharding, array)  # type: ignore[no-untyped-call]
 
     return {name: put(array) for name, array in batch.items()}
