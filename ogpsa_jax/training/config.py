@@ -122,7 +122,9 @@ class ReferencesSection(Section):
         description="response: answer tokens; all_tokens; dpo: the DPO loss on general pairs; "
         "official: cross-entropy over chosen and rejected answers, as the published code",
     )
-    in_step: InStepSection | None = Field(None, description="references inside the batch")
+    in_step: InStepSection | None = Field(
+        None, description="references inside the batch, instead of refreshes"
+    )
 
 
 class OgpsaSection(Section):
@@ -149,7 +151,9 @@ class OgpsaSection(Section):
     refresh_every: PositiveInt = Field(30, description="optimizer steps between refreshes")
     project_momentum: bool = Field(True, description="re-project first moments at each refresh")
     basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
-    offload: bool = Field(False, description="keep the basis in host memory between uses")
+    offload: Literal[False] = Field(
+        False, description="basis in host memory between uses: not supported yet"
+    )
 
 
 class OptimizerSection(Section):
@@ -254,6 +258,18 @@ class RunConfig(Section):
             raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.placement: gradient")
         if self.objective == "sft" and self.references.loss in ("dpo", "official"):
             raise ValueError(f"references.loss: {self.references.loss} needs objective: dpo")
+        in_step = self.references.in_step
+        if self.projects and in_step is not None:
+            if not 1 <= self.reference_rows < self.train.batch_size:
+                raise ValueError(
+                    f"references.in_step.share: {in_step.share} of train.batch_size "
+                    f"({self.train.batch_size}) must leave at least one row on both sides"
+                )
+            if in_step.replay_weight and self.ogpsa.placement != "gradient":
+                raise ValueError(
+                    "references.in_step.replay_weight: a projected update cannot hold the replayed "
+                    "gradient; set it to 0, or ogpsa.placement to gradient"
+                )
         if self.train.batch_size % self.train.micro_batch_size and (
             self.train.batch_size > self.train.micro_batch_size
         ):
@@ -267,6 +283,14 @@ class RunConfig(Section):
     def projects(self) -> bool:
         """Whether this run claims OGPSA."""
         return self.ogpsa.preset != "off"
+
+    @property
+    def reference_rows(self) -> int:
+        """Rows of every batch that are reference rows."""
+        in_step = self.references.in_step
+        if not self.projects or in_step is None:
+            return 0
+        return round(in_step.share * self.train.batch_size)
 
     @property
     def name(self) -> str:

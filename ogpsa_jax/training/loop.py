@@ -21,6 +21,7 @@ from ogpsa_jax.training.metrics import Line, MetricsLog
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
 from ogpsa_jax.training.progress import Progress
 from ogpsa_jax.training.step import (
+    InStep,
     Network,
     Objective,
     TrainState,
@@ -53,13 +54,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, against what."""
+    """What is trained, on what, against what.
+
+    Attributes:
+      objective: what is minimised.
+      batches: the training rows of every step.
+      references: reference sets, each stacked as [batches, rows, ...]; their gradients span the
+        basis at every refresh.
+      reference_rows: rows of all of them together.
+      reference_loss: what is differentiated on reference rows.
+      in_step_batches: instead of `references`, the reference rows that ride in every step's batch.
+      evaluations: held-out sets by name.
+    """
 
     objective: Objective
     batches: Batches
     references: Sequence[HostBatch] = ()
     reference_rows: int = 0
     reference_loss: Objective | None = None
+    in_step_batches: Batches | None = None
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
 
@@ -93,11 +106,12 @@ def fit(
         task.objective,
         optimizer,
         per_micro_batch=config.ogpsa.apply_per == "micro_batch",
+        in_step=_in_step(task, config),
     )
     evaluate = _Evaluator(network, task.evaluations, mesh)
     refresh_step = None
     references: tuple[dict[str, jax.Array], ...] = ()
-    if config.projects and task.reference_loss is not None:
+    if task.references and task.reference_loss is not None:
         refresh_step = make_refresh(
             network.graphdef, task.reference_loss, project_momentum=config.ogpsa.project_momentum
         )
@@ -113,7 +127,7 @@ def fit(
         for step, metrics, refreshed in pending:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             line: Line = {"step": step, "learning_rate": float(schedule(step - 1)), **values}
-            if refresh_step is not None:
+            if config.projects:
                 line["refreshed"] = refreshed
             log.write(line)
             progress.add(line)
@@ -128,7 +142,12 @@ def fit(
             if refreshed and refresh_step is not None:
                 state = refresh_step(state, network.frozen, references)
             batch = shard_rows(task.batches.batch(step), mesh)
-            state, metrics = train_step(state, network.frozen, batch)
+            if task.in_step_batches is None:
+                state, metrics = train_step(state, network.frozen, batch)
+            else:
+                refreshed = True
+                riding = shard_rows(task.in_step_batches.batch(step), mesh)
+                state, metrics = train_step(state, network.frozen, batch, riding)
             done = step + 1
             pending.append((done, metrics, refreshed))
             evaluates = config.train.eval_every and done % config.train.eval_every == 0
@@ -150,6 +169,15 @@ def fit(
     checkpoints.close()
     log.close()
     return network._replace(trained=state.params), log.lines
+
+
+def _in_step(task: Task, config: RunConfig) -> InStep | None:
+    section = config.references.in_step
+    if task.in_step_batches is None or section is None or task.reference_loss is None:
+        return None
+    return InStep(
+        task.reference_loss, section.window, section.replay_weight, config.ogpsa.project_momentum
+    )
 
 
 class _Evaluator:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.config import MeshSection, RunConfig
+from ogpsa_jax.training.config import MeshSection
 
 ROWS = ("data", "fsdp")
 
@@ -41,20 +41,24 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def rows_per_micro_batch(config: RunConfig, mesh: Mesh) -> int:
+def rows_per_micro_batch(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
     """Rows of one micro-batch over all devices.
+
+    Args:
+      batch_size: rows a step.
+      micro_batch_size: rows a device holds at a time, at most.
+      mesh: the devices.
 
     Raises:
       InputError: the batch cannot be cut evenly.
     """
     shards = row_shards(mesh)
-    batch = config.train.batch_size
-    rows = min(batch, config.train.micro_batch_size * shards)
-    if batch % rows or rows % shards:
+    rows = min(batch_size, micro_batch_size * shards)
+    if batch_size % rows or rows % shards:
         raise InputError(
-            f"train.batch_size ({batch}) cannot be cut into micro-batches for {shards} row shards "
-            f"of at most train.micro_batch_size ({config.train.micro_batch_size}) rows; make it a "
-            f"multiple of {config.train.micro_batch_size * shards}."
+            f"train.batch_size: {batch_size} rows cannot be cut into micro-batches for {shards} "
+            f"row shards of at most train.micro_batch_size ({micro_batch_size}) rows; make it a "
+            f"multiple of {micro_batch_size * shards}."
         )
     return rows
 

@@ -143,22 +143,28 @@ def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
 
 def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
     """Objective, batches, references and held-out sets."""
-    rows = rows_per_micro_batch(config, mesh)
     shards = row_shards(mesh)
-    chunk = config.train.loss_chunk
-    batches = TrainBatches(
-        data.train,
-        batch_size=config.train.batch_size,
-        micro_batch_size=rows,
-        max_length=config.data.max_length,
-        packing=config.data.packing and config.objective == "sft",
-        seed=config.seed,
-        epochs=config.train.epochs,
-        steps=config.train.steps,
-        weights=[section.weight for section in config.data.train],
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    riding = config.reference_rows
+
+    def micro_rows(batch_size: int) -> int:
+        return rows_per_micro_batch(batch_size, config.train.micro_batch_size, mesh)
+
+    def stream(
+        examples: list[Example], sources: Sequence[SourceSection], rows: int, steps: int | None
+    ) -> TrainBatches:
+        return TrainBatches(
+            examples,
+            batch_size=rows,
+            micro_batch_size=micro_rows(rows),
+            max_length=config.data.max_length,
+            packing=config.data.packing and len(examples[0].sequences) == 1,
+            seed=config.seed,
+            epochs=config.train.epochs,
+            steps=steps,
+            weights=[section.weight for section in sources],
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     def fixed(examples: list[Example], batch_size: int) -> Any:
         return fixed_batches(
@@ -166,16 +172,28 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
         )
 
     preference = preference_objective(config)
-    cross_entropy = partial(sft_loss, chunk_size=chunk)
+    cross_entropy = partial(sft_loss, chunk_size=config.train.loss_chunk)
+    own_rows = config.train.batch_size - riding
+    batches = stream(data.train, config.data.train, own_rows, config.train.steps)
+    in_step_batches = None
+    if riding:
+        pool = [
+            dataclasses.replace(example, source=number)
+            for number, examples in enumerate(data.references)
+            for example in examples
+        ]
+        in_step_batches = stream(pool, config.references.sets, riding, len(batches))
+    size = config.references.batch_size
     return Task(
         objective=preference if config.objective == "dpo" else cross_entropy,
         batches=batches,
-        references=[fixed(examples, config.references.batch_size) for examples in data.references],
-        reference_rows=sum(len(examples) for examples in data.references),
+        references=[] if riding else [fixed(examples, size) for examples in data.references],
+        reference_rows=riding or sum(len(examples) for examples in data.references),
         reference_loss=preference if config.references.loss == "dpo" else cross_entropy,
+        in_step_batches=in_step_batches,
         evaluations={
             name: Evaluation(
-                fixed(examples, rows),
+                fixed(examples, micro_rows(own_rows)),
                 preference if len(examples[0].sequences) == 2 else cross_entropy,
             )
             for name, examples in data.evaluations.items()

@@ -137,7 +137,7 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
         "before": _without_step(evaluations[0]) if evaluations else {},
         "after": _without_step(evaluations[-1]) if evaluations else {},
         "projection": projection,
-        "training_samples": steps[-1]["step"] * config.train.batch_size,
+        "training_samples": steps[-1]["step"] * (config.train.batch_size - config.reference_rows),
         "warnings": warnings,
     }
 

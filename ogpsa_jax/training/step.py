@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ogpsa_jax import diagnostics, reference_gradients, refresh
-from ogpsa_jax.projection.refresh import find_states
+from ogpsa_jax import OgpsaState, diagnostics, push_reference, reference_gradients, refresh
 from ogpsa_jax.training.optimizer import Optimizer
 
 Params = Any
@@ -62,10 +61,28 @@ def make_loss(graphdef: Any, objective: Objective) -> Callable[..., Any]:
     return loss
 
 
+class InStep(NamedTuple):
+    """References that ride in the training batch; see :class:`~.config.InStepSection`."""
+
+    objective: Objective
+    window: int
+    replay_weight: float
+    project_momentum: bool
+
+
 def make_train_step(
-    graphdef: Any, objective: Objective, optimizer: Optimizer, *, per_micro_batch: bool = False
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    graphdef: Any,
+    objective: Objective,
+    optimizer: Optimizer,
+    *,
+    per_micro_batch: bool = False,
+    in_step: InStep | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """One optimizer step over a batch of [micro-batches, rows, ...]; the state is donated.
+
+    With `in_step`, the gradient of the step's own reference rows first goes into the basis; the
+    training gradient is projected with that basis, and `replay_weight` times the reference gradient
+    is added to what remains.
 
     Args:
       graphdef: the model's structure.
@@ -73,46 +90,44 @@ def make_train_step(
       optimizer: projection, clipping and AdamW.
       per_micro_batch: apply the optimizer's gradient part to the gradient of every micro-batch, as
         the official hooks do, instead of to their sum. The same for linear rules.
+      in_step: what to do with reference rows.
 
     Returns:
-      ``step(state, frozen, batch) -> (state, metrics)``; metrics are float32 scalars on the device.
+      ``step(state, frozen, batch[, reference_batch]) -> (state, metrics)``; metrics are float32
+      scalars on the device, those of the reference rows named ``reference/...``.
     """
-    value_and_grad = jax.value_and_grad(make_loss(graphdef, objective), has_aux=True)
+    mean_gradient = _mean_gradient(graphdef, objective)
+    reference_gradient = _mean_gradient(graphdef, in_step.objective) if in_step else None
 
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        params = state.params
-        projection_state, step_state = state.opt_state
-
-        def add(carry: Any, micro_batch: Batch) -> tuple[Any, None]:
-            sums, projection_state = carry
-            (loss, (weight, metrics)), grads = value_and_grad(params, frozen, micro_batch)
-            grads = optax.tree.cast(grads, jnp.float32)
-            if per_micro_batch:
-                grads, projection_state = optimizer.gradient_part.update(
-                    grads, projection_state, params
-                )
-            new = (grads, loss, weight, metrics)
-            return (jax.tree.map(jnp.add, sums, new), projection_state), None
-
-        first = jax.tree.map(lambda x: x[0], batch)
-        shapes = jax.eval_shape(value_and_grad, params, frozen, first)
-        (loss_shape, (weight_shape, metrics_shape)), _ = shapes
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), (loss_shape, weight_shape, metrics_shape)
-        )
-        grads_zero = optax.tree.zeros_like(optax.tree.cast(params, jnp.float32))
-        carry = ((grads_zero, *zeros), projection_state)
-        ((grads, loss, weight, metrics), projection_state), _ = jax.lax.scan(add, carry, batch)
-
-        scale = 1.0 / jnp.maximum(weight, 1.0)
-        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, params)
-        metrics = {name: value * scale for name, value in metrics.items()}
-        metrics |= {"loss": loss * scale, "weight": weight, "grad_norm": optax.global_norm(grads)}
-        if not per_micro_batch:
-            grads, projection_state = optimizer.gradient_part.update(
-                grads, projection_state, params
+    def train_step(
+        state: TrainState, frozen: Params, batch: Batch, reference_batch: Batch | None = None
+    ) -> tuple[TrainState, Metrics]:
+        params, opt_state = state
+        metrics: Metrics = {}
+        replayed = None
+        if in_step is not None and reference_gradient is not None:
+            reference, sums, _ = reference_gradient(params, frozen, reference_batch)
+            metrics |= {f"reference/{name}": value for name, value in sums.items()}
+            opt_state = push_reference(
+                opt_state,
+                reference,
+                window=in_step.window,
+                project_momentum=in_step.project_momentum,
             )
+            if in_step.replay_weight:
+                replayed = optax.tree.scale(in_step.replay_weight, reference)
+
+        projection_state, step_state = opt_state
+        update = optimizer.gradient_part.update
+        grads, sums, projection_state = mean_gradient(
+            params, frozen, batch, update if per_micro_batch else None, projection_state
+        )
+        metrics |= {**sums, "grad_norm": optax.global_norm(grads)}
+        if not per_micro_batch:
+            grads, projection_state = update(grads, projection_state, params)
+        if replayed is not None:
+            grads = jax.tree.map(jnp.add, grads, replayed)
         updates, step_state = optimizer.step_part.update(grads, step_state, params)
         metrics["update_norm"] = optax.global_norm(updates)
         opt_state = (projection_state, step_state)
@@ -122,9 +137,48 @@ def make_train_step(
     return train_step
 
 
+def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., Any]:
+    """``(params, frozen, batch, transform, state) -> (gradient, metrics, state)`` of one step.
+
+    The gradient of the sum of all micro-batches' losses over the sum of their weights, accumulated
+    in float32, in the parameters' dtype. `transform`, an update function with `state`, sees each
+    micro-batch's gradient on the way.
+    """
+    value_and_grad = jax.value_and_grad(make_loss(graphdef, objective), has_aux=True)
+
+    def mean_gradient(
+        params: Params, frozen: Params, batch: Batch, transform: Any = None, state: Any = None
+    ) -> tuple[Params, Metrics, Any]:
+        def add(carry: Any, micro_batch: Batch) -> tuple[Any, None]:
+            sums, state = carry
+            (loss, (weight, metrics)), grads = value_and_grad(params, frozen, micro_batch)
+            grads = optax.tree.cast(grads, jnp.float32)
+            if transform is not None:
+                grads, state = transform(grads, state, params)
+            new = (grads, loss, weight, metrics)
+            return (jax.tree.map(jnp.add, sums, new), state), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(value_and_grad, params, frozen, first)
+        (loss_shape, (weight_shape, metrics_shape)), _ = shapes
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), (loss_shape, weight_shape, metrics_shape)
+        )
+        grads_zero = optax.tree.zeros_like(optax.tree.cast(params, jnp.float32))
+        carry = ((grads_zero, *zeros), state)
+        ((grads, loss, weight, metrics), state), _ = jax.lax.scan(add, carry, batch)
+        scale = 1.0 / jnp.maximum(weight, 1.0)
+        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, params)
+        means = {name: value * scale for name, value in metrics.items()}
+        return grads, {**means, "loss": loss * scale, "weight": weight}, state
+
+    return mean_gradient
+
+
 def projection_metrics(opt_state: Any) -> Metrics:
     """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
-    if not find_states(opt_state):
+    ours = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, OgpsaState))
+    if not any(isinstance(x, OgpsaState) for x in ours):
         return {}
     return {name: value for name, value in diagnostics(opt_state).items() if name != "groups"}
 
