@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 FloatDType = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
@@ -163,7 +164,7 @@ class OptimizerSection(Section):
     learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
     warmup_steps: NonNegativeInt = Field(0, description="linear warm-up")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="AdamW's decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; matrices only")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip, after the projection")
