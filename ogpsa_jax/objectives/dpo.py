@@ -104,14 +104,19 @@ def dpo_loss(
       chunk_size: positions of each row whose logits exist at a time.
 
     Returns:
-      (loss sum, pairs, sums of: rewards of chosen and rejected answers, their margin, accuracy,
-      log-probabilities, and an estimate of the policy's KL divergence from the reference on the
-      answers, in nats).
+      (loss sum, pairs, sums of: rewards of chosen and rejected answers, their margin and how often
+      it is positive, log-probabilities, how often the chosen answer is the likelier one per token,
+      and an estimate of the policy's KL divergence from the reference on the answers, in nats).
+
+    Raises:
+      ValueError: a loss with a reference model, and no ``reference_logps``.
     """
     policy, counts = sequence_log_probs(model, batch, chunk_size)
     reference = batch.get("reference_logps")
     if reference is None:
-        reference = jax.lax.stop_gradient(policy) if loss not in REFERENCE_FREE else policy * 0.0
+        if loss not in REFERENCE_FREE:
+            raise ValueError(f"batch: reference_logps is missing, which the loss {loss!r} needs")
+        reference = jnp.zeros_like(policy)
     losses = preference_losses(
         policy,
         reference,
@@ -122,7 +127,8 @@ def dpo_loss(
         simpo_gamma=simpo_gamma,
     )
     valid = jnp.all(counts > 0, axis=-1)
-    scores = policy / jnp.maximum(counts, 1.0) if loss in REFERENCE_FREE else policy - reference
+    per_token = policy / jnp.maximum(counts, 1.0)
+    scores = per_token if loss in REFERENCE_FREE else policy - reference
     rewards = jax.lax.stop_gradient(beta * scores)
 
     def total(values: jax.Array) -> jax.Array:
@@ -135,6 +141,7 @@ def dpo_loss(
         "rewards_accuracy": total((rewards[:, 0] > rewards[:, 1]).astype(jnp.float32)),
         "logps_chosen": total(policy[:, 0]),
         "logps_rejected": total(policy[:, 1]),
+        "chosen_likelier": total((per_token[:, 0] > per_token[:, 1]).astype(jnp.float32)),
     }
     if loss not in REFERENCE_FREE:
         # k3 estimator on the data's own answers: exp(-d) - 1 + d is never negative.

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from ogpsa_jax.objectives.dpo import REFERENCE_FREE
+
 FloatDType = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -38,6 +40,9 @@ class LoraSection(Section):
     rank: PositiveInt = Field(8, description="rank of the adapters")
     alpha: PositiveFloat = Field(16.0, description="scale: the adapter is multiplied by alpha/rank")
     dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    adapter: str | None = Field(
+        None, description="PEFT adapter folder to start from; its rank, alpha and targets hold"
+    )
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="names of the linear layers that get an adapter",
@@ -197,7 +202,9 @@ class DpoSection(Section):
     )
     simpo_gamma: NonNegativeFloat = Field(0.5, description="SimPO's target margin, in rewards")
     reference_model: str = Field(
-        "initial", description="initial: the weights the stage starts from; none; or a folder"
+        "initial",
+        description="initial: the weights the stage starts from; a folder or hub id; none (orpo "
+        "and simpo, which have no reference model)",
     )
 
 
@@ -257,6 +264,11 @@ class RunConfig(Section):
             )
         if self.ogpsa.apply_per == "micro_batch" and self.ogpsa.placement != "gradient":
             raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.placement: gradient")
+        if self.dpo.reference_model == "none" and self.dpo.loss not in REFERENCE_FREE:
+            raise ValueError(
+                f"dpo.reference_model: the loss {self.dpo.loss} needs one; none goes with "
+                f"{' and '.join(REFERENCE_FREE)}"
+            )
         if self.objective == "sft" and self.references.loss in ("dpo", "official"):
             raise ValueError(f"references.loss: {self.references.loss} needs objective: dpo")
         in_step = self.references.in_step

@@ -1,7 +1,7 @@
 """From a configuration to what the loop needs: data first, checked whole, then the model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig, SourceSection
 from ogpsa_jax.training.loop import Evaluation, Task
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
+from ogpsa_jax.training.reference_model import add_reference_log_probs
 from ogpsa_jax.training.step import Objective
 
 
@@ -139,6 +140,33 @@ def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
     model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)
     model.source = str(folder)
     return model
+
+
+def prepare_reference_log_probs(
+    config: RunConfig, data: RunData, mesh: Mesh, initial: Callable[[], Decoder]
+) -> RunData:
+    """What the reference model says of every pair that a preference loss is taken of.
+
+    Args:
+      config: the run's settings.
+      data: its examples.
+      mesh: the devices.
+      initial: makes the model that the stage starts from.
+
+    Raises:
+      InputError: the reference model cannot be loaded.
+    """
+    references = data.references if config.references.loss == "dpo" else []
+    found = add_reference_log_probs(
+        [data.train, *data.evaluations.values(), *references], config, mesh, initial
+    )
+    held_out = found[1 : 1 + len(data.evaluations)]
+    return dataclasses.replace(
+        data,
+        train=found[0],
+        evaluations=dict(zip(data.evaluations, held_out, strict=True)),
+        references=found[1 + len(held_out) :] or data.references,
+    )
 
 
 def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:

@@ -1,5 +1,6 @@
 """A stage from configuration to exported checkpoint, and several stages in a row."""
 
+import functools
 import json
 import logging
 import os
@@ -18,7 +19,13 @@ from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import Line, draw_curves
-from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model, prepare_task
+from ogpsa_jax.training.prepare import (
+    model_config,
+    prepare_data,
+    prepare_model,
+    prepare_reference_log_probs,
+    prepare_task,
+)
 from ogpsa_jax.training.step import Network
 
 logger = logging.getLogger(__name__)
@@ -90,12 +97,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     data = prepare_data(config, model_config(config))
     mesh = make_mesh(config.mesh)
-    model = prepare_model(config, mesh)
+    policy = functools.cache(functools.partial(prepare_model, config, mesh))
+    data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)
+    network = Network.of(policy())
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(dump_config(config))
-    network = Network.of(model)
-    del model
     network, lines = fit(network, task, config, mesh, run_dir)
     save_pretrained(network.model(), run_dir / "export")
     draw_curves(lines, run_dir / "curves.png")
