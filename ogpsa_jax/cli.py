@@ -42,6 +42,64 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="*", help="YAML files, then key.sub=value overrides")
     train.add_argument("--keys", action="store_true", help="list every configuration key and stop")
     train.set_defaults(run=_train)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the alignment tax, and how it vanishes: a small world on this machine",
+        description="Pre-train a small model, align it by every method, draw what each one cost. "
+        "Interrupted, the same command goes on where it was.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes")
+    size = demo.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one seed, the main methods, a minute")
+    size.add_argument("--thorough", action="store_true", help="every method and ablation")
+    demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a checkpoint: safety, over-refusal, capability",
+        description="Score a checkpoint. Interrupted, the same command asks what is left.",
+    )
+    evaluate.add_argument("model", help="Hugging Face folder, hub id, or run directory")
+    evaluate.add_argument("--suite", type=Path, required=True, help="YAML file of tasks")
+    evaluate.add_argument("--out", type=Path, help="default: beside the run, or evaluations/")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="rows a forward pass")
+    evaluate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    evaluate.add_argument(
+        "--mesh", type=int, nargs=3, metavar=("DATA", "FSDP", "TENSOR"), help="default: all fsdp"
+    )
+    evaluate.add_argument("--template", help="chat template: built-in name or jinja file")
+    evaluate.add_argument("--label", help="how reports call the model")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="the safety-utility table and figure over runs")
+    report.add_argument("runs", nargs="+", help="run directories or results files")
+    report.add_argument("--out", type=Path, default=Path("report"), help="where the files go")
+    report.add_argument(
+        "--matched-safety",
+        type=float,
+        help="safety score from which on the share of the tax removed is given",
+    )
+    report.set_defaults(run=_report)
+
+    export = commands.add_parser(
+        "export", help="the newest checkpoint of a run, finished or not, as a Hugging Face folder"
+    )
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
+    export.add_argument("dir", type=Path, metavar="DIR", help="the folder to write")
+    export.set_defaults(run=_export)
+
+    merge = commands.add_parser(
+        "merge",
+        help="weight-space merge of two checkpoints",
+        description="(1 - WEIGHT) of A and WEIGHT of B, tensor by tensor. With several weights, "
+        "each result goes to its own folder OUT/WEIGHT.",
+    )
+    merge.add_argument("a", metavar="A", help="Hugging Face folder or hub id")
+    merge.add_argument("b", metavar="B", help="the same")
+    merge.add_argument("--weight", type=float, nargs="+", required=True, help="share of B")
+    merge.add_argument("--out", type=Path, required=True, help="the folder to write")
+    merge.set_defaults(run=_merge)
     return parser
 
 
@@ -65,6 +123,56 @@ def _train(parsed: argparse.Namespace) -> None:
         for name, after in summary["after"].items():
             print(f"  {name}: {summary['before'][name]:.4f} -> {after:.4f}")
         print(f"  checkpoint: {summary['export']}")
+
+
+def _demo(parsed: argparse.Namespace) -> None:
+    from ogpsa_jax.demo.run import run_demo
+
+    mode = "quick" if parsed.quick else "thorough" if parsed.thorough else "full"
+    run_demo(parsed.out, mode)
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from ogpsa_jax.evaluation import evaluate, results_text
+
+    results = evaluate(
+        parsed.model,
+        parsed.suite,
+        parsed.out,
+        batch_size=parsed.batch_size,
+        dtype=parsed.dtype,
+        mesh=None if parsed.mesh is None else tuple(parsed.mesh),
+        template=parsed.template,
+        label=parsed.label,
+    )
+    print(results_text(results))
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from ogpsa_jax.evaluation import report, text_table
+
+    records = report(parsed.runs, parsed.out, parsed.matched_safety)
+    print(text_table(records, parsed.matched_safety))
+    print(f"written to {parsed.out}: report.html, pareto.png, report.csv, report.md")
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from ogpsa_jax.training.run import export_checkpoint
+
+    step = export_checkpoint(parsed.run_dir, parsed.dir)
+    print(f"{parsed.dir}: the weights of {parsed.run_dir} after step {step}")
+
+
+def _merge(parsed: argparse.Namespace) -> None:
+    from ogpsa_jax.models.merge import merge_pretrained
+
+    if len(parsed.weight) == 1:
+        outs = [parsed.out]
+    else:
+        outs = [parsed.out / f"{weight:g}" for weight in parsed.weight]
+    merge_pretrained(parsed.a, parsed.b, parsed.weight, outs)
+    for out in outs:
+        print(out)
 
 
 if __name__ == "__main__":

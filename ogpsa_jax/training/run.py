@@ -13,12 +13,15 @@ from typing import Any
 import jax
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.models import save_pretrained
+from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import Line, draw_curves
+from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import (
     model_config,
     prepare_data,
@@ -26,7 +29,7 @@ from ogpsa_jax.training.prepare import (
     prepare_reference_log_probs,
     prepare_task,
 )
-from ogpsa_jax.training.step import Network
+from ogpsa_jax.training.step import Network, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def train_stages(
       output_dirs: a run directory per stage, instead of the configurations' own.
 
     Returns:
-      The summaries.
+      The summaries; of several stages, also in ``pipeline.json`` of the last one's directory.
 
     Raises:
       InputError: bad configuration, data or model of any stage; all configurations are read before
@@ -70,7 +73,11 @@ def train_stages(
             f"output_dir: two stages write to the same directory ({names[0]}); set it in the "
             "configuration files, not for all stages at once."
         )
-    return [train(config) for config in configs]
+    summaries = [train(config) for config in configs]
+    if len(summaries) > 1 and jax.process_index() == 0:
+        text = json.dumps({"stages": summaries}, indent=1) + "\n"
+        _write_whole(Path(configs[-1].output_dir) / "pipeline.json", text)
+    return summaries
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -115,7 +122,37 @@ def train(config: RunConfig) -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     _write_whole(finished, json.dumps(summary, indent=1) + "\n")
+    write_model_card(run_dir)
     return summary
+
+
+def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
+    """Write the newest checkpoint of a run, finished or not, as a Hugging Face folder.
+
+    Args:
+      run_dir: the run directory.
+      target: the folder to write; an earlier export there is replaced.
+
+    Returns:
+      The step whose weights they are.
+
+    Raises:
+      InputError: no run there, or one without a checkpoint.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").exists():
+        raise InputError(f"{run_dir}: holds no config.yaml; give a run directory.")
+    config = load_config(run_dir / "config.yaml")
+    network = Network.of(prepare_model(config, make_mesh(config.mesh)))
+    optimizer = make_optimizer(config, total_steps=1)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
+    found = checkpoints.restore_newest(TrainState(network.trained, optimizer.init(network.trained)))
+    checkpoints.close()
+    if found is None:
+        raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
+    step, state = found
+    save_pretrained(network._replace(trained=state.params).model(), target)
+    return step
 
 
 def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
