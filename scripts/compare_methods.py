@@ -4,8 +4,18 @@ Each method is a run of its own with the same seed (finished runs are not run ag
 nats per token, before and after.
 
     python scripts/compare_methods.py CONFIG [CONFIG...] [--out runs] [key.sub=value ...]
+    python scripts/compare_methods.py CONFIG --methods naive,lora,mixing,a-gem,replay,recommended
 
 Several configurations are the stages of one pipeline, each starting from the one before.
+
+    naive        no protection
+    paper        OGPSA as published
+    recommended  OGPSA as this package recommends it
+    update       recommended, but the update is projected
+    lora         naive, adapters instead of full fine-tuning
+    mixing       naive, half of the training rows from the reference sets (SFT; naive in DPO)
+    a-gem        recommended, but only what conflicts with the references is removed
+    replay       reference rows ride in every batch and are trained on; nothing is projected
 """
 
 import argparse
@@ -15,9 +25,28 @@ from pathlib import Path
 from typing import Any
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.run import train_stages
 
-METHODS = {"naive": "off", "paper": "paper", "recommended": "recommended"}
+HEADLINE = ("naive", "paper", "recommended")
+METHODS = {
+    "naive": ["ogpsa.preset=off"],
+    "paper": ["ogpsa.preset=paper"],
+    "recommended": ["ogpsa.preset=recommended"],
+    "update": [
+        "ogpsa.preset=recommended",
+        "ogpsa.placement=update",
+        "references.in_step=null",
+    ],
+    "lora": ["ogpsa.preset=off", "model.lora={}"],
+    "mixing": ["ogpsa.preset=off"],
+    "a-gem": ["ogpsa.preset=recommended", "ogpsa.rule=conflict"],
+    "replay": [
+        "ogpsa.preset=recommended",
+        "ogpsa.rule=none",
+        "references.in_step={share: 0.5, window: 1, replay_weight: 1.0}",
+    ],
+}
 
 
 def run(
@@ -27,11 +56,24 @@ def run(
     return {
         method: train_stages(
             configs,
-            [*overrides, f"ogpsa.preset={METHODS[method]}"],
+            [*overrides, *METHODS[method]],
             output_dirs=[f"{out}/{config.stem}-{method}" for config in configs],
+            stage_overrides=[mixing(config) if method == "mixing" else [] for config in configs],
         )
         for method in methods
     }
+
+
+def mixing(path: Path) -> list[str]:
+    """The reference sets as further training sources, half of all rows."""
+    config = load_config(path)
+    if config.objective == "dpo":
+        return []
+    own, general = config.data.train, config.references.sets
+    total = sum(source.weight for source in own)
+    sources = [s.model_dump() | {"weight": 0.5 * s.weight / total} for s in own]
+    sources += [s.model_dump() | {"weight": 0.5 / len(general)} for s in general]
+    return [f"data.train={json.dumps(sources)}"]
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
@@ -66,7 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="+", help="YAML files, then key.sub=value overrides")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the runs go")
-    parser.add_argument("--methods", default=",".join(METHODS), help="which, separated by commas")
+    parser.add_argument("--methods", default=",".join(HEADLINE), help=", ".join(METHODS))
     arguments = parser.parse_args()
     configs = [Path(item) for item in arguments.config if "=" not in item]
     overrides = [item for item in arguments.config if "=" in item]

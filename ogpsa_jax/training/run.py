@@ -44,6 +44,7 @@ def train_stages(
     paths: Sequence[str | Path],
     overrides: Sequence[str] = (),
     output_dirs: Sequence[str] | None = None,
+    stage_overrides: Sequence[Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Run one stage per configuration, each starting from the export of the one before.
 
@@ -51,6 +52,7 @@ def train_stages(
       paths: YAML files, in order.
       overrides: ``key.sub=value``, applied to every stage (``model.path`` to the first alone).
       output_dirs: a run directory per stage, instead of the configurations' own.
+      stage_overrides: further overrides of each stage alone.
 
     Returns:
       The summaries; of several stages, also in ``pipeline.json`` of the last one's directory.
@@ -62,6 +64,7 @@ def train_stages(
     configs: list[RunConfig] = []
     for number, path in enumerate(paths):
         own = [f"output_dir={output_dirs[number]}"] if output_dirs else []
+        own += stage_overrides[number] if stage_overrides else []
         if number:
             overrides = [item for item in overrides if not item.startswith("model.path=")]
             own.append(f"model.path={Path(configs[-1].output_dir) / 'export'}")
