@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python scripts/compare_methods.py configs/smoke-sft.yaml --methods naive,recommended
+	$(BIN)/ogpsa-jax demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2

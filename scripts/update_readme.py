@@ -1,0 +1,58 @@
+"""Put measured tables and the figure into the README, each between its two markers.
+
+python scripts/update_readme.py --demo runs/demo --stories runs
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from compare_methods import table
+
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation import markdown_table, read_records
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STAGES = ("stories260k-sft", "stories260k-dpo")
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """`text` with everything between the markers of `name` replaced."""
+    pattern = re.compile(rf"(<!-- BEGIN {name} -->\n).*?(<!-- END {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise InputError(f"README.md: the markers of {name} are missing; put them back.")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="folder of `ogpsa-jax demo`")
+    parser.add_argument("--stories", type=Path, help="--out of scripts/compare_methods.py")
+    arguments = parser.parse_args()
+    readme = REPOSITORY / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    try:
+        if arguments.demo:
+            text = replaced(text, "demo", markdown_table(read_records(arguments.demo)))
+            assets = REPOSITORY / "docs" / "assets"
+            assets.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(arguments.demo / "pareto.png", assets / "pareto.png")
+        if arguments.stories:
+            files = [arguments.stories / f"{stage}.json" for stage in STAGES]
+            parts = [
+                f"{stage}:\n\n{table(json.loads(file.read_text()))}"
+                for stage, file in zip(STAGES, files, strict=True)
+            ]
+            text = replaced(text, "stories", "\n\n".join(parts))
+    except (InputError, OSError) as error:
+        print(f"update_readme: {error}", file=sys.stderr)
+        return 2
+    readme.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
