@@ -1,8 +1,9 @@
-"""Decoders of the Llama and Qwen families in Flax NNX: import, export, generation."""
+"""Decoders of the Llama and Qwen families in Flax NNX: import, export, LoRA, generation."""
 
 from ogpsa_jax.models.config import DecoderConfig, RopeConfig
 from ogpsa_jax.models.decoder import Decoder
 from ogpsa_jax.models.generation import generate
+from ogpsa_jax.models.lora import LoraParam, add_lora, load_lora, merge_lora, save_lora
 from ogpsa_jax.models.names import from_huggingface, to_huggingface
 from ogpsa_jax.models.pretrained import abstract_decoder, load_pretrained, save_pretrained
 from ogpsa_jax.models.sharding import ShardingRules, param_shardings
@@ -10,13 +11,18 @@ from ogpsa_jax.models.sharding import ShardingRules, param_shardings
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "LoraParam",
     "RopeConfig",
     "ShardingRules",
     "abstract_decoder",
+    "add_lora",
     "from_huggingface",
     "generate",
+    "load_lora",
     "load_pretrained",
+    "merge_lora",
     "param_shardings",
+    "save_lora",
     "save_pretrained",
     "to_huggingface",
 ]

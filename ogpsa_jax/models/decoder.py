@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ogpsa_jax.models.config import DecoderConfig
-from ogpsa_jax.models.layers import AttentionKind, DecoderLayer, Placement, RMSNorm
+from ogpsa_jax.models.layers import AttentionKind, DecoderLayer, Linear, Placement, RMSNorm
 from ogpsa_jax.models.rope import rope_table
 from ogpsa_jax.models.sharding import ShardingRules, check_mesh
 
@@ -89,6 +89,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         input_ids: jax.Array,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of the next token.
 
@@ -97,17 +98,21 @@ class Decoder(nnx.Module):  # type: ignore[misc]
           positions: int32 [batch, length]; counted from 0 in each row by default.
           segment_ids: int32 [batch, length]; tokens attend only within their segment. Padding is a
             segment of its own (0 by convention); without it, rows are one segment.
+          dropout_key: PRNG key of the dropout on the inputs of LoRA adapters; without one nothing
+            is dropped.
 
         Returns:
           float32 [batch, length, vocab].
         """
-        return self.unembed(self.hidden_states(input_ids, positions, segment_ids))
+        hidden = self.hidden_states(input_ids, positions, segment_ids, dropout_key)
+        return self.unembed(hidden)
 
     def hidden_states(
         self,
         input_ids: jax.Array,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """What :meth:`unembed` turns into logits.
 
@@ -115,6 +120,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
           input_ids: int32 [batch, length].
           positions: as in :meth:`__call__`.
           segment_ids: as in :meth:`__call__`.
+          dropout_key: as in :meth:`__call__`.
 
         Returns:
           [batch, length, hidden] after the final norm, in the dtype of the computation.
@@ -129,8 +135,9 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
 
-        def step(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x, rope, mask), None
+        def step(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
+            weights, key = layer
+            return nnx.merge(graphdef, weights)(x, rope, mask, dropout_key=key), None
 
         if self.remat != "none":
             policy = None
@@ -140,7 +147,10 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         with self.matmul_precision():
             rope = self.rope(input_ids, positions)
-            x, _ = jax.lax.scan(step, self.embed(input_ids), stacked)
+            keys = None
+            if dropout_key is not None:
+                keys = jax.random.split(dropout_key, self.config.num_layers)
+            x, _ = jax.lax.scan(step, self.embed(input_ids), (stacked, keys))
             return self.norm(x)
 
     def rope(
@@ -171,6 +181,18 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             return jnp.matmul(
                 hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
             )
+
+    def linears(self) -> dict[tuple[str, ...], Linear]:
+        """The linear maps of the layers, each under its path."""
+        parts = {
+            "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+            "mlp": ("gate_proj", "up_proj", "down_proj"),
+        }
+        return {
+            ("layers", part, name): getattr(getattr(self.layers, part), name)
+            for part, names in parts.items()
+            for name in names
+        }
 
     def matmul_precision(self) -> contextlib.AbstractContextManager[None]:
         """Keep accelerators from computing float32 products in TF32 or bfloat16."""

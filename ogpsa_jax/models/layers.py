@@ -76,6 +76,62 @@ class RMSNorm(nnx.Module):  # type: ignore[misc]
         return (wide * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
+LoraParam = nnx.LoRAParam  # Flax's own kind, so that others' filters find ours
+
+
+class Adapter(nnx.Module):  # type: ignore[misc]
+    """Low-rank adapter of a :class:`Linear` (LoRA, arXiv 2106.09685): ``scale * x @ a @ b``.
+
+    ``a`` [layers, in, rank] starts uniform in +-1/sqrt(in), the Kaiming initialisation of ``peft``;
+    ``b`` [layers, rank, out] starts at zero, so that the model starts as it was.
+    """
+
+    def __init__(
+        self,
+        linear: "Linear",
+        rank: int,
+        alpha: float,
+        dropout: float,
+        placement: Placement,
+        rngs: nnx.Rngs,
+    ) -> None:
+        kernel = linear.kernel
+        layers, size_in, size_out = kernel.shape
+        _, axis_in, axis_out = kernel.get_metadata()["out_sharding"]
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            bound = size_in**-0.5
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+        shape, axes = (layers, size_in, rank), ("layers", axis_in, "lora_rank")
+        self.a = placement.param(uniform, rngs.params(), shape, axes, LoraParam)
+        zeros, shape = nnx.initializers.zeros_init(), (layers, rank, size_out)
+        axes = ("layers", "lora_rank", axis_out)
+        self.b = placement.param(zeros, rngs.params(), shape, axes, LoraParam)
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """[..., in] -> [..., out], in the dtype of ``x``; elements of ``x`` dropped with a key."""
+        if dropout_key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0)
+        y = (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype)
+        return y * self.scale
+
+    @property
+    def scale(self) -> float:
+        """What the product of ``a`` and ``b`` is multiplied by."""
+        return self.alpha / self.rank
+
+
+@jax.jit
+def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """One layer's ``kernel + scale * a @ b``, computed in float32, in the dtype of the kernel."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+
 class Linear(nnx.Module):  # type: ignore[misc]
     """``x @ kernel + bias``; kernel [in, out], stored stacked [layers, in, out]."""
 
@@ -95,14 +151,22 @@ class Linear(nnx.Module):  # type: ignore[misc]
         self.bias = (
             placement.param(zeros, rngs.params(), shape, ("layers", axes[1])) if bias else None
         )
+        self.lora: Adapter | None = nnx.data(None)  # may be given one later
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out], in the dtype of ``x``."""
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """[..., in] -> [..., out], in the dtype of ``x``; the key is for the adapter's dropout."""
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        if self.lora is not None:
+            y = y + self.lora(x, dropout_key)
         return y
+
+
+def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
+    """Keys for several consumers; none of none."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 @dataclasses.dataclass
@@ -151,18 +215,20 @@ class Attention(nnx.Module):  # type: ignore[misc]
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         cache: Cache | None,
+        dropout_key: jax.Array | None,
     ) -> jax.Array:
         """Attention of :class:`DecoderLayer`; see there for the arguments."""
         batch, length, _ = x.shape
+        q_key, k_key, v_key, o_key = split_key(dropout_key, 4)
 
-        def heads(projection: Linear, axis: str) -> jax.Array:
-            y = projection(x).reshape(batch, length, -1, self.head_dim)
+        def heads(projection: Linear, axis: str, key: jax.Array | None) -> jax.Array:
+            y = projection(x, key).reshape(batch, length, -1, self.head_dim)
             return self.placement.constrain(y, "batch", "length", axis, "head_dim")
 
         q, k, v = (
-            heads(self.q_proj, "heads"),
-            heads(self.k_proj, "kv_heads"),
-            heads(self.v_proj, "kv_heads"),
+            heads(self.q_proj, "heads", q_key),
+            heads(self.k_proj, "kv_heads", k_key),
+            heads(self.v_proj, "kv_heads", v_key),
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -184,7 +250,7 @@ class Attention(nnx.Module):  # type: ignore[misc]
             is_causal=not decoding,
             implementation="xla" if decoding else self._implementation(q.shape, k.shape),
         )
-        return self.o_proj(y.reshape(batch, length, -1))
+        return self.o_proj(y.reshape(batch, length, -1), o_key)
 
     def _implementation(
         self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
@@ -223,10 +289,11 @@ class Mlp(nnx.Module):  # type: ignore[misc]
         self.down_proj = linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"))
         self.placement = placement
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """[batch, length, hidden] -> the same."""
-        y = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.placement.constrain(y, "batch", "length", "mlp"))
+        gate_key, up_key, down_key = split_key(dropout_key, 3)
+        y = jax.nn.silu(self.gate_proj(x, gate_key)) * self.up_proj(x, up_key)
+        return self.down_proj(self.placement.constrain(y, "batch", "length", "mlp"), down_key)
 
 
 class DecoderLayer(nnx.Module):  # type: ignore[misc]
@@ -246,6 +313,7 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         cache: Cache | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """One layer.
 
@@ -255,11 +323,13 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
           mask: bool, broadcastable to [batch, heads, length, keys], True where attention may look;
             on top of causality, except for a single token with a cache: there it is all there is.
           cache: updated in place when given.
+          dropout_key: of the adapters' dropout; none drops nothing.
 
         Returns:
           Like ``x``.
         """
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        attention_key, mlp_key = split_key(dropout_key, 2)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attention_key)
         x = self.placement.constrain(x, "batch", "length", "features")
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x), mlp_key)
         return self.placement.constrain(x, "batch", "length", "features")

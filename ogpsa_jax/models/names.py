@@ -5,7 +5,7 @@ Modules are named alike, so a path turns into a name mechanically: ``layers.mlp.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 Path = tuple[Any, ...]
 _ENDINGS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_ADAPTER_ENDINGS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,23 @@ def tensor_names(state: nnx.State) -> list[TensorName]:
     )
 
 
+def adapter_names(state: nnx.State) -> list[TensorName]:
+    """Every tensor that LoRA adapters make in a folder of ``peft``, in the order of the layers.
+
+    ``layers.mlp.up_proj.lora.a`` [layers, in, rank] is
+    ``base_model.model.model.layers.<i>.mlp.up_proj.lora_A.weight`` [rank, in] for each layer i.
+    """
+    names = []
+    for path, variable in nnx.to_flat_state(state):
+        if "lora" not in path:
+            continue
+        stem, ending = [str(part) for part in path[1:-2]], _ADAPTER_ENDINGS[str(path[-1])]
+        for layer in range(variable.shape[0]):
+            name = ".".join(["base_model.model.model.layers", str(layer), *stem, ending])
+            names.append(TensorName(name, path, layer, True, tuple(variable.shape[:0:-1])))
+    return sorted(names, key=lambda tensor: (tensor.layer, tensor.name))
+
+
 def to_huggingface(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
     """Parameters, or anything shaped like them, as tensors of a Hugging Face checkpoint.
 
@@ -82,10 +100,27 @@ def to_huggingface(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
       (name, array in the dtype of the parameter).
     """
     arrays = dict(nnx.to_flat_state(state))
-    for tensor in tensor_names(state):
-        value = _array(arrays[tensor.path])
-        host = _to_host(value if tensor.layer is None else value[tensor.layer])
+    return host_tensors(tensor_names(state), lambda tensor: pick(arrays, tensor))
+
+
+def host_tensors(
+    names: Iterable[TensorName], value: Callable[[TensorName], Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Bring tensors to the host one at a time, as :func:`to_huggingface` does.
+
+    Args:
+      names: the tensors.
+      value: gives a parameter, or the layer of it that a tensor is, in the layout it has here.
+    """
+    for tensor in names:
+        host = _to_host(value(tensor))
         yield tensor.name, np.ascontiguousarray(host.T if tensor.transposed else host)
+
+
+def pick(arrays: Mapping[Path, Any], tensor: TensorName) -> Any:
+    """A tensor's parameter, or its layer of it, out of those of a flat state."""
+    array = _array(arrays[tensor.path])
+    return array if tensor.layer is None else array[tensor.layer]
 
 
 def from_huggingface(like: nnx.State, tensors: Mapping[str, np.ndarray]) -> nnx.State:

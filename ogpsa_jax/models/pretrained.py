@@ -8,7 +8,7 @@ reads the parameters back one tensor at a time.
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.models.config import DecoderConfig, read_config, read_json
 from ogpsa_jax.models.decoder import Decoder, Remat
 from ogpsa_jax.models.folders import copy_companions, resolve_folder, written_beside
-from ogpsa_jax.models.layers import AttentionKind
-from ogpsa_jax.models.names import TensorName, tensor_names, to_huggingface
+from ogpsa_jax.models.layers import AttentionKind, merged_kernel
+from ogpsa_jax.models.names import TensorName, host_tensors, pick, tensor_names
 from ogpsa_jax.models.safetensors_files import CheckpointReader, checkpoint_writer
 from ogpsa_jax.models.sharding import ShardingRules
 
@@ -78,7 +78,7 @@ def load_pretrained(
             by_path.setdefault(tensor.path, []).append(tensor)
         flat = []
         for parameter_path, variable in nnx.to_flat_state(abstract):
-            value = _load_parameter(reader, by_path[parameter_path], sources, variable, mesh, rules)
+            value = load_parameter(reader, by_path[parameter_path], sources, variable, mesh, rules)
             flat.append((parameter_path, variable.replace(value)))
     model: Decoder = nnx.merge(graphdef, nnx.from_flat_state(flat))
     model.source = str(folder)
@@ -142,7 +142,7 @@ def _check_tied(reader: CheckpointReader) -> None:
         )
 
 
-def _load_parameter(
+def load_parameter(
     reader: CheckpointReader,
     tensors: list[TensorName],
     sources: Mapping[str, str],
@@ -209,7 +209,8 @@ def save_pretrained(
     With several processes all of them must call it; the first writes.
 
     Args:
-      model: its weights are written.
+      model: its weights are written; LoRA adapters are merged into them on the way, tensor by
+        tensor (:func:`~ogpsa_jax.models.lora.save_lora` writes the adapters alone).
       path: the folder; an earlier export there is replaced.
       dtype: ``float32``, ``bfloat16`` or ``float16`` for all tensors. By default each tensor keeps
         the type it had in the source, so that what was not trained comes out bit for bit as it
@@ -236,13 +237,29 @@ def save_pretrained(
             text = json.dumps(config, indent=2) + "\n"
             (beside / "config.json").write_text(text, encoding="utf-8")
             with checkpoint_writer(beside, tensors, max_shard_bytes) as writer:
-                for name, array in to_huggingface(state):
+                for name, array in _merged_tensors(model):
                     writer.write(name, array.astype(tensors[name][0], copy=False))
     else:
-        for _ in to_huggingface(state):  # takes part in bringing tensors together
+        for _ in _merged_tensors(model):  # takes part in bringing tensors together
             pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
+
+
+def _merged_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of the checkpoint, adapters merged into the kernels they belong to."""
+    state = nnx.state(model, nnx.Param)
+    arrays = dict(nnx.to_flat_state(state))
+    adapters = {(*path, "kernel"): linear.lora for path, linear in model.linears().items()}
+
+    def value(tensor: TensorName) -> Any:
+        weight, adapter = pick(arrays, tensor), adapters.get(tensor.path)
+        if adapter is None:
+            return weight
+        layer = tensor.layer
+        return merged_kernel(weight, adapter.a[layer], adapter.b[layer], adapter.scale)
+
+    return host_tensors(tensor_names(state), value)
 
 
 def _announce(

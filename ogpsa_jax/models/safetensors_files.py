@@ -34,23 +34,24 @@ class CheckpointReader:
 
     Args:
       folder: a Hugging Face model folder.
+      single: the file that holds everything where there is one.
 
     Raises:
       InputError: there are no safetensors, a file the index names is missing, or one is not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
         self._stack = contextlib.ExitStack()
         self._files: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
         index = folder / INDEX
-        if (folder / SINGLE).is_file():
-            self._add(folder / SINGLE, None)
+        if (folder / single).is_file():
+            self._add(folder / single, None)
         elif index.is_file():
             self._add_indexed(index)
         else:
             raise InputError(
-                f"{folder}: neither {SINGLE} nor {INDEX} is there; give a folder with safetensors "
+                f"{folder}: neither {single} nor {INDEX} is there; give a folder with safetensors "
                 "weights (other formats can execute code and are not read)."
             )
 
@@ -228,9 +229,10 @@ def checkpoint_writer(
     folder: Path,
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     max_shard_bytes: int,
+    single: str = SINGLE,
 ) -> Iterator[CheckpointWriter]:
     """A :class:`CheckpointWriter` that is finished at the end, and closed whatever happens."""
-    writer = CheckpointWriter(folder, tensors, max_shard_bytes)
+    writer = CheckpointWriter(folder, tensors, max_shard_bytes, single)
     try:
         yield writer
         writer.finish()
