@@ -3,6 +3,7 @@
 Nothing here reads files of models or data: see :mod:`ogpsa_jax.training.run` for that.
 """
 
+import contextlib
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,13 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.mesh import shard_rows
-from ogpsa_jax.training.metrics import Line, MetricsLog
+from ogpsa_jax.training.mesh import replicate_rest, shard_rows
+from ogpsa_jax.training.metrics import Line, MetricsLog, find_problems
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
 from ogpsa_jax.training.progress import Progress
 from ogpsa_jax.training.step import (
@@ -117,22 +119,30 @@ def fit(
         )
         references = tuple(shard_rows(batches, mesh) for batches in task.references)
 
-    state = TrainState(network.trained, optimizer.init(network.trained))
+    opt_state = replicate_rest(optimizer.init(network.trained), mesh)
+    state = TrainState(network.trained, opt_state)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
     start, state = checkpoints.restore_newest(state) or (0, state)
     log = MetricsLog(run_dir, start)
     pending: list[tuple[int, dict[str, jax.Array], bool]] = []
+    told: set[str] = set()
 
     def flush(progress: Progress) -> None:
+        lines: list[Line] = []
         for step, metrics, refreshed in pending:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             line: Line = {"step": step, "learning_rate": float(schedule(step - 1)), **values}
             if config.projects:
                 line["refreshed"] = refreshed
             log.write(line)
-            progress.add(line)
+            lines.append(line)
         pending.clear()
         log.flush()
+        progress.add(lines)
+        for kind, problem in find_problems(lines).items():
+            if kind not in told:
+                logger.warning("%s", problem)
+            told.add(kind)
 
     with _Sigterm() as terminated, Progress(config.name, total, start) as progress:
         if start == 0:
@@ -151,7 +161,9 @@ def fit(
             done = step + 1
             pending.append((done, metrics, refreshed))
             evaluates = config.train.eval_every and done % config.train.eval_every == 0
-            saves = done % config.train.save_every == 0 or done == total or terminated()
+            # Asked once a step: a signal that comes later than this belongs to the next step.
+            stops = terminated(done)
+            saves = done % config.train.save_every == 0 or done == total or stops
             if done % config.train.log_every == 0 or evaluates or saves:
                 flush(progress)
             if evaluates or done == total:
@@ -159,7 +171,7 @@ def fit(
             if saves:
                 log.flush()
                 checkpoints.save(done, state)
-            if terminated() and done < total:
+            if stops and done < total:
                 checkpoints.close()
                 log.close()
                 logger.warning(
@@ -209,15 +221,21 @@ class _Evaluator:
 
 
 class _Sigterm:
-    """While active, SIGTERM only sets a flag, so that the step under way is finished and saved."""
+    """While active, SIGTERM only sets a flag, so that the step under way is finished and saved.
 
-    def __enter__(self) -> Callable[[], bool]:
+    Of several processes some may get the signal earlier or alone; JAX's preemption service, which
+    holds the signal's handler then, makes all of them agree on one step.
+    """
+
+    def __enter__(self) -> Callable[[int], bool]:
         self._received = False
-        try:
-            self._before: Any = signal.signal(signal.SIGTERM, self._receive)
-        except ValueError:  # not the main thread: whoever is, handles signals
-            self._before = None
-        return lambda: self._received
+        self._before: Any = None
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point
+        # In another thread than the main one, whoever runs the main one handles signals.
+        with contextlib.suppress(ValueError):
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return lambda step: self._received
 
     def _receive(self, *_: object) -> None:
         self._received = True

@@ -5,6 +5,7 @@ a batch are split over data and fsdp together.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -12,9 +13,50 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.config import MeshSection
+from ogpsa_jax.training.config import MeshSection, RunConfig
 
 ROWS = ("data", "fsdp")
+
+
+# What launchers set to the number of processes of a job step; JAX finds the rest by itself there.
+_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def join_processes() -> None:
+    """Make this process one of several, if the environment says that it is.
+
+    ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID`` say it on any machine; under ``srun``, ``mpirun`` and on Cloud TPU pods it is
+    found. Must come before anything asks for devices.
+
+    Raises:
+      InputError: some of the three variables are missing or no numbers, or the others cannot be
+        reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        if address:
+            count, index = (
+                int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+            )
+            jax.distributed.initialize(address, count, index)
+        elif any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHERS) or (
+            "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        ):
+            jax.distributed.initialize()
+    except KeyError as error:
+        raise InputError(
+            f"environment: JAX_COORDINATOR_ADDRESS is set, but {error.args[0]} is not; set "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID as well."
+        ) from None
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            "environment: the processes of this run cannot be joined "
+            f"({str(error).splitlines()[0]}); check JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+            "and JAX_PROCESS_ID."
+        ) from error
 
 
 def make_mesh(section: MeshSection) -> Mesh:
@@ -42,7 +84,7 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def rows_per_micro_batch(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
-    """Rows of one micro-batch over all devices.
+    """Rows of one micro-batch over all devices: as many as may be, so that all are of one size.
 
     Args:
       batch_size: rows a step.
@@ -50,35 +92,64 @@ def rows_per_micro_batch(batch_size: int, micro_batch_size: int, mesh: Mesh) -> 
       mesh: the devices.
 
     Raises:
-      InputError: the batch cannot be cut evenly.
+      InputError: the row shards do not divide the batch.
     """
     shards = row_shards(mesh)
-    rows = min(batch_size, micro_batch_size * shards)
-    if batch_size % rows or rows % shards:
+    if batch_size % shards:
         raise InputError(
-            f"train.batch_size: {batch_size} rows cannot be cut into micro-batches for {shards} "
-            f"row shards of at most train.micro_batch_size ({micro_batch_size}) rows; make it a "
-            f"multiple of {micro_batch_size * shards}."
+            f"train.batch_size: {batch_size} rows cannot be cut into {shards} row shards "
+            f"(mesh.data x mesh.fsdp); make it a multiple of {shards}."
         )
-    return rows
+    share = batch_size // shards
+    largest = next(size for size in range(min(micro_batch_size, share), 0, -1) if share % size == 0)
+    return shards * largest
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """Refuse, before anything costs time, a batch that the mesh cannot share.
+
+    Raises:
+      InputError: as :func:`rows_per_micro_batch`.
+    """
+    riding = config.reference_rows
+    for rows in (config.train.batch_size - riding, riding):
+        if rows:
+            rows_per_micro_batch(rows, config.train.micro_batch_size, mesh)
 
 
 def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Put this process's part of a batch on the devices, rows (axis 1) over data and fsdp.
+    """Put a batch on the devices, rows (axis 1) over data and fsdp.
 
     Args:
-      batch: arrays [micro-batches, rows of this process, ...].
+      batch: arrays [micro-batches, rows, ...], whole and the same in every process: token ids are
+        small, and which rows a process needs depends on how the mesh lies over the processes.
       mesh: where to.
 
     Returns:
-      Global arrays [micro-batches, rows, ...].
+      The same as global arrays.
     """
     shards = row_shards(mesh)
 
     def put(array: np.ndarray) -> jax.Array:
-        rows = array.shape[1] * jax.process_count()
-        axes: tuple[Any, ...] = (None, ROWS) if rows % shards == 0 else ()
+        axes: tuple[Any, ...] = (None, ROWS) if array.shape[1] % shards == 0 else ()
         sharding = NamedSharding(mesh, PartitionSpec(*axes))  # type: ignore[no-untyped-call]
-        return jax.make_array_from_process_local_data(sharding, array)  # type: ignore[no-untyped-call]
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return {name: put(array) for name, array in batch.items()}
+
+
+def replicate_rest(tree: Any, mesh: Mesh) -> Any:
+    """Put what is not on the mesh yet on all of its devices.
+
+    Counters and small matrices of an optimizer state are made on one device. There they would make
+    the first compiled step another one than the second, could not be restored beside sharded
+    arrays, and would differ from process to process.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        return jax.device_put(np.asarray(leaf), everywhere)
+
+    return jax.tree.map(place, tree)

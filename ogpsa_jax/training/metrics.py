@@ -5,50 +5,105 @@ before the checkpoint of their step does, and a resumed run first drops the line
 checkpoint: no gaps, no doubles.
 """
 
+import contextlib
 import json
+import logging
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 
+from ogpsa_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 Line = dict[str, Any]
 
 
 class MetricsLog:
-    """The metrics of one run directory, opened at the step a run resumes from."""
+    """The metrics of one run directory, opened at the step a run resumes from.
+
+    Of several processes the first alone writes, and alone knows the lines of before a resume.
+
+    Args:
+      run_dir: the run directory.
+      resume_step: lines after this step are dropped; 0: all lines are.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self.lines = [line for line in read_metrics(run_dir) if line["step"] <= resume_step]
-        if resume_step == 0:
-            self.lines = []
-        rewritten = self.path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        rewritten.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self.lines: list[Line] = []
+        self._file = self._board = None
+        if jax.process_index() > 0:
+            return
+        if resume_step > 0:
+            self.lines = [line for line in read_metrics(run_dir) if line["step"] <= resume_step]
+            known = {line["step"] for line in self.lines if "loss" in line}
+            if missing := resume_step - len(known):
+                logger.warning(
+                    "%s lacks %d of the %d steps before the checkpoint; it was changed or torn",
+                    *(self.path, missing, resume_step),
+                )
+        with self._told():
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0
+            )
 
     def write(self, line: Line) -> None:
         """Append a line; `line["step"]` counts optimizer steps from 1, 0 is before the first."""
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "step" and math.isfinite(value):
-                self._board.add_scalar(name, value, line["step"])
+        if self._file is None or self._board is None:
+            return
+        with self._told():
+            self._file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step" and math.isfinite(value):
+                    self._board.add_scalar(name, value, line["step"])
 
     def flush(self) -> None:
         """Make everything written so far durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        if self._file is None or self._board is None:
+            return
+        with self._told():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         """Flush and close."""
+        if self._file is None or self._board is None:
+            return
         self.flush()
         self._file.close()
         self._board.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.path.parent}: the metrics cannot be written ({error.strerror}); mend this "
+                "and run the same command again: it goes on from the newest checkpoint."
+            ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that after a crash the old or the new one is there, whole."""
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def read_metrics(run_dir: Path) -> list[Line]:
@@ -63,6 +118,39 @@ def read_metrics(run_dir: Path) -> list[Line]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def find_problems(lines: Sequence[Line]) -> dict[str, str]:
+    """What went wrong silently in these steps: kind -> a sentence; empty where all is well."""
+    steps = [line for line in lines if "loss" in line]
+    problems = {}
+
+    def report(kind: str, bad: list[Line], sentence: str) -> None:
+        if bad:
+            where = f"step {bad[0]['step']}" + (f" and {len(bad) - 1} more" if bad[1:] else "")
+            problems[kind] = f"{where}: {sentence}"
+
+    report(
+        "loss",
+        [line for line in steps if not math.isfinite(line["loss"])],
+        "the loss was not finite; lower optimizer.learning_rate, or look at the data",
+    )
+    report(
+        "rank",
+        [line for line in steps if line.get("effective_rank") == 0],
+        "the basis was empty, so nothing was projected; the reference gradients are zero or not "
+        "finite",
+    )
+    report(
+        "refused",
+        [
+            line
+            for before, line in zip([{}, *steps], steps, strict=False)
+            if line.get("refused_refreshes", 0) > before.get("refused_refreshes", 0)
+        ],
+        "a reference gradient was not finite, so the basis was left as it was",
+    )
+    return problems
 
 
 def draw_curves(lines: list[Line], path: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -190,8 +189,6 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
             epochs=config.train.epochs,
             steps=steps,
             weights=[section.weight for section in sources],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
 
     def fixed(examples: list[Example], batch_size: int) -> Any:

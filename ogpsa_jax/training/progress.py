@@ -1,7 +1,9 @@
 """What a person sees while a run goes: a bar on a terminal, plain lines in a file."""
 
 import time
+from collections.abc import Sequence
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -13,7 +15,8 @@ class Progress:
     """Steps done, rate and time left, with the newest loss and removed fraction."""
 
     def __init__(self, name: str, total: int, start: int) -> None:
-        self._console = Console(stderr=True)
+        # Of several processes the first alone speaks.
+        self._console = Console(stderr=True, quiet=jax.process_index() > 0)
         self._bar = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -21,7 +24,7 @@ class Progress:
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=self._console.quiet or not self._console.is_terminal,
         )
         self._name, self._total, self._start = name, total, start
         self._task = self._bar.add_task(name, total=total, completed=start, shown="compiling")
@@ -36,29 +39,34 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def add(self, line: Line) -> None:
-        """Show that the step of this metrics line is done."""
-        now = time.perf_counter()
-        self._units += line["weight"]
-        if self._clock is None:  # the first lines include compilation: the rate starts after them
-            self._clock, self._units, self._first = now, 0.0, line["step"]
-        seconds = now - self._clock
+    def add(self, lines: Sequence[Line]) -> None:
+        """Show that the steps of these metrics lines are done, by now."""
+        if not lines:
+            return
+        now, line = time.perf_counter(), lines[-1]
         shown = f"loss {line['loss']:.4f}"
         if "removed_fraction" in line:
             shown += f"  removed {line['removed_fraction']:.2%}"
-        if seconds > 0 and line["step"] > self._first:
-            rate = (line["step"] - self._first) / seconds
-            left = (self._total - line["step"]) / rate
-            shown += f"  {self._units / seconds:,.0f} targets/s"
-            remaining = f", {left:.0f} s left"
+        left = ""
+        if self._clock is None:  # the first lines include compilation: the rate starts after them
+            self._clock, self._first = now, line["step"]
         else:
-            remaining = ""
+            self._units += sum(each["weight"] for each in lines)
+            seconds = now - self._clock
+            shown += f"  {self._units / seconds:,.0f} targets/s"
+            rest = seconds / (line["step"] - self._first) * (self._total - line["step"])
+            left = f", {rest:.0f} s left"
         self._bar.update(self._task, completed=line["step"], shown=shown)
-        if not self._console.is_terminal and (
-            line["step"] == self._total or line["step"] % max(self._total // 20, 1) == 0
-        ):
+        if not self._console.is_terminal and self._due(lines):
             self._console.print(
-                f"{self._name}: step {line['step']}/{self._total}  {shown}{remaining}",
+                f"{self._name}: step {line['step']}/{self._total}  {shown}{left}",
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _due(self, lines: Sequence[Line]) -> bool:
+        """Whether these steps pass one of the twenty marks at which a file gets a line."""
+        every = max(self._total // 20, 1)
+        return any(line["step"] in (self._total, self._start + 1) for line in lines) or (
+            lines[-1]["step"] // every > (lines[0]["step"] - 1) // every
+        )

@@ -4,13 +4,13 @@ import functools
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
@@ -19,8 +19,8 @@ from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.loop import fit
-from ogpsa_jax.training.mesh import make_mesh
-from ogpsa_jax.training.metrics import Line, draw_curves
+from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
+from ogpsa_jax.training.metrics import Line, draw_curves, find_problems, write_whole
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import (
     model_config,
@@ -79,7 +79,7 @@ def train_stages(
     summaries = [train(config) for config in configs]
     if len(summaries) > 1 and jax.process_index() == 0:
         text = json.dumps({"stages": summaries}, indent=1) + "\n"
-        _write_whole(Path(configs[-1].output_dir) / "pipeline.json", text)
+        write_whole(Path(configs[-1].output_dir) / "pipeline.json", text)
     return summaries
 
 
@@ -104,29 +104,35 @@ def train(config: RunConfig) -> dict[str, Any]:
     if finished.exists():
         logger.warning("%s is finished; delete the directory to run it again", run_dir)
         return dict(json.loads(finished.read_text()))
+    _check_writable(run_dir)
+    join_processes()
     started = time.perf_counter()
-    data = prepare_data(config, model_config(config))
     mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    data = prepare_data(config, model_config(config))
     policy = functools.cache(functools.partial(prepare_model, config, mesh))
     data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)
     network = Network.of(policy())
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config))
+    if jax.process_index() == 0:
+        _start_run_dir(run_dir, config)
     network, lines = fit(network, task, config, mesh, run_dir)
     save_pretrained(network.model(), run_dir / "export")
-    draw_curves(lines, run_dir / "curves.png")
-    summary = {
-        **summarise(config, lines),
-        "data": data.report(),
-        "reference_samples": task.reference_rows * _refreshes(lines),
-        "seconds": round(time.perf_counter() - started, 1),
-        "export": str(run_dir / "export"),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
-    _write_whole(finished, json.dumps(summary, indent=1) + "\n")
-    write_model_card(run_dir)
-    return summary
+    if jax.process_index() == 0:
+        draw_curves(lines, run_dir / "curves.png")
+        summary = {
+            **summarise(config, lines),
+            "data": data.report(),
+            "reference_samples": task.reference_rows * _refreshes(lines),
+            "seconds": round(time.perf_counter() - started, 1),
+            "export": str(run_dir / "export"),
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        }
+        write_whole(finished, json.dumps(summary, indent=1) + "\n")
+        write_model_card(run_dir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{run_dir} is finished")
+    return dict(json.loads(finished.read_text()))
 
 
 def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
@@ -146,10 +152,12 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
     if not (run_dir / "config.yaml").exists():
         raise InputError(f"{run_dir}: holds no config.yaml; give a run directory.")
     config = load_config(run_dir / "config.yaml")
-    network = Network.of(prepare_model(config, make_mesh(config.mesh)))
+    mesh = make_mesh(config.mesh)
+    network = Network.of(prepare_model(config, mesh))
     optimizer = make_optimizer(config, total_steps=1)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
-    found = checkpoints.restore_newest(TrainState(network.trained, optimizer.init(network.trained)))
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints, write=False)
+    opt_state = replicate_rest(optimizer.init(network.trained), mesh)
+    found = checkpoints.restore_newest(TrainState(network.trained, opt_state))
     checkpoints.close()
     if found is None:
         raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
@@ -162,7 +170,6 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     """The figures of a run from its metrics: nothing that was not measured in it."""
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "loss" not in line]
-    warnings = []
     projection: dict[str, Any] = {}
     if config.projects:
         removed = [line["removed_fraction"] for line in steps]
@@ -172,8 +179,6 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
             "effective_rank": steps[-1]["effective_rank"],
             "mean_removed_fraction": sum(removed) / len(removed),
         }
-        if any(line["effective_rank"] == 0 for line in steps):
-            warnings.append("the basis was empty in some steps: nothing was projected there")
     return {
         "name": config.name,
         "objective": config.objective,
@@ -185,7 +190,7 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
         "after": _without_step(evaluations[-1]) if evaluations else {},
         "projection": projection,
         "training_samples": steps[-1]["step"] * (config.train.batch_size - config.reference_rows),
-        "warnings": warnings,
+        "warnings": list(find_problems(steps).values()),
     }
 
 
@@ -217,10 +222,31 @@ def _check_same_run(run_dir: Path, config: RunConfig) -> None:
         )
 
 
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.move(beside, path)
+def _check_writable(run_dir: Path) -> None:
+    """Refuse, before anything costs time, a directory that cannot be made or written."""
+    there = run_dir
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"output_dir: {run_dir} cannot be made, because {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir: {there} cannot be written to; choose another output_dir.")
+    ours = ("checkpoints", "export", "metrics.jsonl", "summary.json")
+    if not (run_dir / "config.yaml").exists():
+        for name in ours:
+            if (run_dir / name).exists():
+                raise InputError(
+                    f"output_dir: {run_dir} holds {name} but no config.yaml, so it is not known "
+                    "what run that is of; choose another output_dir."
+                )
+
+
+def _start_run_dir(run_dir: Path, config: RunConfig) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise InputError(
+            f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another "
+            "output_dir, or mend this."
+        ) from error
