@@ -33,15 +33,20 @@ def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Arr
 
     Args:
       model: has ``hidden_states`` and ``unembed``.
-      batch: ``input_ids``, ``loss_mask``, ``segment_ids``, ``positions``, each ``[B, T]``.
+      batch: ``input_ids``, ``loss_mask``, ``segment_ids``, ``positions``, each ``[B, T]``; perhaps
+        ``dropout_key``, a PRNG key, for models that drop something in training.
       chunk_size: positions of each row whose logits exist at a time.
 
     Returns:
       float32 ``[B, T]``, zero where nothing is learnt, and the mask, bool ``[B, T]``.
     """
     rows, length = batch["input_ids"].shape
+    dropout = {"dropout_key": batch["dropout_key"]} if "dropout_key" in batch else {}
     hidden = model.hidden_states(
-        batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        batch["input_ids"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        **dropout,
     )
     mask = target_mask(batch)
     targets = jnp.pad(batch["input_ids"][:, 1:], [(0, 0), (0, 1)])
@@ -122,4 +127,5 @@ def pairwise_sum(values: jax.Array) -> jax.Array:
 
 def _as_rows(batch: Batch) -> Batch:
     keys = ("input_ids", "loss_mask", "segment_ids", "positions")
-    return {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in keys}
+    rows = {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in keys}
+    return {**batch, **rows}

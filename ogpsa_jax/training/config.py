@@ -5,7 +5,7 @@ the configuration leaves open, so a resolved configuration is explicit and round
 """
 
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -13,6 +13,7 @@ from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 
 FloatDType = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -39,12 +40,13 @@ class LoraSection(Section):
 
     rank: PositiveInt = Field(8, description="rank of the adapters")
     alpha: PositiveFloat = Field(16.0, description="scale: the adapter is multiplied by alpha/rank")
-    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    dropout: DecayRate = Field(0.0, description="dropout on the adapter's input")
     adapter: str | None = Field(
         None, description="PEFT adapter folder to start from; its rank, alpha and targets hold"
     )
-    targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    targets: tuple[LoraTarget, ...] = Field(
+        get_args(LoraTarget),
+        min_length=1,
         description="names of the linear layers that get an adapter",
     )
 

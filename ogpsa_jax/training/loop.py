@@ -152,6 +152,9 @@ def fit(
             if refreshed and refresh_step is not None:
                 state = refresh_step(state, network.frozen, references)
             batch = shard_rows(task.batches.batch(step), mesh)
+            if config.model.lora is not None and config.model.lora.dropout:
+                key = jax.random.fold_in(jax.random.key(config.seed), step)
+                batch["dropout_key"] = jax.random.split(key, len(batch["input_ids"]))
             if task.in_step_batches is None:
                 state, metrics = train_step(state, network.frozen, batch)
             else:

@@ -20,7 +20,14 @@ from ogpsa_jax.data import (
     prepare,
 )
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.models import Decoder, DecoderConfig, load_pretrained
+from ogpsa_jax.models import (
+    Decoder,
+    DecoderConfig,
+    LoraParam,
+    add_lora,
+    load_lora,
+    load_pretrained,
+)
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.objectives.dpo import dpo_loss
@@ -117,11 +124,13 @@ def model_config(config: RunConfig) -> DecoderConfig:
     Raises:
       InputError: no such model, or one that the decoder does not cover.
     """
+    if config.model.path is None:
+        raise InputError("model.path is missing: name a Hugging Face folder or hub id.")
     return read_config(resolve_folder(str(config.model.path)))
 
 
 def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
-    """The model on its mesh, pre-trained or, where the configuration says so, random.
+    """The model on its mesh, pre-trained or random, with adapters where the run trains them.
 
     Raises:
       InputError: a checkpoint with missing, extra or mis-shaped tensors.
@@ -134,11 +143,29 @@ def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
         "mesh": mesh,
     }
     if section.initial_weights == "pretrained":
-        return load_pretrained(str(section.path), **options)
-    folder = resolve_folder(str(section.path))
-    model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)
-    model.source = str(folder)
+        model = load_pretrained(str(section.path), **options)
+    else:
+        folder = resolve_folder(str(section.path))
+        model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)
+        model.source = str(folder)
+    lora = section.lora
+    if lora is not None and lora.adapter is not None:
+        load_lora(model, lora.adapter)
+    elif lora is not None:
+        add_lora(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            dropout=lora.dropout,
+            rngs=nnx.Rngs(config.seed),
+        )
     return model
+
+
+def trained_parameters(config: RunConfig) -> Any:
+    """The kind of parameters that are trained: all, or the adapters alone."""
+    return nnx.Param if config.model.lora is None else LoraParam
 
 
 def prepare_reference_log_probs(

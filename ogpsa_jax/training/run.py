@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
-from ogpsa_jax.models import save_pretrained
+from ogpsa_jax.models import save_lora, save_pretrained
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
@@ -28,6 +28,7 @@ from ogpsa_jax.training.prepare import (
     prepare_model,
     prepare_reference_log_probs,
     prepare_task,
+    trained_parameters,
 )
 from ogpsa_jax.training.step import Network, TrainState
 
@@ -58,8 +59,8 @@ def train_stages(
       The summaries; of several stages, also in ``pipeline.json`` of the last one's directory.
 
     Raises:
-      InputError: bad configuration, data or model of any stage; all configurations are read before
-        the first stage starts.
+      InputError: bad configuration, data or model of any stage; all configurations and data are
+        checked before the first stage starts.
     """
     configs: list[RunConfig] = []
     for number, path in enumerate(paths):
@@ -76,6 +77,10 @@ def train_stages(
             f"output_dir: two stages write to the same directory ({names[0]}); set it in the "
             "configuration files, not for all stages at once."
         )
+    for config in configs[1:]:
+        # Its own model is not there yet; the first one's has the same tokenizer and architecture.
+        model = config.model.model_copy(update={"path": configs[0].model.path})
+        prepare_data(config.model_copy(update={"model": model}), model_config(configs[0]))
     summaries = [train(config) for config in configs]
     if len(summaries) > 1 and jax.process_index() == 0:
         text = json.dumps({"stages": summaries}, indent=1) + "\n"
@@ -97,8 +102,6 @@ def train(config: RunConfig) -> dict[str, Any]:
       InputError: before the first step, for bad data, model or settings.
     """
     run_dir = Path(config.output_dir)
-    if config.model.path is None:
-        raise InputError("model.path is missing: name a Hugging Face folder or hub id.")
     finished = run_dir / "summary.json"
     _check_same_run(run_dir, config)
     if finished.exists():
@@ -113,11 +116,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     policy = functools.cache(functools.partial(prepare_model, config, mesh))
     data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)
-    network = Network.of(policy())
+    network = Network.of(policy(), trained_parameters(config))
     if jax.process_index() == 0:
         _start_run_dir(run_dir, config)
     network, lines = fit(network, task, config, mesh, run_dir)
-    save_pretrained(network.model(), run_dir / "export")
+    model = network.model()
+    save_pretrained(model, run_dir / "export")
+    if config.model.lora is not None:
+        save_lora(model, run_dir / "adapter")
     if jax.process_index() == 0:
         draw_curves(lines, run_dir / "curves.png")
         summary = {
@@ -153,7 +159,7 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
         raise InputError(f"{run_dir}: holds no config.yaml; give a run directory.")
     config = load_config(run_dir / "config.yaml")
     mesh = make_mesh(config.mesh)
-    network = Network.of(prepare_model(config, mesh))
+    network = Network.of(prepare_model(config, mesh), trained_parameters(config))
     optimizer = make_optimizer(config, total_steps=1)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints, write=False)
     opt_state = replicate_rest(optimizer.init(network.trained), mesh)
