@@ -1,0 +1,74 @@
+"""The command line: what it refuses, in one sentence, and that its commands reach their rooms."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from ogpsa_jax.cli import main
+from ogpsa_jax.models import Decoder, load_pretrained, save_pretrained
+from ogpsa_jax.models.config import read_config
+
+TINY = "configs/models/tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train"], "name at least one configuration file"),
+        (["train", "no-such.yaml"], "no-such.yaml: cannot read the configuration"),
+        (["train", "configs/smoke-sft.yaml", "ogpsa.rnak=3"], "did you mean 'rank'?"),
+        (["evaluate", "no-such-model", "--suite", "no-such.yaml"], "no-such.yaml"),
+        (["report", "no-such-run"], "no-such-run"),
+        (["export", "no-such-run", "somewhere"], "give a run directory"),
+        (["merge", "no-such-a", "no-such-b", "--weight", "0.5", "--out", "o"], "no-such-a"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, told, capsys, tmp_path):
+    arguments = [str(tmp_path / "o") if item == "o" else item for item in arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert told in error
+    assert len(error.splitlines()) == 1
+    assert error.startswith("ogpsa-jax: ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_key_is_listed_with_its_meaning(capsys):
+    assert main(["train", "--keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("ogpsa.preset [recommended] (paper | recommended | off): ")
+        for line in lines
+    )
+    assert all(line.partition("]")[2].partition(": ")[2] for line in lines)
+
+
+def test_merge_writes_one_folder_a_weight(tmp_path, capsys):
+    config = read_config(Path(TINY))
+    for seed, name in enumerate("ab"):
+        model = Decoder(config, rngs=nnx.Rngs(seed))
+        save_pretrained(model, tmp_path / name, source=TINY)
+    out = tmp_path / "merged"
+    assert (
+        main(
+            [
+                "merge",
+                str(tmp_path / "a"),
+                str(tmp_path / "b"),
+                "--weight",
+                "0.25",
+                "0.5",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.split() == [str(out / "0.25"), str(out / "0.5")]
+    a, b, merged = (
+        np.asarray(load_pretrained(folder, dtype="float32").embed_tokens.embedding[...])
+        for folder in (tmp_path / "a", tmp_path / "b", out / "0.25")
+    )
+    np.testing.assert_allclose(merged, 0.75 * a + 0.25 * b, atol=1e-7)
