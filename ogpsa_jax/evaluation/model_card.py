@@ -10,7 +10,7 @@ import yaml
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.provenance import Run, find_run, stages
-from ogpsa_jax.evaluation.records import write_whole
+from ogpsa_jax.files import write_whole
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _METHODS = {

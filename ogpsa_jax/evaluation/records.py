@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import write_whole
 
 BASE = "base"  # the method of the model before alignment
 NAIVE = "naive"  # the method without any protection: it pays the whole tax
@@ -72,14 +73,6 @@ def write_records(
     """
     content = {**(extra or {}), "records": [record.model_dump() for record in records]}
     write_whole(Path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place, then put it there in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def read_records(run: str | Path) -> list[Record]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.figure import pareto_figure
 from ogpsa_jax.evaluation.page import figure_html, html_page, table_html
-from ogpsa_jax.evaluation.records import Record, read_records, write_whole
+from ogpsa_jax.evaluation.records import Record, read_records
 from ogpsa_jax.evaluation.tables import SAFETY_TOLERANCE, csv_table, markdown_table
+from ogpsa_jax.files import write_whole
 
 
 def report(

@@ -1,10 +1,9 @@
 """A suite: which tasks a model is scored on. One strict schema, read from YAML."""
 
 import difflib
-import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
@@ -19,9 +18,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import expand_environment, line_of, read_yaml
 
 Score = Literal["safety", "over_refusal", "general"]
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def _pattern(value: str) -> str:
@@ -194,20 +193,11 @@ def load_suite(path: str | Path) -> Suite:
         and remedy.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the suite: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it is not UTF-8 text"
-        raise InputError(f"{path}{line}: not valid YAML ({problem}); mend it there.") from error
+    raw, root = read_yaml(path, "suite")
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected the keys `name` and `tasks`.")
     try:
-        suite = Suite.model_validate(_expand(raw, path))
+        suite = Suite.model_validate(expand_environment(raw, path))
     except ValidationError as error:
         raise InputError(_sentence(error.errors()[0], path, root)) from error
     tasks = []
@@ -223,31 +213,12 @@ def load_suite(path: str | Path) -> Suite:
     return suite.model_copy(update={"tasks": tuple(tasks)})
 
 
-def _expand(value: Any, path: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(item, path) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, path) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def replace(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
-        if found is None:
-            raise InputError(
-                f"{path}: environment variable {match[1]} is not set; set it, or write "
-                f"${{{match[1]}:-default}}."
-            )
-        return found
-
-    return _VARIABLE.sub(replace, value)
-
-
 def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
     """One sentence for pydantic's first complaint."""
     kinds = {"refusal", "over_refusal", "exact_match", "multiple_choice", "perplexity"}
     location = [part for part in detail["loc"] if part not in kinds]
-    where, key = _line(root, location, path), ".".join(str(part) for part in location)
+    line, key = line_of(root, location), ".".join(str(part) for part in location)
+    where = f"{path}, line {line}" if line else str(path)
     if detail["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(location[-1]), _known_keys(detail["loc"]), n=1)
         remedy = f"did you mean '{close[0]}'?" if close else "remove it."
@@ -259,21 +230,6 @@ def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
     given = detail["input"]
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
     return f"{where}: " + (f"'{key}': " if key else "") + f"{message}{shown}."
-
-
-def _line(node: yaml.Node | None, location: list[int | str], path: Path) -> str:
-    """The file and the line of the innermost part of `location` that it holds."""
-    where = str(path)
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
-            if not found:
-                break
-            where, node = f"{path}, line {found[0][0].start_mark.line + 1}", found[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            node = node.value[part]
-            where = f"{path}, line {node.start_mark.line + 1}"
-    return where
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

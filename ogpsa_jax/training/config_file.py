@@ -1,8 +1,6 @@
 """Reading a configuration: YAML, overrides from the command line, and errors that name the line."""
 
 import difflib
-import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,28 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import Yaml12Loader, expand_environment, line_of, read_yaml
 from ogpsa_jax.training.config import RunConfig
-
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML safe-load as version 1.2 reads it: 1e-6 is a number, off and no are text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as in the class it replaces
-        first: [item for item in resolvers if item[0] != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -52,19 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
       InputError: unreadable file, unknown key, wrong value; names file, line, key and remedy.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"{path}: cannot read the configuration: {reason}.") from error
-    try:
-        raw = yaml.load(text, Loader=_Loader)
-        root = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise InputError(f"{path}:{line} {problem}; mend the YAML there.") from error
+    raw, root = read_yaml(path, "configuration")
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -72,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     overridden = {}
     for override in overrides:
         overridden[_apply_override(raw, override)] = override
-    raw = _expand(raw, path)
+    raw = expand_environment(raw, path)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -124,7 +90,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
     if not equals or not key:
         raise InputError(f"override '{override}': expected key.sub=value.")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=Yaml12Loader)
     except yaml.YAMLError as error:
         raise InputError(f"override '{override}': the value is not valid YAML.") from error
     steps: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]
@@ -150,27 +116,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
     return tuple(steps)
 
 
-def _expand(value: Any, path: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(item, path) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, path) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def replace(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name, default)
-        if found is None:
-            raise InputError(
-                f"{path}: environment variable {name} is not set; set it, or write "
-                f"${{{name}:-default}}."
-            )
-        return found
-
-    return _VARIABLE.sub(replace, value)
-
-
 def _sentence(
     detail: ErrorDetails,
     path: Path,
@@ -186,7 +131,7 @@ def _sentence(
     if override:
         where = f"override '{override}'"
     else:
-        line = _line_of(root, location)
+        line = line_of(root, location)
         where = f"{path}, line {line}" if line else str(path)
     if detail["type"] == "extra_forbidden":
         siblings = _keys_beside(location)
@@ -201,25 +146,6 @@ def _sentence(
     shown = "" if isinstance(given, dict | list | BaseModel) else f", not {given!r}"
     subject = f"'{key}': " if key else ""
     return f"{where}: {subject}{message}{shown}."
-
-
-def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int | None:
-    """The line of the innermost part of `location` that the file holds."""
-    line = None
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
-            if not found:
-                break
-            line, node = found[0][0].start_mark.line + 1, found[0][1]
-        elif (
-            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
-        ):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
 
 
 def _keys_beside(location: tuple[str | int, ...]) -> list[str]:

@@ -18,6 +18,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import write_whole
 
 logger = logging.getLogger(__name__)
 Line = dict[str, Any]
@@ -94,16 +95,6 @@ class MetricsLog:
                 f"{self.path.parent}: the metrics cannot be written ({error.strerror}); mend this "
                 "and run the same command again: it goes on from the newest checkpoint."
             ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that after a crash the old or the new one is there, whole."""
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def read_metrics(run_dir: Path) -> list[Line]:

@@ -14,13 +14,14 @@ from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
+from ogpsa_jax.files import write_whole
 from ogpsa_jax.models import save_lora, save_pretrained
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
-from ogpsa_jax.training.metrics import Line, draw_curves, find_problems, write_whole
+from ogpsa_jax.training.metrics import Line, draw_curves, find_problems
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import (
     model_config,

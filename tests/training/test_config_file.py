@@ -80,7 +80,7 @@ def test_an_unknown_key_is_told_with_file_and_line(good):
 
 def test_broken_yaml_is_told_with_its_line(good):
     good.write_text(GOOD + "train: [\n")
-    with pytest.raises(InputError, match=r"run\.yaml: line \d+:"):
+    with pytest.raises(InputError, match=r"run\.yaml, line \d+:"):
         load_config(good)
 
 

@@ -1,0 +1,111 @@
+"""Files that people write for us, and files that must be whole or not there."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ogpsa_jax.errors import InputError
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class Yaml12Loader(yaml.SafeLoader):
+    """YAML safe-load as version 1.2 reads it: 1e-6 is a number, off and no are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as in the class it replaces
+        first: [item for item in resolvers if item[0] != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF")
+)
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path, what: str) -> tuple[Any, yaml.Node | None]:
+    """The values of a YAML file, and its nodes for :func:`line_of`.
+
+    Args:
+      path: the file.
+      what: what it is, for the message.
+
+    Raises:
+      InputError: it cannot be read, or is not YAML; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.load(text, Loader=Yaml12Loader), yaml.compose(text, Loader=Yaml12Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{path}: cannot read the {what}: {reason}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise InputError(f"{path}{line}: {problem}; mend the YAML there.") from error
+
+
+def line_of(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
+    """The line of the innermost part of `location` that the file holds."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def expand_environment(value: Any, path: Path) -> Any:
+    """`value` with ``${NAME}`` and ``${NAME:-default}`` in its texts replaced.
+
+    Raises:
+      InputError: a variable without a default is not set.
+    """
+    if isinstance(value, dict):
+        return {key: expand_environment(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_environment(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name, default)
+        if found is None:
+            raise InputError(
+                f"{path}: environment variable {name} is not set; set it, or write "
+                f"${{{name}:-default}}."
+            )
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that even after a crash the old or the new one is there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
