@@ -4,6 +4,7 @@ from ogpsa_jax.models.config import DecoderConfig, RopeConfig
 from ogpsa_jax.models.decoder import Decoder
 from ogpsa_jax.models.generation import generate
 from ogpsa_jax.models.lora import LoraParam, add_lora, load_lora, merge_lora, save_lora
+from ogpsa_jax.models.merge import merge_pretrained
 from ogpsa_jax.models.names import from_huggingface, to_huggingface
 from ogpsa_jax.models.pretrained import abstract_decoder, load_pretrained, save_pretrained
 from ogpsa_jax.models.sharding import ShardingRules, param_shardings
@@ -21,6 +22,7 @@ __all__ = [
     "load_lora",
     "load_pretrained",
     "merge_lora",
+    "merge_pretrained",
     "param_shardings",
     "save_lora",
     "save_pretrained",

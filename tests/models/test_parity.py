@@ -1,6 +1,7 @@
 """Logits and gradients equal those of transformers' torch models, judged in float64."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from ogpsa_jax.models import load_pretrained, to_huggingface
 
-from .conftest import Checkpoint
+from .conftest import load_torch, relative_error
 
 # float32 keeps 6e-8; a few thousand roundings in the largest sums stay below this.
 TOLERANCE = 1e-5
@@ -42,10 +43,6 @@ def torch_loss_and_gradients(
     return logits.detach().numpy(), gradients
 
 
-def relative_error(value: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.abs(value.astype(np.float64) - exact).max() / np.abs(exact).max())
-
-
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize(("family", "rope", "fixed"), CASES)
 def test_logits_and_gradients_equal_torch(
@@ -53,11 +50,11 @@ def test_logits_and_gradients_equal_torch(
     rope: str,
     fixed: dict,
     padding: str,
-    make_checkpoint: Callable[..., Checkpoint],
+    make_checkpoint: Callable[..., Path],
     rng: np.random.Generator,
 ) -> None:
     checkpoint = make_checkpoint(family, rope, **fixed)
-    model = load_pretrained(checkpoint.folder, dtype="float32")
+    model = load_pretrained(checkpoint, dtype="float32")
     ids = rng.integers(0, model.config.vocab_size, (3, 40)).astype(np.int32)
     valid = np.ones_like(ids, bool)
     if padding != "none":
@@ -80,7 +77,7 @@ def test_logits_and_gradients_equal_torch(
     ours = {"logits": np.asarray(logits)[valid], **dict(to_huggingface(gradients))}
     results = {}
     for precision in (torch.float32, torch.float64):
-        torch_model = checkpoint.torch_model.to(precision)
+        torch_model = load_torch(checkpoint, precision)
         values, grads = torch_loss_and_gradients(torch_model, ids, valid, targets)
         results[precision] = {"logits": values[valid], **grads}
 
