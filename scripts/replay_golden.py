@@ -10,6 +10,7 @@ printed beside its tolerance. Exit code 0 when all are within, 1 when one is not
 
 import argparse
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,10 @@ class Recording:
         # The official code uses the first two reference sets, whatever was asked for.
         sets = {key.split("/")[1] for key in self.arrays.files if key.startswith("ref/")}
         self.sets = sorted(sets, key=int)[:2]
+        micros = [self.batch(f"mb/{micro['index']}") for micro in self.json["micro"]]
+        # One shape for all, so that everything is compiled once: empty rows weigh nothing.
+        self.shape = np.max([micro["input_ids"].shape for micro in micros], axis=0)
+        self.micros_per_step = max(len(step["micro"]) for step in self.json["steps"])
 
     def batch(self, prefix: str) -> Batch:
         """A recorded batch ``[rows, T]``."""
@@ -91,8 +96,11 @@ class Recording:
         """Micro-batch `index`: rows, or pairs ``[B, 2, T]`` out of chosen rows, then rejected."""
         batch = self.batch(f"mb/{index}")
         if not self.pairs:
-            return batch
-        return {key: np.stack(np.split(value, 2), axis=1) for key, value in batch.items()}
+            return {key: grown(value, self.shape) for key, value in batch.items()}
+        shape = (self.shape[0] // 2, 2, self.shape[1])
+        return {
+            key: grown(np.stack(np.split(value, 2), axis=1), shape) for key, value in batch.items()
+        }
 
     def reference_set(self, idx: str) -> Batch:
         """All batches of a reference set."""
@@ -109,7 +117,12 @@ class Recording:
         if rule == "conflict" and len(self.sets) == 2:
             # Official bug: with two sets `threshold` projects fully in SFT, not at all in DPO.
             rule = "none" if self.pairs else "orthogonal"
-        kind = self.json["scheduler"]["type"].rpartition(".")[2].lower()
+        scheduler = self.json["scheduler"]
+        kind = scheduler["type"].rpartition(".")[2].lower()
+        # As transformers resolves them: steps go before the ratio, and `constant` has no warm-up.
+        warmup = scheduler.get("warmup_steps") or math.ceil(
+            scheduler["max_steps"] * (scheduler.get("warmup_ratio") or 0.0)
+        )
         scale = args.get("base_scale")
         ogpsa: dict[str, Any] = {"preset": "off"}
         if self.sets:
@@ -130,11 +143,11 @@ class Recording:
                 "optimizer": {
                     "learning_rate": args["learning_rate"],
                     "schedule": "constant" if kind.startswith("constant") else kind,
-                    "warmup_steps": self.json["scheduler"].get("warmup_steps") or 0,
+                    "warmup_steps": 0 if kind == "constant" else warmup,
                     "betas": groups[0]["betas"],
                     "eps": groups[0]["eps"],
                     "weight_decay": max(group["weight_decay"] for group in groups),
-                    "max_grad_norm": args["max_grad_norm"] or None,
+                    "max_grad_norm": args.get("max_grad_norm", 1.0) or None,
                 },
                 "dpo": {
                     "beta": args.get("pref_beta", 0.1),
@@ -150,12 +163,18 @@ def stacked(batches: list[Batch]) -> Batch:
     for key in batches[0]:
         arrays = [batch[key] for batch in batches]
         shape = np.max([array.shape for array in arrays], axis=0)
-        grown = [
-            np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)])
-            for array in arrays
-        ]
-        out[key] = np.stack(grown)
+        out[key] = np.stack([grown(array, shape) for array in arrays])
     return out
+
+
+def empty(batch: Batch) -> Batch:
+    """A batch of that shape that weighs nothing."""
+    return {key: np.zeros_like(value) for key, value in batch.items()}
+
+
+def grown(array: np.ndarray, shape: Any) -> np.ndarray:
+    """`array` filled up with zeros at the end of every axis."""
+    return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)])
 
 
 class Comparison:
@@ -203,7 +222,7 @@ def replay(recording: Recording, compare: Comparison) -> None:
             return sft_loss(model, batch)
         # The official loss is the mean over micro-batches of each one's mean.
         total, pairs, _ = dpo_loss(model, batch, loss=config.dpo.loss, beta=config.dpo.beta)
-        return total / pairs, jnp.ones([], jnp.float32), {}
+        return total / jnp.maximum(pairs, 1.0), (pairs > 0).astype(jnp.float32), {}
 
     steps = recording.json["steps"]
     schedule = learning_rate(config.optimizer, recording.json["scheduler"]["max_steps"])
@@ -215,23 +234,31 @@ def replay(recording: Recording, compare: Comparison) -> None:
     log_probs = jax.jit(
         lambda params, batch: sequence_log_probs(nnx.merge(graphdef, params), batch)
     )
+    loss_of_references = make_loss(graphdef, sft_loss)
+
+    def mean_loss(params: Any, batch: Any) -> jax.Array:
+        total, (weight, _) = loss_of_references(params, {}, batch)
+        return total / weight
+
+    reference_gradient = jax.jit(partial(reference_gradients, mean_loss))
     references = tuple(recording.reference_set(idx) for idx in recording.sets)
     initial = jax.tree.map(jnp.copy, network.trained)
     state = TrainState(network.trained, optimizer.init(network.trained))
     compare_weights(recording, compare, 0, flat(state.params))
     for number, step in enumerate(steps):
         if references and number % config.ogpsa.refresh_every == 0:
-            compare_references(recording, compare, number, state.params, references, graphdef, flat)
+            found = reference_gradient(state.params, references)
+            compare_references(recording, compare, number, [flat(tree) for tree in found])
             state = refresh(state, network.frozen, references)
         micros = [recording.json["micro"][index] for index in step["micro"]]
         batches = [recording.training_batch(index) for index in step["micro"]]
         if recording.pairs:
             for batch in batches:
                 batch["reference_logps"] = np.asarray(log_probs(initial, batch)[0])
-        weight = float(sum(gradient(state.params, {}, batch)[0][1][0] for batch in batches))
+        results = [gradient(state.params, {}, batch) for batch in batches]
+        weight = float(sum(weight for (_, (weight, _)), _ in results))
         total = None
-        for micro, batch in zip(micros, batches, strict=True):
-            (loss, _), grads = gradient(state.params, {}, batch)
+        for micro, batch, ((loss, _), grads) in zip(micros, batches, results, strict=True):
             compare.add("losses", loss / weight, micro["loss"])
             if recording.pairs:
                 compare_pairs(
@@ -256,6 +283,7 @@ def replay(recording: Recording, compare: Comparison) -> None:
             quantity = "clipped gradients, of the largest entry"
             compare.add(quantity, clipped, theirs, np.abs(theirs).max())
         compare.add("learning rate, relative", schedule(number), step["lr"], step["lr"] or 1.0)
+        batches += [empty(batches[0])] * (recording.micros_per_step - len(batches))
         state, metrics = train_step(state, network.frozen, stacked(batches))
         compare.add("losses", metrics["loss"], step["loss"])
         compare_weights(recording, compare, step["step"], flat(state.params))
@@ -281,21 +309,11 @@ def compare_references(
     recording: Recording,
     compare: Comparison,
     step: int,
-    params: Any,
-    references: tuple[Batch, ...],
-    graphdef: Any,
-    flat: Any,
+    found: list[np.ndarray],
 ) -> None:
     """Reference gradients, unit-normalised per tensor as the official code keeps them."""
-    loss = make_loss(graphdef, sft_loss)
-
-    def mean_loss(params: Any, batch: Any) -> jax.Array:
-        total, (weight, _) = loss(params, {}, batch)
-        return total / weight
-
-    found = jax.jit(partial(reference_gradients, mean_loss))(params, references)
-    for idx, tree in zip(recording.sets, found, strict=True):
-        key, vector = f"base/{step}/{idx}", flat(tree)
+    for idx, vector in zip(recording.sets, found, strict=True):
+        key = f"base/{step}/{idx}"
         for item in recording.json["layout"]:
             part = slice(item["offset"], item["offset"] + item["size"])
             norm = float(np.linalg.norm(vector[part].astype(np.float64)))
