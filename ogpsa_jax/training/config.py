@@ -21,10 +21,13 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PRESETS: dict[str, dict[str, Any]] = {
     # The published method: gradient placement, stale first moment left as it is.
     "paper": {"placement": "gradient", "rank": 2, "project_momentum": False},
-    # Momentum re-projected at each refresh: without it Adam undoes the projection.
+    # Momentum re-projected: without it Adam undoes the projection. See docs/recommended.md.
     "recommended": {"placement": "gradient", "rank": 2, "project_momentum": True},
     "off": {},
 }
+# Preset recommended, unless the configuration has a word on it (or projects updates, into which
+# nothing can be replayed): references that ride in every batch cost no extra samples.
+RECOMMENDED_IN_STEP: dict[str, Any] = {"share": 0.5, "window": 64, "replay_weight": 0.5}
 # Refresh intervals of the published commands (paper, appendix; official training scripts).
 PUBLISHED_REFRESH_EVERY = {"sft": 30, "dpo": 5}
 
@@ -131,7 +134,7 @@ class ReferencesSection(Section):
         "official: cross-entropy over chosen and rejected answers, as the published code",
     )
     in_step: InStepSection | None = Field(
-        None, description="references inside the batch, instead of refreshes"
+        None, description="references inside every batch; null: refreshed at intervals"
     )
 
 
@@ -156,7 +159,9 @@ class OgpsaSection(Section):
         "step",
         description="micro_batch: the rule sees every micro-batch's gradient (official code)",
     )
-    refresh_every: PositiveInt = Field(30, description="optimizer steps between refreshes")
+    refresh_every: PositiveInt = Field(
+        30, description="steps between refreshes, where references are not in_step"
+    )
     project_momentum: bool = Field(True, description="re-project first moments at each refresh")
     basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
     offload: Literal[False] = Field(
@@ -253,8 +258,11 @@ class RunConfig(Section):
             defaults["refresh_every"] = PUBLISHED_REFRESH_EVERY[objective]
         filled = {**raw, "ogpsa": {**defaults, **ogpsa}}
         references = raw.get("references", {})
-        if preset == "paper" and objective == "dpo" and isinstance(references, dict):
-            filled["references"] = {"loss": "official", **references}
+        if isinstance(references, dict):
+            if preset == "paper" and objective == "dpo":
+                filled["references"] = {"loss": "official", **references}
+            elif preset == "recommended" and filled["ogpsa"]["placement"] == "gradient":
+                filled["references"] = {"in_step": RECOMMENDED_IN_STEP, **references}
         return filled
 
     @model_validator(mode="after")
