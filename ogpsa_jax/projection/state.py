@@ -77,10 +77,14 @@ class Alignment:
         self._leaves, self._treedef, self._held = leaves, treedef, held
         self.leaves = [leaf for leaf, holds in zip(leaves, held, strict=True) if holds]
         for leaf, own in zip(self.leaves, jax.tree.leaves(state.basis[0]), strict=True):
-            if getattr(leaf, "shape", None) != own.shape:
+            if not hasattr(leaf, "shape"):  # a whole tree where the state has one leaf
                 raise ValueError(
-                    f"{what}: a leaf of shape {getattr(leaf, 'shape', leaf)} where the parameters "
-                    f"have {own.shape}"
+                    f"{what}: expected a tree shaped like the parameters, got one that branches "
+                    f"({type(leaf).__name__}) where they have a leaf of shape {own.shape}"
+                )
+            if leaf.shape != own.shape:
+                raise ValueError(
+                    f"{what}: a leaf of shape {leaf.shape} where the parameters have {own.shape}"
                 )
 
     def rebuild(self, leaves: Sequence[jax.Array]) -> Any:

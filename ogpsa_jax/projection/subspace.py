@@ -101,6 +101,15 @@ def products(a: Leaves, b: Leaves, groups: Sequence[Group]) -> jax.Array:
     return jnp.concatenate(blocks)
 
 
+def squared_norms(stacked: Leaves, group: Group) -> jax.Array:
+    """Squared norms of stacked vectors in one group: float32 ``[k, rows]``."""
+    total = jnp.zeros((stacked[0].shape[0], group.rows.stop - group.start), jnp.float32)
+    for leaf, axis in zip(stacked, group.axes, strict=True):
+        others = tuple(i + 1 for i in range(leaf.ndim - 1) if i != axis)
+        total = total + jnp.sum(jnp.square(leaf), axis=others).reshape(total.shape)
+    return total
+
+
 def combine(weights: jax.Array, stacked: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
     """``out[j] = Σ_i weights[:, i, j] · stacked[i]``: float32, stacked anew."""
     out = list(stacked)
@@ -163,10 +172,14 @@ def orthonormalised(basis: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
     for group in groups:
         alone = [group._replace(leaves=tuple(range(len(group.leaves))), start=0)]
         own = group.of(basis)
-        for place, leaf in zip(
-            group.leaves, combine(inverse_root(gram(own, alone)), own, alone), strict=True
-        ):
-            out[place] = leaf
+        own = combine(inverse_root(gram(own, alone)), own, alone)
+        # XLA's CPU backend adds up the entries of a Gram matrix one by one: 1e-6 off and more where
+        # all terms are positive. A plain sum of squares it adds up in blocks.
+        norms = squared_norms(own, alone[0])
+        inverse = jnp.where(norms > 0, jax.lax.rsqrt(jnp.where(norms > 0, norms, 1.0)), 0.0)
+        for place, leaf, axis in zip(group.leaves, own, group.axes, strict=True):
+            rest = tuple(-1 if i == axis else 1 for i in range(leaf.ndim - 1))
+            out[place] = leaf * inverse.reshape(leaf.shape[0], *rest)
     return out
 
 
