@@ -9,7 +9,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ogpsa_jax.models.config import DecoderConfig
-from ogpsa_jax.models.layers import AttentionKind, DecoderLayer, Linear, Placement, RMSNorm
+from ogpsa_jax.models.layers import (
+    AttentionKind,
+    DecoderLayer,
+    Linear,
+    Placement,
+    RMSNorm,
+    normal_init,
+)
 from ogpsa_jax.models.rope import rope_table
 from ogpsa_jax.models.sharding import ShardingRules, check_mesh
 
@@ -20,7 +27,7 @@ class Embedding(nnx.Module):  # type: ignore[misc]
     """Token embeddings [vocab, hidden]."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
-        normal = nnx.initializers.normal(config.initializer_range)
+        normal = normal_init(config.initializer_range)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = placement.param(normal, rngs.params(), shape, ("vocab", "embed"))
 
@@ -29,7 +36,7 @@ class Unembedding(nnx.Module):  # type: ignore[misc]
     """Output kernel [hidden, vocab] of a model whose embeddings are not tied."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
-        normal = nnx.initializers.normal(config.initializer_range)
+        normal = normal_init(config.initializer_range)
         shape = (config.hidden_size, config.vocab_size)
         self.kernel = placement.param(normal, rngs.params(), shape, ("embed", "vocab"))
 

@@ -46,7 +46,7 @@ class Placement:
         sharding = None
         if self.mesh is not None:
             sharding = NamedSharding(self.mesh, self.rules.spec(axes, shape, self.mesh))
-        create = jax.jit(lambda key: init(key, shape, self.param_dtype), out_shardings=sharding)
+        create = _creator(init, shape, self.param_dtype, sharding)
         # The names are logical: no mesh has them, and Flax must not try to shard by them.
         return kind(create(key), out_sharding=tuple(axes), eager_sharding=False)
 
@@ -57,6 +57,20 @@ class Placement:
     def value(self, param: nnx.Param) -> jax.Array:
         """A parameter's array, said to lie where it belongs: then so does its gradient."""
         return self.constrain(param[...], *param.get_metadata()["out_sharding"])
+
+
+# A function of its own for each scale would be compiled anew for each parameter.
+normal_init = functools.cache(nnx.initializers.normal)
+
+
+@functools.cache
+def _creator(
+    init: Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    sharding: NamedSharding | None,
+) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda key: init(key, shape, dtype), out_shardings=sharding)
 
 
 class RMSNorm(nnx.Module):  # type: ignore[misc]
@@ -79,6 +93,12 @@ class RMSNorm(nnx.Module):  # type: ignore[misc]
 LoraParam = nnx.LoRAParam  # Flax's own kind, so that others' filters find ours
 
 
+def _peft_uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Kaiming-uniform with a = sqrt(5), as torch draws linear layers: [..., in, rank]."""
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+
 class Adapter(nnx.Module):  # type: ignore[misc]
     """Low-rank adapter of a :class:`Linear` (LoRA, arXiv 2106.09685): ``scale * x @ a @ b``.
 
@@ -99,12 +119,8 @@ class Adapter(nnx.Module):  # type: ignore[misc]
         layers, size_in, size_out = kernel.shape
         _, axis_in, axis_out = kernel.get_metadata()["out_sharding"]
 
-        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-            bound = size_in**-0.5
-            return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
-
         shape, axes = (layers, size_in, rank), ("layers", axis_in, "lora_rank")
-        self.a = placement.param(uniform, rngs.params(), shape, axes, LoraParam)
+        self.a = placement.param(_peft_uniform, rngs.params(), shape, axes, LoraParam)
         zeros, shape = nnx.initializers.zeros_init(), (layers, rank, size_out)
         axes = ("layers", "lora_rank", axis_out)
         self.b = placement.param(zeros, rngs.params(), shape, axes, LoraParam)
@@ -145,7 +161,7 @@ class Linear(nnx.Module):  # type: ignore[misc]
         rngs: nnx.Rngs,
     ) -> None:
         layers, _, size_out = sizes
-        normal = nnx.initializers.normal(initializer_range)
+        normal = normal_init(initializer_range)
         self.kernel = placement.param(normal, rngs.params(), sizes, ("layers", *axes))
         zeros, shape = nnx.initializers.zeros_init(), (layers, size_out)
         self.bias = (

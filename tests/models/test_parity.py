@@ -43,43 +43,49 @@ def torch_loss_and_gradients(
     return logits.detach().numpy(), gradients
 
 
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize(("family", "rope", "fixed"), CASES)
 def test_logits_and_gradients_equal_torch(
     family: str,
     rope: str,
     fixed: dict,
-    padding: str,
     make_checkpoint: Callable[..., Path],
     rng: np.random.Generator,
 ) -> None:
     checkpoint = make_checkpoint(family, rope, **fixed)
     model = load_pretrained(checkpoint, dtype="float32")
     ids = rng.integers(0, model.config.vocab_size, (3, 40)).astype(np.int32)
-    valid = np.ones_like(ids, bool)
-    if padding != "none":
-        lengths = rng.integers(5, 40, 3)
-        valid = np.arange(40)[None] < lengths[:, None]
-        valid = valid if padding == "right" else valid[:, ::-1]
+    # One row without padding, one padded on the right, one on the left.
+    lengths = np.array([40, *rng.integers(5, 40, 2)])
+    valid = np.arange(40)[None] < lengths[:, None]
+    valid[2] = valid[2, ::-1]
     targets = valid.copy()
     targets[:, 1:] &= valid[:, :-1]
 
     graphdef, params = nnx.split(model, nnx.Param)
 
     def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-        segments = None if padding == "none" else jnp.asarray(valid, jnp.int32)
-        logits = nnx.merge(graphdef, params)(jnp.asarray(ids), segment_ids=segments)
+        model = nnx.merge(graphdef, params)
+        logits = model(jnp.asarray(ids), segment_ids=jnp.asarray(valid, jnp.int32))
         log_probs = jax.nn.log_softmax(logits[:, :-1])
         picked = jnp.take_along_axis(log_probs, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(picked * targets[:, 1:]), logits
 
     gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
-    ours = {"logits": np.asarray(logits)[valid], **dict(to_huggingface(gradients))}
+    ours = {
+        "logits": np.asarray(logits)[valid],
+        "logits without segments": np.asarray(model(jnp.asarray(ids[:1])))[0],
+        **dict(to_huggingface(gradients)),
+    }
     results = {}
     for precision in (torch.float32, torch.float64):
-        torch_model = load_torch(checkpoint, precision)
-        values, grads = torch_loss_and_gradients(torch_model, ids, valid, targets)
-        results[precision] = {"logits": values[valid], **grads}
+        values, grads = torch_loss_and_gradients(
+            load_torch(checkpoint, precision), ids, valid, targets
+        )
+        results[precision] = {
+            "logits": values[valid],
+            "logits without segments": values[0],
+            **grads,
+        }
 
     exact = results[torch.float64]
     assert ours.keys() == exact.keys()
