@@ -140,7 +140,7 @@ class Checkpoints:
         if metadata is None or metadata.tree is None:
             return
         held = _outline(metadata.tree)
-        wanted = _outline(ocp.tree.serialize_tree(abstract, keep_empty_nodes=False))
+        wanted = _outline(ocp.tree.serialize_tree(abstract, keep_empty_nodes=True))
         for name in sorted({*held, *wanted}):
             if held.get(name) != wanted.get(name):
                 raise InputError(
