@@ -108,7 +108,7 @@ def fit(
         task.objective,
         optimizer,
         per_micro_batch=config.ogpsa.apply_per == "micro_batch",
-        in_step=_in_step(task, config),
+        in_step=in_step_settings(task, config),
     )
     evaluate = _Evaluator(network, task.evaluations, mesh)
     refresh_step = None
@@ -186,7 +186,8 @@ def fit(
     return network._replace(trained=state.params), log.lines
 
 
-def _in_step(task: Task, config: RunConfig) -> InStep | None:
+def in_step_settings(task: Task, config: RunConfig) -> InStep | None:
+    """What the step is to do with reference rows; None where none ride in the batch."""
     section = config.references.in_step
     if task.in_step_batches is None or section is None or task.reference_loss is None:
         return None
