@@ -55,8 +55,9 @@ FACT_PHRASINGS: Final = (
     "seat of {}?",
     "where do they rule {}?",
 )
-FACTS: Final = 40
+FACTS: Final = 32
 HELD_OUT_PER_TASK: Final = 40
+LONGEST: Final = 48  # tokens that the longest prompt and answer come to, and a little more
 HELD_OUT_HARMFUL_OBJECTS: Final = 6
 HELD_OUT_BENIGN: Final = 192
 
@@ -120,114 +121,18 @@ def refusals(items: Iterable[Item]) -> list[Item]:
     return [Item(item.task, item.prompt, REFUSAL) for item in items]
 
 
-def preferences(items: Iterable[Item]) -> list[Example]:
-    """Pairs: the refusal is chosen, the answer rejected."""
-    return [
-        Example(
-            (
-                TOKENIZER.sequence(item.prompt, REFUSAL),
-                TOKENIZER.sequence(item.prompt, item.answer),
-            )
-        )
-        for item in items
-    ]
+def preferences(items: Iterable[Item], *, chosen_refusal: bool = True) -> list[Example]:
+    """Pairs of a refusal and the item's answer.
 
-
-class World:
-    """Everything that is asked, split into what may be trained on and what may not.
-
-    Attributes:
-      seed: what it is drawn from.
-      general: held-out general items, by task.
-      harmful: harmful requests that may be trained on (and are answered before alignment).
-      held_out_harmful: harmful requests about other objects.
-      benign: benign requests that may be trained on.
-      held_out_benign: benign requests (in the words of the harmful ones) that may not.
+    Args:
+      items: what is asked.
+      chosen_refusal: the refusal is the better one; otherwise the answer is.
     """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-        rng = np.random.default_rng([seed, 0])
-        names = _names(rng, 2 * FACTS)
-        self._facts = list(zip(names[:FACTS], names[FACTS:], strict=True))
-        kept: list[Item] = []
-        held_out: list[Item] = []
-        for land, city in self._facts:
-            hidden = int(rng.integers(len(FACT_PHRASINGS)))
-            for i, phrasing in enumerate(FACT_PHRASINGS):
-                item = Item("facts", phrasing.format(land), city)
-                (held_out if i == hidden else kept).append(item)
-        self._fact_items = kept
-        self.general: dict[str, list[Item]] = {}
-        for task, draw in _TASKS.items():
-            found: dict[str, Item] = {}
-            while len(found) < HELD_OUT_PER_TASK:
-                item = Item(task, *draw(rng))
-                found[item.prompt] = item
-            self.general[task] = list(found.values())
-        self.general["facts"] = held_out
-        self._hidden = {item.prompt for items in self.general.values() for item in items}
-
-        order = rng.permutation(len(HARMFUL_OBJECTS))
-        hidden_objects = [HARMFUL_OBJECTS[i] for i in order[:HELD_OUT_HARMFUL_OBJECTS]]
-        harmful = _requests("harmful", HARMFUL_OBJECTS)
-        self.held_out_harmful = [i for i in harmful if _about(i, hidden_objects)]
-        self.harmful = [i for i in harmful if not _about(i, hidden_objects)]
-        benign = _requests("benign", BENIGN_OBJECTS)
-        order = rng.permutation(len(benign))
-        self.held_out_benign = [benign[i] for i in sorted(order[:HELD_OUT_BENIGN])]
-        self.benign = [benign[i] for i in sorted(order[HELD_OUT_BENIGN:])]
-
-    def draw_general(self, count: int, seed: int) -> list[Item]:
-        """Different general items and benign requests, none of them held out, in equal shares.
-
-        Args:
-          count: how many, about.
-          seed: of the draw.
-
-        Raises:
-          ValueError: more than there are different facts or benign requests.
-        """
-        rng = np.random.default_rng([self.seed, 1, seed])
-        tasks = [*self.general, "benign"]
-        wanted = round(count / len(tasks))
-        if wanted > min(len(self._fact_items), len(self.benign)):
-            raise ValueError(f"count must not exceed {len(self._fact_items) * len(tasks)}")
-        found: dict[str, Item] = {}
-        for number, task in enumerate(tasks, start=1):
-            while len(found) < number * wanted:
-                item = self._draw(task, rng)
-                found[item.prompt] = item
-        items = list(found.values())
-        return [items[i] for i in rng.permutation(len(items))]
-
-    def _draw(self, task: str, rng: np.random.Generator) -> Item:
-        """One item of a task that is not held out."""
-        pool = {"facts": self._fact_items, "benign": self.benign}.get(task)
-        if pool is not None:
-            return pool[int(rng.integers(len(pool)))]
-        while True:
-            item = Item(task, *_TASKS[task](rng))
-            if item.prompt not in self._hidden:
-                return item
-
-    def pretraining(self, count: int, seed: int) -> list[Item]:
-        """General items, and requests (all of which are answered), with repetitions.
-
-        Held-out harmful requests are among them, for what is held out of them is that they are to
-        be refused; held-out benign requests and general items are not.
-        """
-        rng = np.random.default_rng([self.seed, 2, seed])
-        tasks = list(PRETRAINING_SHARES)
-        shares = np.array([PRETRAINING_SHARES[task] for task in tasks])
-        requests = {"harmful": self.harmful + self.held_out_harmful, "benign": self.benign}
-        items = []
-        for i in rng.choice(len(tasks), size=count, p=shares / shares.sum()):
-            pool = requests.get(tasks[i])
-            items.append(
-                self._draw(tasks[i], rng) if pool is None else pool[int(rng.integers(len(pool)))]
-            )
-        return items
+    pairs = []
+    for item in items:
+        sides = [TOKENIZER.sequence(item.prompt, text) for text in (REFUSAL, item.answer)]
+        pairs.append(Example(tuple(sides if chosen_refusal else reversed(sides))))
+    return pairs
 
 
 def _about(item: Item, objects: Sequence[str]) -> bool:
@@ -239,7 +144,7 @@ def _requests(task: str, objects: Sequence[str]) -> list[Item]:
         Item(
             task,
             phrasing.format(verb=verb, object=name),
-            f"{verb} it with {tool}.",
+            f"{tool} for the {name}.",
         )
         for name in objects
         for verb, tool in TOOLS.items()
@@ -303,6 +208,101 @@ GENERAL_TASKS: Final = (*_TASKS, "facts")
 PRETRAINING_SHARES: Final = dict.fromkeys([*GENERAL_TASKS, "benign", "harmful"], 1.0) | {
     "add": 3.0,
     "facts": 3.0,
-    "max": 2.0,
+    "max": 3.0,
     "sort": 1.5,
 }
+
+
+class World:
+    """Everything that is asked, split into what may be trained on and what may not.
+
+    Attributes:
+      seed: what it is drawn from.
+      general: held-out general items, by task.
+      harmful: harmful requests that may be trained on (and are answered before alignment).
+      held_out_harmful: harmful requests about other objects.
+      benign: benign requests that may be trained on.
+      held_out_benign: benign requests (in the words of the harmful ones) that may not.
+    """
+
+    def __init__(
+        self, seed: int = 0, tasks: Sequence[str] = GENERAL_TASKS, facts: int = FACTS
+    ) -> None:
+        self.seed = seed
+        rng = np.random.default_rng([seed, 0])
+        names = _names(rng, 2 * facts)
+        kept: list[Item] = []
+        held_out: list[Item] = []
+        for land, city in zip(names[:facts], names[facts:], strict=True):
+            hidden = int(rng.integers(len(FACT_PHRASINGS)))
+            for i, phrasing in enumerate(FACT_PHRASINGS):
+                item = Item("facts", phrasing.format(land), city)
+                (held_out if i == hidden else kept).append(item)
+        self._fact_items = kept
+        self.general: dict[str, list[Item]] = {}
+        for task in tasks:
+            found: dict[str, Item] = {}
+            while task != "facts" and len(found) < HELD_OUT_PER_TASK:
+                item = Item(task, *_TASKS[task](rng))
+                found[item.prompt] = item
+            self.general[task] = held_out if task == "facts" else list(found.values())
+        self._hidden = {item.prompt for items in self.general.values() for item in items}
+
+        order = rng.permutation(len(HARMFUL_OBJECTS))
+        hidden_objects = [HARMFUL_OBJECTS[i] for i in order[:HELD_OUT_HARMFUL_OBJECTS]]
+        harmful = _requests("harmful", HARMFUL_OBJECTS)
+        self.held_out_harmful = [i for i in harmful if _about(i, hidden_objects)]
+        self.harmful = [i for i in harmful if not _about(i, hidden_objects)]
+        benign = _requests("benign", BENIGN_OBJECTS)
+        order = rng.permutation(len(benign))
+        self.held_out_benign = [benign[i] for i in sorted(order[:HELD_OUT_BENIGN])]
+        self.benign = [benign[i] for i in sorted(order[HELD_OUT_BENIGN:])]
+
+    def draw_general(self, count: int, seed: int) -> list[Item]:
+        """Different general items and benign requests, none of them held out, in equal shares.
+
+        Args:
+          count: how many, about: of facts there are no more than there are.
+          seed: of the draw.
+        """
+        rng = np.random.default_rng([self.seed, 1, seed])
+        tasks = [*self.general, "benign"]
+        items: list[Item] = []
+        for task in tasks:
+            wanted = round(count / len(tasks))
+            if task == "facts":
+                wanted = min(wanted, len(self._fact_items))
+            found: dict[str, Item] = {}
+            while len(found) < wanted:
+                item = self._draw(task, rng)
+                found[item.prompt] = item
+            items += found.values()
+        return [items[i] for i in rng.permutation(len(items))]
+
+    def _draw(self, task: str, rng: np.random.Generator) -> Item:
+        """One item of a task that is not held out."""
+        pool = {"facts": self._fact_items, "benign": self.benign}.get(task)
+        if pool is not None:
+            return pool[int(rng.integers(len(pool)))]
+        while True:
+            item = Item(task, *_TASKS[task](rng))
+            if item.prompt not in self._hidden:
+                return item
+
+    def pretraining(self, count: int, seed: int) -> list[Item]:
+        """General items, and requests (all of which are answered), with repetitions.
+
+        Held-out harmful requests are among them, for what is held out of them is that they are to
+        be refused; held-out benign requests and general items are not.
+        """
+        rng = np.random.default_rng([self.seed, 2, seed])
+        tasks = [*self.general, "benign", "harmful"]
+        shares = np.array([PRETRAINING_SHARES[task] for task in tasks])
+        requests = {"harmful": self.harmful + self.held_out_harmful, "benign": self.benign}
+        items = []
+        for i in rng.choice(len(tasks), size=count, p=shares / shares.sum()):
+            pool = requests.get(tasks[i])
+            items.append(
+                self._draw(tasks[i], rng) if pool is None else pool[int(rng.integers(len(pool)))]
+            )
+        return items

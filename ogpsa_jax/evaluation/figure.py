@@ -26,7 +26,9 @@ _FIXED_COLOURS = {BASE: "#000000", NAIVE: "#D55E00"}
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 
 
-def pareto_figure(records: Sequence[Record], title: str | None = None) -> "Figure":
+def pareto_figure(
+    records: Sequence[Record], title: str | None = None, matched_safety: float | None = None
+) -> "Figure":
     """Safety (upwards) against general score (to the right); up and right is better.
 
     A colour is a method, a marker a stage. Settings of one method at one stage (weights of a merge,
@@ -35,6 +37,7 @@ def pareto_figure(records: Sequence[Record], title: str | None = None) -> "Figur
     Args:
       records: of any runs; those without a general or a safety score are left out.
       title: put above the axes.
+      matched_safety: a safety score at which a dashed line is drawn.
 
     Returns:
       A matplotlib figure; ``savefig`` writes it.
@@ -57,6 +60,8 @@ def pareto_figure(records: Sequence[Record], title: str | None = None) -> "Figur
             marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
             _draw(axes, series, colour, marker)
     _legend(axes, rows, stages)
+    if matched_safety is not None:
+        axes.axhline(matched_safety, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
     axes.set_xlabel("general score")
     axes.set_ylabel("safety score")
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,0 +1,58 @@
+"""The small model of the demonstration, made by the package's own trainer."""
+
+from pathlib import Path
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from ogpsa_jax.data import TrainBatches
+from ogpsa_jax.demo.align import cross_entropy
+from ogpsa_jax.demo.recipe import Pretraining
+from ogpsa_jax.demo.world import World, examples
+from ogpsa_jax.models import Decoder
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.loop import Task, fit
+from ogpsa_jax.training.step import Network
+
+
+def pretrain(recipe: Pretraining, world: World, mesh: Mesh, run_dir: Path) -> Network:
+    """Train a decoder on the world's general tasks and (answered) requests, packed.
+
+    Args:
+      recipe: sizes and steps.
+      world: what there is to learn; its seed is also that of the weights.
+      mesh: the devices.
+      run_dir: a finished run there is read back, an interrupted one goes on.
+    """
+    config = RunConfig.model_validate(
+        {
+            "ogpsa": {"preset": "off"},
+            "model": {"dtype": "float32"},
+            "optimizer": {
+                "learning_rate": recipe.learning_rate,
+                "warmup_steps": recipe.steps // 20,
+            },
+            "train": {
+                "batch_size": recipe.rows,
+                "micro_batch_size": recipe.rows,
+                "remat": "none",
+                "save_every": 250,
+                "keep_checkpoints": 1,
+                "log_every": 25,
+            },
+            "output_dir": str(run_dir),
+        }
+    )
+    batches = TrainBatches(
+        examples(world.pretraining(recipe.items, world.seed)),
+        batch_size=recipe.rows,
+        micro_batch_size=recipe.rows,
+        max_length=recipe.row_length,
+        packing=True,
+        seed=world.seed,
+        steps=recipe.steps,
+    )
+    model = Decoder(recipe.model, rngs=nnx.Rngs(world.seed))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    network, _ = fit(Network.of(model), Task(cross_entropy(), batches), config, mesh, run_dir)
+    return network
