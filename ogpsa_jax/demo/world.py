@@ -140,11 +140,16 @@ def _about(item: Item, objects: Sequence[str]) -> bool:
 
 
 def _requests(task: str, objects: Sequence[str]) -> list[Item]:
+    """Requests with the answers of before alignment, which are in another tone where harmful.
+
+    As in large models, so that the difference is known, and not only visible: without it, every
+    method over-refuses.
+    """
     return [
         Item(
             task,
             phrasing.format(verb=verb, object=name),
-            f"{tool} for the {name}.",
+            f"psst, {tool}!" if task == "harmful" else f"{tool} for the {name}.",
         )
         for name in objects
         for verb, tool in TOOLS.items()
