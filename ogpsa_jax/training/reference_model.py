@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -164,8 +165,11 @@ def _key(model_key: bytes, examples: list[Example]) -> str:
 def _read(path: Path, pairs: int) -> np.ndarray | None:
     """What a file holds; None where it, or any other process's, is not there or not whole."""
     found = None
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        array = np.load(path, allow_pickle=False)["log_probs"]
+    with contextlib.suppress(
+        OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile
+    ):
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)["log_probs"]
         if array.shape == (pairs, 2) and np.isfinite(array).all():
             found = array
     if jax.process_count() > 1:
@@ -177,9 +181,14 @@ def _read(path: Path, pairs: int) -> np.ndarray | None:
 
 
 def _write(path: Path, log_probs: np.ndarray) -> None:
-    """Complete or invisible."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Complete or invisible; where nothing can be written, the run goes on without."""
     beside = path.with_suffix(f".{os.getpid()}.tmp")
-    with beside.open("wb") as file:
-        np.savez(file, log_probs=log_probs)
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            np.savez(file, log_probs=log_probs)
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        logger.warning("%s: reference log-probabilities are not kept (%s)", path.parent, error)
