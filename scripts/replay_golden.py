@@ -331,7 +331,8 @@ def compare_references(
 def compare_pairs(
     compare: Comparison, recorded: dict[str, Any], policy: Any, batch: Batch, config: RunConfig
 ) -> None:
-    policy, reference = np.asarray(policy), batch["reference_logps"]
+    count = len(recorded["losses"])  # without the rows that fill up a short batch
+    policy, reference = np.asarray(policy)[:count], batch["reference_logps"][:count]
     for side, name in enumerate(("chosen", "rejected")):
         compare.add("log-probabilities", policy[:, side], recorded[f"policy_{name}_logps"])
         compare.add("log-probabilities", reference[:, side], recorded[f"reference_{name}_logps"])
