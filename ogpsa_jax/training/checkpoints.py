@@ -57,7 +57,6 @@ class Checkpoints:
             max_to_keep=self._keep,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=self._write,
-            read_only=not self._write,
         )
         return ocp.CheckpointManager(
             self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -116,7 +115,7 @@ class Checkpoints:
             try:
                 self._check_fits(step, abstract)
                 found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            except InputError:
+            except (InputError, AssertionError, TypeError, AttributeError):
                 raise
             except Exception as error:  # whatever a torn file makes the storage layers raise
                 problem = _reason(error)
@@ -139,8 +138,7 @@ class Checkpoints:
         metadata = self._manager.item_metadata(step)
         if metadata is None or metadata.tree is None:
             return
-        held = _outline(metadata.tree)
-        wanted = _outline(ocp.tree.serialize_tree(abstract, keep_empty_nodes=True))
+        held, wanted = _outline(metadata.tree), _outline(abstract)
         for name in sorted({*held, *wanted}):
             if held.get(name) != wanted.get(name):
                 raise InputError(
@@ -201,12 +199,10 @@ class Checkpoints:
 
 def _outline(tree: Any) -> dict[str, str]:
     """What each array of a tree of arrays, or of their metadata, is: name -> dtype[shape]."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = ocp.tree.to_flat_dict(tree, keep_empty_nodes=False)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): (
-            f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        )
-        for path, leaf in leaves
+        ".".join(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        for path, leaf in flat.items()
     }
 
 

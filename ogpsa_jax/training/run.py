@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Settings that change nothing in the result but float32 round-off: a resumed run may differ here.
 _FREE_ON_RESUME: Any = {
     "mesh": ...,
+    "output_dir": ...,  # a moved directory is still the same run
     "train": {"micro_batch_size", "save_every", "keep_checkpoints", "log_every", "remat"},
 }
 
