@@ -224,14 +224,15 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, short: storage errors carry pages of specification."""
+    """The innermost cause, short: storage errors carry paths and pages of specification."""
     links = list(_chain(error))
     inner = next((link for link in links if isinstance(link, OSError) and link.strerror), None)
     if inner is not None:
         return str(inner.strerror)
     text = (str(links[-1]).splitlines() or [""])[0].partition(" [")[0].strip()
-    text = text or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    if text.split(":")[0].isupper():  # a storage status: its last part is the system's own word
+        text = text.rpartition(": ")[2]
+    return text[:200] or type(error).__name__
 
 
 @contextlib.contextmanager

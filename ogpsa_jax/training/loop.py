@@ -144,7 +144,11 @@ def fit(
                 logger.warning("%s", problem)
             told.add(kind)
 
-    with _Sigterm() as terminated, Progress(config.name, total, start) as progress:
+    with (
+        contextlib.closing(log),
+        _Sigterm() as terminated,
+        Progress(config.name, total, start) as progress,
+    ):
         if start == 0:
             evaluate(state.params, 0, log)
         for step in range(start, total):
@@ -176,13 +180,11 @@ def fit(
                 checkpoints.save(done, state)
             if stops and done < total:
                 checkpoints.close()
-                log.close()
                 logger.warning(
                     "terminated: step %d of %d is saved; run again to go on", done, total
                 )
                 raise Terminated(143)
     checkpoints.close()
-    log.close()
     return network._replace(trained=state.params), log.lines
 
 

@@ -26,10 +26,11 @@ Configured = Callable[..., RunConfig]
 
 def saved_state(run_dir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by name: parameters, moments, basis, counters."""
+    folder = run_dir.absolute() / "checkpoints" / str(step) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            run_dir.absolute() / "checkpoints" / str(step) / "default",
-        )
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = checkpointer.restore(folder, restore_args=as_numpy)
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored)

@@ -1,0 +1,147 @@
+"""Bad input through the command line: one clear sentence, exit code 2, before any step."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ogpsa_jax import cli
+from ogpsa_jax.training import loop
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(ground, tmp_path, monkeypatch, capsys) -> Refused:
+    """``refused(*overrides)`` -> the sentence."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a step was compiled")
+
+    def refuse(*overrides: str, output_dir: Path = tmp_path / "run") -> str:
+        monkeypatch.setattr(loop, "make_train_step", never)
+        config = str(ground / "run.yaml")
+        code = cli.main(["train", config, f"output_dir={output_dir}", *overrides])
+        said = capsys.readouterr().err.strip().splitlines()
+        assert code == 2
+        assert said[-1].startswith("ogpsa-jax: ")
+        assert said[-1].endswith((".", "?"))
+        assert not [line for line in said if "Traceback" in line]
+        assert not (tmp_path / "run").exists()
+        return said[-1]
+
+    return refuse
+
+
+@pytest.fixture
+def model(ground, tmp_path) -> Path:
+    """A copy of the model, to be spoilt."""
+    return Path(shutil.copytree(ground / "model", tmp_path / "model"))
+
+
+def rewrite(model: Path, **changes: object) -> None:
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("model.path=nowhere/at/all", ["nowhere/at/all", "not a folder"]),
+        ("data.train=[{path: nowhere.jsonl}]", ["nowhere.jsonl"]),
+        ("data.train=[]", ["data.train is empty"]),
+        ("data.templat=x", ["unknown key 'data.templat'", "did you mean 'template'?"]),
+        ("references.sets.0.samples=25", ["general.jsonl", "25 samples asked for", "24"]),
+        ("data.max_length=4", ["line 1", "nothing is left to learn", "data.max_length"]),
+        ("data.max_length=1000000", ["max_position_embeddings"]),
+        ("data.template=nowhere.jinja", ["nowhere.jinja"]),
+        ("train.batch_size=6", ["train.batch_size", "8 row shards", "multiple of 8"]),
+        ("mesh.fsdp=3", ["3", "does not make the 8 devices"]),
+        ("mesh.tensor=16", ["does not make the 8 devices"]),
+        ("output_dir=/dev/null/run", ["output_dir", "/dev/null is a file"]),
+        ("output_dir=/proc/run", ["output_dir", "cannot be"]),
+    ],
+)
+def test_a_bad_setting_is_told(refused, override, parts):
+    sentence = refused(override)
+    assert all(part in sentence for part in parts), sentence
+
+
+def test_a_missing_configuration_is_told(capsys):
+    assert cli.main(["train", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml: cannot read the configuration" in capsys.readouterr().err
+
+
+def test_a_malformed_row_is_told_with_file_and_line(refused, ground, tmp_path):
+    rows = (ground / "safety.jsonl").read_text().splitlines()
+    rows[6] = json.dumps({"prompt": "what"})
+    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
+    sentence = refused(f"data.train.0.path={tmp_path / 'bad.jsonl'}")
+    assert "bad.jsonl, line 7" in sentence
+    assert "completion" in sentence
+    rows[6] = '{"prompt": '
+    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
+    assert "line 7" in refused(f"data.train.0.path={tmp_path / 'bad.jsonl'}")
+
+
+def test_a_template_without_assistant_tokens_is_told(refused, tmp_path):
+    template = tmp_path / "silent.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    sentence = refused(f"data.template={template}")
+    assert "line 1" in sentence
+    assert "assistant" in sentence
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_told(refused, model):
+    rewrite(model, **{"model.norm.weight": None})
+    sentence = refused(f"model.path={model}")
+    assert "tensor model.norm.weight is missing" in sentence
+
+
+def test_a_checkpoint_with_an_unknown_tensor_is_told(refused, model):
+    norm = load_file(model / "model.safetensors")["model.norm.weight"]
+    rewrite(model, **{"model.extra.weight": norm})
+    assert "model.extra.weight is not part of" in refused(f"model.path={model}")
+
+
+def test_a_checkpoint_with_a_tensor_of_another_shape_is_told(refused, model):
+    norm = load_file(model / "model.safetensors")["model.norm.weight"]
+    rewrite(model, **{"model.norm.weight": norm[:-1].copy()})
+    sentence = refused(f"model.path={model}")
+    assert "model.norm.weight has shape [63]" in sentence
+    assert "[64]" in sentence
+
+
+def test_a_torn_checkpoint_is_told(refused, model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "not a whole safetensors file" in refused(f"model.path={model}")
+
+
+def test_the_directory_of_another_run_is_refused(refused, interrupted):
+    before = (interrupted / "config.yaml").read_text()
+    sentence = refused("mesh.fsdp=8", "seed=1", output_dir=interrupted)
+    assert "seed: 0, not 1" in sentence
+    (interrupted / "config.yaml").unlink()
+    assert "no config.yaml" in refused("mesh.fsdp=8", output_dir=interrupted)
+    assert before
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted, ground, capsys, caplog):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
+    with caplog.at_level("WARNING", "ogpsa_jax"):
+        assert cli.main(["train", str(ground / "run.yaml"), f"output_dir={uninterrupted}"]) == 0
+    assert "is finished; delete the directory to run it again" in caplog.text
+    assert "8 steps" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}

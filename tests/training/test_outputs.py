@@ -1,0 +1,133 @@
+"""What a run leaves behind, and what it says when the projection does nothing."""
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tensorboardX.proto.event_pb2 import Event
+
+from ogpsa_jax.training import run
+from ogpsa_jax.training.config_file import load_config
+from ogpsa_jax.training.metrics import MetricsLog, find_problems, read_metrics
+from ogpsa_jax.training.progress import Progress
+
+from .conftest import STEPS, metrics
+
+
+def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
+    """(name, step) -> value of all TensorBoard files, in the order in which they were begun."""
+    found = {}
+    for path in sorted((run_dir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        at = 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            at += 16 + size
+    return found
+
+
+def test_metrics_hold_every_field_of_every_step(uninterrupted):
+    fields = {
+        *("step", "learning_rate", "loss", "weight", "grad_norm", "update_norm", "refreshed"),
+        *("removed_fraction", "in_span_fraction", "effective_rank", "steps_since_refresh"),
+        *("refreshes", "refused_refreshes"),
+    }
+    for line in metrics(uninterrupted):
+        if "loss" in line:
+            assert fields <= line.keys()
+            assert all(math.isfinite(value) for value in line.values())
+
+
+def test_tensorboard_holds_the_numbers_of_the_metrics(uninterrupted):
+    found = scalars(uninterrupted)
+    for line in metrics(uninterrupted):
+        for name in ("loss", "eval/general/loss", "removed_fraction"):
+            if name in line:
+                assert found[name, line["step"]] == pytest.approx(line[name], rel=1e-6)
+
+
+def test_the_curves_are_a_picture(uninterrupted):
+    from matplotlib.image import imread
+
+    pixels = imread(uninterrupted / "curves.png")
+    assert pixels.shape[:2] == (720, 1200)
+    assert np.ptp(pixels[..., :3]) > 0.5
+
+
+def test_the_summary_is_that_of_the_metrics(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    lines = [line for line in metrics(uninterrupted) if "loss" in line]
+    assert summary["steps"] == STEPS
+    assert summary["train_loss"] == {"first": lines[0]["loss"], "last": lines[-1]["loss"]}
+    assert summary["projection"]["refreshes"] == 2
+    assert summary["projection"]["mean_removed_fraction"] == pytest.approx(
+        np.mean([line["removed_fraction"] for line in lines])
+    )
+    assert summary["training_samples"] == 8 * STEPS
+    assert summary["reference_samples"] == 2 * 12
+    assert summary["warnings"] == []
+    assert summary["before"].keys() == summary["after"].keys() == {"general/loss"}
+
+
+def test_the_written_configuration_is_that_of_the_run(uninterrupted, configured):
+    assert load_config(uninterrupted / "config.yaml") == configured(uninterrupted)
+
+
+def test_a_run_whose_basis_is_empty_says_so_and_records_it(
+    ground, configured, on_some_devices, tmp_path, caplog
+):
+    # A model of zeros: every gradient, and so every reference gradient, is zero.
+    model = Path(shutil.copytree(ground / "model", tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    zeros = {name: np.zeros_like(value) for name, value in weights.items()}
+    save_file(zeros, model / "model.safetensors")
+    with caplog.at_level("WARNING", "ogpsa_jax"):
+        summary = run.train(configured(tmp_path / "run", f"model.path={model}"))
+    assert "the basis was empty, so nothing was projected" in caplog.text
+    (warning,) = summary["warnings"]
+    assert warning.startswith(f"step 1 and {STEPS - 1} more: the basis was empty")
+    assert summary["projection"]["effective_rank"] == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == [warning]
+
+
+def test_refused_references_and_a_diverged_loss_are_found():
+    lines = [
+        {"step": step, "loss": loss, "effective_rank": 1.0, "refused_refreshes": refused}
+        for step, loss, refused in [(1, 2.0, 0), (2, math.inf, 1), (3, math.nan, 1)]
+    ]
+    problems = find_problems(lines)
+    assert problems.keys() == {"loss", "refused"}
+    assert problems["loss"].startswith("step 2 and 1 more")
+    assert problems["refused"].startswith("step 2:")
+    assert find_problems(lines[:1]) == {}
+
+
+def test_lines_after_the_resumed_step_and_half_lines_are_dropped(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "eval/a/loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 3.0}\n{"st'
+    )
+    log = MetricsLog(tmp_path, resume_step=2)
+    log.write({"step": 3, "loss": 4.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 3]
+    assert read_metrics(tmp_path)[-1]["loss"] == 4.0
+    assert "lacks 1 of the 2 steps before the checkpoint" in caplog.text
+
+
+def test_progress_counts_no_rate_before_there_is_one(capsys):
+    with Progress("run", total=40, start=0) as progress:
+        progress.add([{"step": step, "loss": 1.0, "weight": 7.0} for step in (1, 2)])
+        progress.add([{"step": step, "loss": 0.5, "weight": 7.0} for step in (3, 4, 5)])
+        progress.add([])
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert first == "run: step 2/40  loss 1.0000"
+    assert second.startswith("run: step 5/40  loss 0.5000  ")
+    assert "targets/s" in second
+    assert "s left" in second
