@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,12 @@ def refused(ground, tmp_path, monkeypatch, capsys) -> Refused:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a step was compiled")
 
-    def refuse(*overrides: str, output_dir: Path = tmp_path / "run") -> str:
+    def refuse(
+        *overrides: str, output_dir: Path = tmp_path / "run", configs: Sequence[Path] = ()
+    ) -> str:
         monkeypatch.setattr(loop, "make_train_step", never)
-        config = str(ground / "run.yaml")
-        code = cli.main(["train", config, f"output_dir={output_dir}", *overrides])
+        files = [*map(str, configs)] or [str(ground / "run.yaml"), f"output_dir={output_dir}"]
+        code = cli.main(["train", *files, *overrides])
         said = capsys.readouterr().err.strip().splitlines()
         assert code == 2
         assert said[-1].startswith("ogpsa-jax: ")
@@ -74,6 +76,20 @@ def rewrite(model: Path, **changes: object) -> None:
 def test_a_bad_setting_is_told(refused, override, parts):
     sentence = refused(override)
     assert all(part in sentence for part in parts), sentence
+
+
+def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(refused, ground, tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text(
+        f"{{data: {{train: [{{path: {tmp_path / 'nowhere.jsonl'}}}]}}, "
+        f"ogpsa: {{preset: off}}, output_dir: {tmp_path / 'second'}}}\n"
+    )
+    # The stage's own file names its directory; an override would name it for both.
+    first = tmp_path / "first.yaml"
+    first.write_text(
+        (ground / "run.yaml").read_text().replace(str(ground / "never"), str(tmp_path / "run"))
+    )
+    assert "nowhere.jsonl" in refused(configs=[first, second])
 
 
 def test_a_missing_configuration_is_told(capsys):
