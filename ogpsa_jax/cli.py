@@ -130,8 +130,7 @@ def _train(parsed: argparse.Namespace) -> None:
 def _demo(parsed: argparse.Namespace) -> None:
     from ogpsa_jax.demo.run import run_demo
 
-    mode = "quick" if parsed.quick else "thorough" if parsed.thorough else "full"
-    run_demo(parsed.out, mode)
+    run_demo(parsed.out, "quick" if parsed.quick else "thorough" if parsed.thorough else "full")
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
