@@ -1,0 +1,92 @@
+"""Inside Flax: NNX optimizers and Linen train states, with and without sharding metadata."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from ogpsa_jax import diagnostics, first_order_change, ogpsa_project, reference_gradients, refresh
+
+flax = pytest.importorskip("flax", reason="flax is not installed")
+from flax import linen, nnx  # noqa: E402
+from flax.training.train_state import TrainState  # noqa: E402
+
+import ogpsa_jax.nnx  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def as_flax_runs(strict):
+    """Flax's layers promote dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def loss(model, batch):
+    return jnp.mean((model(batch) - 1.0) ** 2)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_nnx_optimizer(rng, sharded):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        init = nnx.initializers.lecun_normal()
+        if sharded:
+            init = nnx.with_partitioning(init, (None, "fsdp"))
+        model = nnx.Linear(4, 8, kernel_init=init, rngs=nnx.Rngs(int(rng.integers(2**31))))
+        tx = optax.chain(optax.adam(1e-2), ogpsa_project(1, scope="global"))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        inputs = jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32)
+
+        @nnx.jit
+        def step(model, optimizer, reference, batch):
+            ogpsa_jax.nnx.refresh(optimizer, [nnx.grad(loss)(model, reference)])
+            gradient = nnx.grad(loss)(model, batch)
+            before = jax.tree.map(jnp.copy, nnx.pure(nnx.state(model, nnx.Param)))
+            optimizer.update(model, gradient)
+            return before, nnx.pure(nnx.grad(loss)(model, reference))
+
+        graph, start = nnx.split(model)
+        pure = nnx.pure(start)
+        before, _ = step(model, optimizer, inputs[0], inputs[1])
+        reference = nnx.pure(nnx.grad(loss)(nnx.merge(graph, start), inputs[0]))
+        after = nnx.pure(nnx.state(model, nnx.Param))
+        moved = jax.tree.map(jnp.subtract, after, before)
+        assert abs(float(first_order_change([reference], moved)[0])) < 1e-4
+        assert int(diagnostics(optimizer.opt_state)["refreshes"]) == 1
+        kernel = optimizer.opt_state[1].basis[0]["kernel"]
+        if sharded:
+            assert kernel.get_value().sharding.spec == PartitionSpec(None, "fsdp")
+        ogpsa_jax.nnx.push_reference(optimizer, pure, window=1, project_momentum=True)
+        moment = nnx.pure(optimizer.opt_state)[0][0].mu
+        assert abs(float(first_order_change([pure], moment)[0])) < 1e-5
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_linen_train_state(rng, partitioned):
+    init = linen.initializers.lecun_normal()
+    if partitioned:
+        init = linen.with_partitioning(init, (None, "fsdp"))
+    model = linen.Dense(8, kernel_init=init)
+    batches = jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32)
+    variables = model.init(jax.random.key(int(rng.integers(2**31))), batches[0])
+    tx = optax.chain(ogpsa_project(1, scope="global"), optax.sgd(0.1))
+    state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
+
+    def loss_fn(params, batch):
+        return jnp.mean((model.apply({"params": params}, batch) - 1.0) ** 2)
+
+    @jax.jit
+    def step(state, reference, batch):
+        references = reference_gradients(loss_fn, state.params, [reference[None]])
+        state = refresh(state, references)
+        new = state.apply_gradients(grads=jax.grad(loss_fn)(state.params, batch))
+        moved = jax.tree.map(jnp.subtract, new.params, state.params)
+        return new, first_order_change(references, moved)
+
+    state, change = step(state, batches[0], batches[1])
+    np.testing.assert_allclose(change, 0.0, atol=1e-4)  # differences of parameters, in float32
+    assert int(diagnostics(state)["refreshes"]) == 1
+    if partitioned:
+        assert isinstance(state.opt_state[0].basis[0]["kernel"], linen.Partitioned)
