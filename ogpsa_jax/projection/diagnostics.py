@@ -25,6 +25,15 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
 
     Raises:
       ValueError: no :class:`OgpsaState` in `opt_state`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from ogpsa_jax import diagnostics, ogpsa_project, refresh
+      >>> tx = ogpsa_project(rank=1)
+      >>> state = refresh(tx.init(jnp.zeros(2)), [jnp.array([0.0, 1.0])])
+      >>> _, state = tx.update(jnp.array([2.0, 2.0]), state)
+      >>> float(jax.jit(diagnostics)(state)["removed_fraction"])
+      0.5
     """
     states = find_states(opt_state)
     groups: dict[str, dict[str, jax.Array]] = {}
@@ -75,6 +84,13 @@ def first_order_change(references: Sequence[Any], updates: Any) -> jax.Array:
     Returns:
       float32 ``[m]``: ``⟨r_i, step⟩ / (‖r_i‖ ‖step‖)``; positive raises the reference loss, zero
       leaves it alone; 0 where either is zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from ogpsa_jax import first_order_change
+      >>> step = jnp.array([0.0, -3.0])
+      >>> [float(x) for x in first_order_change(list(jnp.eye(2)), step)]
+      [0.0, -1.0]
     """
 
     def product(a: Any, b: Any) -> jax.Array:

@@ -24,6 +24,15 @@ def reference_gradients(
 
     Raises:
       ValueError: a set without batches.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from ogpsa_jax import reference_gradients
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean(params * batch)
+      >>> batches = jnp.array([[1.0, 3.0], [5.0, 7.0]])  # two batches of two rows
+      >>> [float(g) for g in reference_gradients(loss_fn, jnp.array(0.0), [batches, batches[:1]])]
+      [4.0, 2.0]
     """
 
     def loss_and_weight(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:

@@ -46,6 +46,20 @@ def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool
 
     Raises:
       ValueError: no reference, no :class:`OgpsaState`, or a reference of another shape.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from ogpsa_jax import ogpsa_project, refresh
+      >>> params = {"w": jnp.zeros(3)}
+      >>> tx = optax.MultiSteps(optax.chain(ogpsa_project(rank=2), optax.sgd(0.1)), 4)
+      >>> references = [{"w": jnp.array([0.0, 2.0, 0.0])}, {"w": jnp.array([0.0, -1.0, 0.0])}]
+      >>> state = jax.jit(refresh)(tx.init(params), references)
+      >>> [int(rank) for rank in state.inner_opt_state[0].rank_used]  # they are parallel
+      [1]
+
+    References:
+      Sun et al., `Safety Alignment as Continual Learning
+      <https://arxiv.org/abs/2602.07892>`_, 2026.
     """
     references = list(references)
     if not references:

@@ -57,6 +57,17 @@ def push_reference(
 
     Raises:
       ValueError: `window` below 1, no :class:`OgpsaState`, or a reference of another shape.
+
+    Examples:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from ogpsa_jax import diagnostics, ogpsa_project, push_reference
+      >>> params = jnp.zeros(3)
+      >>> push = jax.jit(functools.partial(push_reference, window=2))
+      >>> state = ogpsa_project(rank=2).init(params)
+      >>> for reference in jnp.eye(3):
+      ...     state = push(state, reference)
+      >>> [[float(x) for x in direction] for direction in state.basis]  # the last two
+      [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     """
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None, got {window}")

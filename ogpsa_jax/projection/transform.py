@@ -185,6 +185,16 @@ def ogpsa(
 
     Raises:
       ValueError: `placement` is none of the three, or a setting is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from ogpsa_jax import ogpsa, refresh
+      >>> params = jnp.array([1.0, 1.0])
+      >>> tx = ogpsa(optax.adamw(0.1, weight_decay=0.5), rank=1, placement="update")
+      >>> state = refresh(tx.init(params), [jnp.array([0.0, 1.0])])
+      >>> updates, state = tx.update(jnp.array([1.0, 1.0]), state, params)
+      >>> float(updates[1])  # weight decay included
+      0.0
     """
     if placement not in ("gradient", "update", "both"):
         raise ValueError(f"placement must be 'gradient', 'update' or 'both', got {placement!r}")
