@@ -137,7 +137,7 @@ def _raw(method: Method, stage: Stage, seed: int, output_dir: str) -> dict[str, 
         references = {
             "sets": [{"path": "general"}],
             "loss": "response",
-            "in_step": method.in_step,
+            "in_step": method.in_step,  # None: refreshes, also where the preset says otherwise
         }
     return {
         "objective": stage.objective,
@@ -159,13 +159,7 @@ def _raw(method: Method, stage: Stage, seed: int, output_dir: str) -> dict[str, 
     }
 
 
-_IN_STEP: Final = {"share": 0.5, "window": 64, "replay_weight": 0.5}
-_RANK: Final = 10
-
-
-def ogpsa_settings(preset: str = RECOMMENDED, **changes: Any) -> dict[str, Any]:
-    """Section ``ogpsa``; one basis vector per reference set or remembered direction."""
-    return {"preset": preset, **changes}
+_IN_STEP: Final = {"share": 0.5, "window": 1, "replay_weight": 0.5}
 
 
 NAIVE_METHOD: Final = Method("naive", NAIVE, "safety data alone: it pays the whole tax")
@@ -178,8 +172,8 @@ PAPER_METHOD: Final = Method(
 RECOMMENDED_METHOD: Final = Method(
     "OGPSA, recommended",
     RECOMMENDED,
-    "references ride in every batch, momentum projected, replayed with weight 0.5",
-    ogpsa={"preset": "recommended", "rank": _RANK},
+    "references ride in every batch, and are trained on as well with weight 0.5",
+    ogpsa={"preset": "recommended", "rank": 1, "project_momentum": False},
     in_step=_IN_STEP,
 )
 MIXING_METHOD: Final = Method(
@@ -196,7 +190,7 @@ REPROJECTED_METHOD: Final = Method(
     "momentum re-projected",
     "momentum re-projected",
     "the paper's refreshes, and the first moment projected at each",
-    ogpsa={"preset": "recommended", "rank": 2, "refresh_every": 10},
+    ogpsa={"preset": "recommended", "rank": 2, "refresh_every": 30, "project_momentum": True},
 )
 UPDATE_METHOD: Final = Method(
     "update placement",

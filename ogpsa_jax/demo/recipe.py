@@ -40,6 +40,7 @@ class Pretraining:
       row_length: tokens of a row.
       learning_rate: its peak.
       width: of the model.
+      layers: of the model.
     """
 
     tasks: tuple[str, ...] = GENERAL_TASKS
@@ -50,15 +51,16 @@ class Pretraining:
     row_length: int = 96
     learning_rate: float = 6e-3
     width: int = 64
+    layers: int = 3
 
     @property
     def model(self) -> DecoderConfig:
-        """The architecture: 3 layers, 4 heads."""
+        """The architecture, with 4 heads."""
         return DecoderConfig(
             vocab_size=TOKENIZER.vocab_size,
             hidden_size=self.width,
             intermediate_size=2 * self.width,
-            num_layers=3,
+            num_layers=self.layers,
             num_heads=4,
             num_kv_heads=4,
             head_dim=self.width // 4,
@@ -108,7 +110,14 @@ _HEADLINE: Final = (NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, MIXING_METHO
 
 RECIPES: Final[dict[Mode, Recipe]] = {
     "quick": Recipe(
-        Pretraining(tasks=("reverse", "copy", "upper", "facts"), facts=16, items=15_000, steps=350),
+        Pretraining(
+            tasks=("copy", "upper", "pair", "facts"),
+            facts=16,
+            items=12_000,
+            steps=400,
+            rows=16,
+            layers=2,
+        ),
         seeds=((0, 0),),
         stages=(replace(_SFT, steps=70, learning_rate=8e-4),),
         methods=_HEADLINE,
