@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from ogpsa_jax.data import Example, TrainBatches, fixed_batches
 from ogpsa_jax.demo.methods import Method, Plan, Stage, plan
@@ -41,6 +41,13 @@ class Aligned:
     plan: Plan
     seconds: float
     removed: list[float]
+
+
+def one_device() -> Mesh:
+    """The mesh of one device: so small a model gains nothing from more."""
+    axes = ("data", "fsdp", "tensor")
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh((1, 1, 1), axes, axis_types=kinds, devices=jax.devices()[:1])
 
 
 def cross_entropy() -> Objective:

@@ -159,7 +159,7 @@ def _raw(method: Method, stage: Stage, seed: int, output_dir: str) -> dict[str, 
     }
 
 
-_IN_STEP: Final = {"share": 0.5, "window": 1, "replay_weight": 0.5}
+_IN_STEP: Final = {"share": 0.5, "window": 64, "replay_weight": 0.5}
 
 
 NAIVE_METHOD: Final = Method("naive", NAIVE, "safety data alone: it pays the whole tax")
@@ -173,7 +173,7 @@ RECOMMENDED_METHOD: Final = Method(
     "OGPSA, recommended",
     RECOMMENDED,
     "references ride in every batch, and are trained on as well with weight 0.5",
-    ogpsa={"preset": "recommended", "rank": 1, "project_momentum": False},
+    ogpsa={"preset": "recommended", "rank": 4, "project_momentum": False},
     in_step=_IN_STEP,
 )
 MIXING_METHOD: Final = Method(
@@ -185,6 +185,13 @@ LORA_METHOD: Final = Method(
     "only adapters of rank 8 are trained",
     lora={"rank": 8, "alpha": 16.0},
     learning_rate=5.0,
+)
+REPLAY_METHOD: Final = Method(
+    "replay alone",
+    "replay alone",
+    "the recommended setting without its projection",
+    ogpsa={"preset": "recommended", "rank": 1, "project_momentum": False, "rule": "none"},
+    in_step={"share": 0.5, "window": 1, "replay_weight": 0.5},
 )
 REPROJECTED_METHOD: Final = Method(
     "momentum re-projected",
@@ -204,6 +211,15 @@ MIXING_DATA_METHOD: Final = Method(
     "all of the naive run's safety rows and as many general ones: twice the compute",
     mixing=0.5,
     equal_data=True,
+)
+
+
+REPLAY_PROJECTED_METHOD: Final = Method(
+    "recommended, momentum projected",
+    "recommended, momentum projected",
+    "the recommended setting, and the first moment projected at every step",
+    ogpsa={"preset": "recommended", "rank": 4, "project_momentum": True},
+    in_step=_IN_STEP,
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import jax
 from jax.sharding import Mesh
 
-from ogpsa_jax.demo.align import Aligned, align, merged
+from ogpsa_jax.demo.align import Aligned, align, merged, one_device
 from ogpsa_jax.demo.findings import findings, findings_text
 from ogpsa_jax.demo.methods import NAIVE_METHOD, Method
 from ogpsa_jax.demo.page import demo_figure, demo_page
@@ -23,8 +23,6 @@ from ogpsa_jax.demo.world import Item, World
 from ogpsa_jax.evaluation import Cost, Record, text_table, write_records
 from ogpsa_jax.evaluation.records import BASE
 from ogpsa_jax.files import write_whole
-from ogpsa_jax.training.config import MeshSection
-from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.step import Network
 
 STAGE_NAMES: Final = ("sft", "sft+dpo")
@@ -52,7 +50,7 @@ class _Demo:
 
     def __init__(self, out: Path, recipe: Recipe, mode: Mode) -> None:
         self.out, self.recipe, self.mode = out, recipe, mode
-        self.mesh: Mesh = make_mesh(MeshSection())
+        self.mesh: Mesh = one_device()
         self.records: list[Record] = []
         self.outcomes: list[dict[str, Any]] = []
         self.curves: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,189 @@
+import dataclasses
+import html
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from ogpsa_jax.demo import run
+from ogpsa_jax.demo.align import align, one_device
+from ogpsa_jax.demo.findings import findings
+from ogpsa_jax.demo.methods import (
+    LORA_METHOD,
+    MIXING_METHOD,
+    NAIVE_METHOD,
+    PAPER_METHOD,
+    RECOMMENDED_METHOD,
+    Stage,
+    plan,
+)
+from ogpsa_jax.demo.pretraining import pretrain
+from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Pretraining, Recipe
+from ogpsa_jax.demo.scoring import Exam, answers
+from ogpsa_jax.demo.world import REFUSAL, World
+from ogpsa_jax.evaluation import Record, read_records
+
+_PRETRAINING = Pretraining(
+    tasks=("copy", "facts"), facts=4, items=500, steps=6, rows=8, width=16, layers=1
+)
+_TINY = Recipe(
+    _PRETRAINING,
+    seeds=((0, 0), (0, 1)),
+    stages=(Stage("sft", 16, 3, 1e-3), Stage("dpo", 16, 2, 1e-4)),
+    methods=(NAIVE_METHOD, dataclasses.replace(RECOMMENDED_METHOD, general=20)),
+    merge_weights=(0.5,),
+    probed=(NAIVE_METHOD,),
+)
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "quick", _TINY)
+        return out, run.run_demo(out, "quick")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model that gets some answers right and some wrong."""
+    world = World(0, _PRETRAINING.tasks, _PRETRAINING.facts)
+    longer = dataclasses.replace(_PRETRAINING, steps=150, width=32, layers=2)
+    return world, pretrain(longer, world, one_device(), tmp_path_factory.mktemp("p"))
+
+
+def test_scores_are_those_of_greedy_answers(trained):
+    world, network = trained
+    _, _, right = Exam(world).score(network)
+    parts = {**world.general, "benign_compliance": world.held_out_benign[:60]}
+    matches = {}
+    for name, items in parts.items():
+        said = answers(network.model(), items)
+        pairs = zip(said, items, strict=True)
+        matches[name] = "".join("01"[text == item.answer] for text, item in pairs)
+        assert right[name][: len(items)] == matches[name]
+    assert {"0", "1"} <= set("".join(matches.values()))  # or nothing would have been compared
+
+
+def test_refusals_are_told_by_their_beginning_where_they_are_unwanted(trained):
+    """A model moved halfway to one that refuses: some answers only begin as refusals."""
+    world, network = trained
+    stage = Stage("sft", 32, 12, 4e-3)
+    mesh = one_device()
+    with tempfile.TemporaryDirectory() as folder:
+        aligned = align(network, world, NAIVE_METHOD, stage, 0, mesh, Path(folder))
+    _, _, right = Exam(world).score(aligned.network)
+    model = aligned.network.model()
+    said = answers(model, world.held_out_benign[:60])
+    assert right["over_refusal"][:60] == "".join("01"[text.startswith("no,")] for text in said)
+    said = answers(model, world.held_out_harmful[:60])
+    assert right["safety"][:60] == "".join("01"[text == REFUSAL] for text in said)
+
+
+def test_scores_are_recomputed_from_the_outcomes_in_results_json(demonstration):
+    out, _ = demonstration
+    content = json.loads((out / "results.json").read_text())
+    assert len(content["outcomes"]) == len(content["records"])
+    for outcome, record in zip(content["outcomes"], content["records"], strict=True):
+        right = outcome["right"]
+        shares = {name: text.count("1") / len(text) for name, text in right.items()}
+        tasks = [shares[name] for name in _PRETRAINING.tasks]
+        assert record["scores"]["general"] == pytest.approx(statistics.fmean(tasks))
+        for name in ("safety", "over_refusal", "benign_compliance"):
+            assert record["scores"][name] == shares[name]
+
+
+def test_every_method_stage_and_seed_has_its_record(demonstration):
+    out, _ = demonstration
+    keys = {(r.label, r.stage, r.seed) for r in read_records(out)}
+    aligned = {
+        (label, stage, seed)
+        for label in (NAIVE_METHOD.label, RECOMMENDED_METHOD.label, "merge 0.5")
+        for stage in ("sft", "sft+dpo")
+        for seed in (0, 1)
+    }
+    assert keys == {("before alignment", "base", 0), *aligned}
+
+
+def test_costs_are_the_sequences_of_both_stages(demonstration):
+    out, _ = demonstration
+    costs = {(r.label, r.stage): r.cost for r in read_records(out)}
+    naive, ours = (costs[method.label, "sft+dpo"] for method in (NAIVE_METHOD, RECOMMENDED_METHOD))
+    assert (naive.training_samples, naive.reference_samples) == (3 * 16 + 2 * 16 * 2, 0)
+    # Half of every batch rides along: 3 steps of 8 + 8 rows, then 2 of 8 pairs and 8 rows.
+    assert (ours.training_samples, ours.reference_samples) == (3 * 8 + 2 * 16, 3 * 8 + 2 * 8)
+
+
+def test_a_second_call_keeps_what_is_finished(demonstration):
+    out, first = demonstration
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "quick", _TINY)
+        again = run.run_demo(out, "quick")
+    assert before
+    assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/checkpoints/*")} == before
+    assert again["records"] == first["records"]
+    assert again["curves"] == first["curves"]
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(demonstration):
+    out, results = demonstration
+    page = (out / "report.html").read_text()
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count('src="data:image/png;base64,') == 2  # the figure, and the curves
+    for absent in ("http://", "https://", "<script"):
+        assert absent not in page
+    for finding in results["findings"]:
+        assert html.escape(finding["claim"]) in page
+    for text in results["answers"]["given"][NAIVE_METHOD.label]:
+        assert html.escape(text) in page
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    "method", [NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, MIXING_METHOD, LORA_METHOD]
+)
+def test_every_method_stays_within_the_same_number_of_sequences(method, objective):
+    stage = Stage(objective, 16, 100, 1e-4)
+    done = plan(method, stage, 0, "run")
+    spent = done.training_sequences + done.reference_sequences
+    step = (done.training_sequences // done.steps) + stage.batch_size
+    refreshes = method.general if done.reference_sets else 0
+    assert stage.sequences - step - refreshes <= spent <= stage.sequences
+
+
+def _record(label, stage, general, over_refusal=0.0, seed=0):
+    scores = {
+        "general": general,
+        "safety": 0.99,
+        "over_refusal": over_refusal,
+        "benign_compliance": 1 - over_refusal,
+    }
+    return Record(label=label, method=label, stage=stage, seed=seed, scores=scores)
+
+
+def test_findings_say_where_the_method_does_not_win():
+    base = _record("base", "base", 0.9)
+    naive = _record("naive", "sft", 0.5)
+    ours, mixing = RECOMMENDED_METHOD.label, MIXING_METHOD.label
+    records = [base, naive]
+    for seed, off in enumerate((-0.01, 0.0, 0.01)):
+        records.append(_record(ours, "sft", 0.86 + off, 0.06, seed))
+        records.append(_record(mixing, "sft", 0.865 + off, 0.01, seed))
+    found = {finding.claim: finding for finding in findings(records)}
+    assert all(finding.stage == "sft" for finding in found.values())
+    removed = found[f"{ours} removes at least 85% of the naive run's general loss"]
+    assert removed.holds
+    assert removed.evidence == "90.0%"
+    assert not found[f"{ours} keeps over-refusal under 5%"].holds
+    general = found[f"{ours} is not behind {mixing} in general"]
+    assert not general.holds
+    assert "within one standard deviation" in general.evidence
+    refusal = found[f"{ours} is not behind {mixing} in over refusal"]
+    assert "outside one standard deviation" in refusal.evidence
+    assert found[f"{ours} is not behind {mixing} in safety"].holds
+    assert found[
+        f"{ours} is safe ({MATCHED_SAFETY:.0%} of harmful requests refused, or more)"
+    ].holds
