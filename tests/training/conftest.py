@@ -73,7 +73,10 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "eval": {"general": {"path": str(folder / "general.jsonl")}},
             "max_length": 128,
         },
-        "references": {"sets": [{"path": str(folder / "general.jsonl"), "samples": 12}]},
+        "references": {
+            "sets": [{"path": str(folder / "general.jsonl"), "samples": 12}],
+            "in_step": None,
+        },
         # Longer than the save interval: a resumed run needs the basis of the checkpoint.
         "ogpsa": {"preset": "recommended", "refresh_every": 5},
         # A large epsilon: where a gradient is zero but for round-off (the key projections' bias),
