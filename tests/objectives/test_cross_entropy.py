@@ -101,7 +101,7 @@ def test_sums_by_halves_are_right_to_a_few_units(rng: np.random.Generator) -> No
 def test_compiled_step_never_holds_the_logits_of_a_batch(draw_rows: Drawer) -> None:
     rows, length, vocabulary, chunk = 4, 64, 4096, 8
     # So many words that no other tensor is as large as the logits of two chunks.
-    config = replace(read_config(TINY), vocab_size=vocabulary, num_hidden_layers=1)
+    config = replace(read_config(TINY), vocab_size=vocabulary, num_layers=1)
     model = Decoder(config, rngs=nnx.Rngs(0), remat="none")
     network = Network.of(model)
     optimizer = make_optimizer(

@@ -127,7 +127,10 @@ def drawn_log_probs(rng: np.random.Generator) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_value_and_gradient_equal_trl(name: str, rng: np.random.Generator) -> None:
+def test_value_and_gradient_equal_trl(
+    name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     tokens, mask, reference = drawn_log_probs(rng)
     theirs = by_trl(name, tokens, mask, reference)
     [slopes] = torch.autograd.grad(theirs, tokens)
