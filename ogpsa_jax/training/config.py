@@ -21,13 +21,16 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PRESETS: dict[str, dict[str, Any]] = {
     # The published method: gradient placement, stale first moment left as it is.
     "paper": {"placement": "gradient", "rank": 2, "project_momentum": False},
-    # Momentum re-projected: without it Adam undoes the projection. See docs/recommended.md.
+    # How these were found: docs/recommended.md.
     "recommended": {"placement": "gradient", "rank": 2, "project_momentum": True},
     "off": {},
 }
 # Preset recommended, unless the configuration has a word on it (or projects updates, into which
 # nothing can be replayed): references that ride in every batch cost no extra samples.
 RECOMMENDED_IN_STEP: dict[str, Any] = {"share": 0.5, "window": 64, "replay_weight": 0.5}
+# With references that are also trained on, projecting the first moment would take out again what
+# they put in.
+RECOMMENDED_WITH_REPLAY: dict[str, Any] = {"rank": 4, "project_momentum": False}
 # Refresh intervals of the published commands (paper, appendix; official training scripts).
 PUBLISHED_REFRESH_EVERY = {"sft": 30, "dpo": 5}
 
@@ -162,7 +165,7 @@ class OgpsaSection(Section):
     refresh_every: PositiveInt = Field(
         30, description="steps between refreshes, where references are not in_step"
     )
-    project_momentum: bool = Field(True, description="re-project first moments at each refresh")
+    project_momentum: bool = Field(True, description="project first moments with each new basis")
     basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
     offload: Literal[False] = Field(
         False, description="basis in host memory between uses: not supported yet"
@@ -251,19 +254,20 @@ class RunConfig(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("ogpsa", {}), dict):
             return raw
         objective = raw.get("objective", "sft")
-        ogpsa = dict(raw.get("ogpsa", {}))
+        ogpsa, references = dict(raw.get("ogpsa", {})), raw.get("references", {})
         preset = ogpsa.get("preset", "recommended")
         defaults = dict(PRESETS.get(preset, {}))
         if objective in PUBLISHED_REFRESH_EVERY:
             defaults["refresh_every"] = PUBLISHED_REFRESH_EVERY[objective]
-        filled = {**raw, "ogpsa": {**defaults, **ogpsa}}
-        references = raw.get("references", {})
         if isinstance(references, dict):
             if preset == "paper" and objective == "dpo":
-                filled["references"] = {"loss": "official", **references}
-            elif preset == "recommended" and filled["ogpsa"]["placement"] == "gradient":
-                filled["references"] = {"in_step": RECOMMENDED_IN_STEP, **references}
-        return filled
+                references = {"loss": "official", **references}
+            if preset == "recommended" and ogpsa.get("placement", "gradient") == "gradient":
+                references = {"in_step": RECOMMENDED_IN_STEP, **references}
+                in_step = references["in_step"]
+                if isinstance(in_step, dict) and in_step.get("replay_weight", 0.5):
+                    defaults |= RECOMMENDED_WITH_REPLAY
+        return {**raw, "ogpsa": {**defaults, **ogpsa}, "references": references}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
