@@ -48,7 +48,7 @@ class Pretraining:
     tasks: tuple[str, ...] = GENERAL_TASKS
     facts: int = FACTS
     items: int = 40_000
-    steps: int = 1000
+    steps: int = 800
     rows: int = 24
     row_length: int = 96
     learning_rate: float = 6e-3
@@ -125,7 +125,7 @@ RECIPES: Final[dict[Mode, Recipe]] = {
         methods=_HEADLINE,
     ),
     "full": Recipe(
-        Pretraining(steps=800),
+        Pretraining(),
         seeds=((0, 0), (0, 1), (0, 2)),
         stages=(_SFT, _DPO),
         methods=_HEADLINE,
@@ -133,7 +133,7 @@ RECIPES: Final[dict[Mode, Recipe]] = {
         probed=(NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD),
     ),
     "thorough": Recipe(
-        Pretraining(steps=1000),
+        Pretraining(),
         seeds=((0, 0), (1, 1), (2, 2)),
         stages=(_SFT, _DPO),
         methods=(

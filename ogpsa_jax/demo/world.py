@@ -176,7 +176,7 @@ def _add(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _largest(rng: np.random.Generator) -> tuple[str, str]:
-    numbers = [int(x) for x in rng.integers(10, 100, size=3)]
+    numbers = [int(x) for x in rng.integers(10, 100, size=2)]
     return "max " + " ".join(map(str, numbers)), str(max(numbers))
 
 
@@ -213,7 +213,7 @@ GENERAL_TASKS: Final = (*_TASKS, "facts")
 PRETRAINING_SHARES: Final = dict.fromkeys([*GENERAL_TASKS, "benign", "harmful"], 1.0) | {
     "add": 3.0,
     "facts": 3.0,
-    "max": 3.0,
+    "max": 2.0,
     "sort": 1.5,
 }
 

@@ -1,0 +1,145 @@
+"""What `preset: recommended` should be: one setting varied at a time, in the demonstration's world.
+
+python scripts/explore_recommended.py --out runs/demo --seeds 1 [--axis momentum replay ...]
+
+Pre-trained weights are shared with `ogpsa-jax demo` where `--out` is the same; finished runs are
+kept. Prints a table in Markdown, and with `--write FILE` puts it between the file's markers.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ogpsa_jax.demo.align import align, one_device
+from ogpsa_jax.demo.methods import (
+    MIXING_METHOD,
+    NAIVE_METHOD,
+    PLENTY,
+    RECOMMENDED_METHOD,
+    SCARCE,
+    Method,
+    scarce,
+)
+from ogpsa_jax.demo.pretraining import pretrain
+from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, key
+from ogpsa_jax.demo.scoring import Exam
+from ogpsa_jax.demo.world import World
+from ogpsa_jax.evaluation import Cost, Record, markdown_table, write_records
+from ogpsa_jax.evaluation.records import BASE
+
+_OGPSA = dict(RECOMMENDED_METHOD.ogpsa or {})
+_IN_STEP = dict(RECOMMENDED_METHOD.in_step or {})
+
+
+def varied(label: str, *, in_step: bool = True, general: int = PLENTY, **changes: object) -> Method:
+    """The recommended setting with some keys of `ogpsa` or `references.in_step` changed."""
+    riding = {name: changes.pop(name) for name in list(changes) if name in _IN_STEP}
+    rate = changes.pop("learning_rate", 1.0)
+    return dataclasses.replace(
+        RECOMMENDED_METHOD,
+        label=label,
+        kind=label,
+        general=general,
+        learning_rate=float(str(rate)),
+        ogpsa={**_OGPSA, **changes},
+        in_step={**_IN_STEP, **riding} if in_step else None,
+    )
+
+
+AXES: dict[str, list[Method]] = {
+    "comparison": [NAIVE_METHOD, MIXING_METHOD, RECOMMENDED_METHOD],
+    "momentum": [varied("momentum projected", project_momentum=True)],
+    "replay": [
+        varied("replay 0", replay_weight=0.0),
+        varied("replay 0, momentum projected", replay_weight=0.0, project_momentum=True),
+        varied("replay 1", replay_weight=1.0),
+        varied("replay 0.5, no projection", rule="none"),
+    ],
+    "rank": [
+        varied("rank 1, window 1", rank=1, window=1),
+        varied("rank 2, window 64", rank=2),
+        varied("rank 10, window 64", rank=10),
+    ],
+    "share": [varied("share 0.25", share=0.25)],
+    "refresh": [
+        varied("refresh every 10", in_step=False, rank=2, refresh_every=10, project_momentum=True),
+        varied("refresh every 30", in_step=False, rank=2, refresh_every=30, project_momentum=True),
+    ],
+    "placement": [
+        varied("update, replay 0", placement="update", replay_weight=0.0),
+    ],
+    "rate": [
+        varied("half the learning rate", learning_rate=0.5),
+        varied("twice the learning rate", learning_rate=2.0),
+    ],
+    "scarce": [
+        scarce(MIXING_METHOD),
+        scarce(RECOMMENDED_METHOD),
+        varied(f"replay 0.5, no projection, {SCARCE} samples", rule="none", general=SCARCE),
+        varied(f"rank 1, window 1, {SCARCE} samples", rank=1, window=1, general=SCARCE),
+        varied(f"rank 10, window 64, {SCARCE} samples", rank=10, general=SCARCE),
+        varied(f"replay 1, {SCARCE} samples", replay_weight=1.0, general=SCARCE),
+    ],
+}
+
+
+def explored(out: Path, seeds: int, axes: list[str]) -> Iterator[Record]:
+    """One record per setting and seed, SFT alone, in the worlds of the thorough demonstration."""
+    recipe = RECIPES["thorough"]
+    stage, mesh = recipe.stages[0], one_device()
+    for world_seed, seed in recipe.seeds[:seeds]:
+        world = World(world_seed, recipe.pretraining.tasks, recipe.pretraining.facts)
+        exam = Exam(world)
+        name = f"pretraining-{world_seed}-{key(recipe.pretraining, world_seed)}"
+        base = pretrain(recipe.pretraining, world, mesh, out / "runs" / name)
+        scores, spread, _ = exam.score(base)
+        yield Record(
+            label="before", method=BASE, stage=BASE, seed=seed, scores=scores, spread=spread
+        )
+        for method in (method for axis in axes for method in AXES[axis]):
+            run_dir = out / "explored" / key(recipe.pretraining, world_seed, method, stage, seed)
+            done = align(base, world, method, stage, seed, mesh, run_dir)
+            scores, spread, _ = exam.score(done.network)
+            cost = Cost(
+                training_samples=done.plan.training_sequences,
+                reference_samples=done.plan.reference_sequences,
+                seconds=done.seconds,
+            )
+            yield Record(
+                label=method.label,
+                method=method.kind,
+                stage="sft",
+                seed=seed,
+                scores=scores,
+                spread=spread,
+                cost=cost,
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seeds", type=int, default=1, choices=(1, 2, 3))
+    parser.add_argument("--axis", nargs="+", choices=list(AXES), default=list(AXES))
+    parser.add_argument("--write", type=Path, help="Markdown file with the markers")
+    arguments = parser.parse_args()
+    records = []
+    for record in explored(arguments.out, arguments.seeds, arguments.axis):
+        print(record.seed, record.label, record.scores, file=sys.stderr, flush=True)
+        records.append(record)
+    write_records(arguments.out / "explored" / "results.json", records)
+    table = markdown_table(records, MATCHED_SAFETY)
+    print(table)
+    if arguments.write:
+        pattern = re.compile(r"(<!-- BEGIN explored -->\n).*?(<!-- END explored -->)", re.DOTALL)
+        text = arguments.write.read_text(encoding="utf-8")
+        text = pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+        arguments.write.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
