@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from ogpsa_jax.demo.align import Aligned, align, merged, one_device
@@ -20,6 +21,7 @@ from ogpsa_jax.demo.probe import first_order_changes
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Mode, Recipe, key
 from ogpsa_jax.demo.scoring import Exam, answers
 from ogpsa_jax.demo.world import Item, World
+from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation import Cost, Record, text_table, write_records
 from ogpsa_jax.evaluation.records import BASE
 from ogpsa_jax.files import write_whole
@@ -62,7 +64,12 @@ class _Demo:
         self.total = runs + len({world for world, _ in recipe.seeds})
 
     def run(self) -> dict[str, Any]:
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--out: {self.out} cannot be made ({error.strerror}); choose another."
+            ) from error
         base: Network | None = None
         made: tuple[World, Exam] | None = None
         for number, (world_seed, seed) in enumerate(self.recipe.seeds):
@@ -218,10 +225,14 @@ def _compilation_cache(folder: Path) -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+    _configure(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            jax.config.update(name, value)  # type: ignore[no-untyped-call]
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+    compilation_cache.reset_cache()  # which otherwise stays with the first folder it was given

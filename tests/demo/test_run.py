@@ -50,7 +50,7 @@ def demonstration(tmp_path_factory):
 def trained(tmp_path_factory):
     """A model that gets some answers right and some wrong."""
     world = World(0, _PRETRAINING.tasks, _PRETRAINING.facts)
-    longer = dataclasses.replace(_PRETRAINING, steps=150, width=32, layers=2)
+    longer = dataclasses.replace(_PRETRAINING, steps=120, width=32)
     return world, pretrain(longer, world, one_device(), tmp_path_factory.mktemp("p"))
 
 
