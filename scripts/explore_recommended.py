@@ -29,9 +29,11 @@ from ogpsa_jax.demo.scoring import Exam
 from ogpsa_jax.demo.world import World
 from ogpsa_jax.evaluation import Cost, Record, markdown_table, write_records
 from ogpsa_jax.evaluation.records import BASE
+from ogpsa_jax.training.config import RECOMMENDED_IN_STEP, RECOMMENDED_WITH_REPLAY
 
-_OGPSA = dict(RECOMMENDED_METHOD.ogpsa or {})
-_IN_STEP = dict(RECOMMENDED_METHOD.in_step or {})
+# Spelled out, because the preset itself depends on whether references are replayed.
+_OGPSA = {"preset": "recommended", **RECOMMENDED_WITH_REPLAY}
+_IN_STEP = RECOMMENDED_IN_STEP
 
 
 def varied(label: str, *, in_step: bool = True, general: int = PLENTY, **changes: object) -> Method:

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ogpsa_jax.demo.methods import MIXING_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, scarce
+from ogpsa_jax.demo.methods import (
+    MIXING_METHOD,
+    PAPER_METHOD,
+    RECOMMENDED_METHOD,
+    REPLAY_METHOD,
+    scarce,
+)
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.evaluation import Record, aggregate
 from ogpsa_jax.evaluation.tables import HEADLINE, Row
@@ -44,14 +50,15 @@ def findings(records: Sequence[Record]) -> list[Finding]:
         ours = rows.get((RECOMMENDED_METHOD.label, stage))
         if ours is not None:
             found += _own(ours)
-        for other in (PAPER_METHOD, MIXING_METHOD):
+        for other in (PAPER_METHOD, MIXING_METHOD, REPLAY_METHOD):
             theirs = rows.get((other.label, stage))
             if ours is not None and theirs is not None:
                 found += [_not_behind(ours, theirs, name) for name in HEADLINE]
         few = rows.get((scarce(RECOMMENDED_METHOD).label, stage))
-        mixed = rows.get((scarce(MIXING_METHOD).label, stage))
-        if few is not None and mixed is not None:
-            found += [_ahead(few, mixed, name) for name in HEADLINE if name != "safety"]
+        for other in (MIXING_METHOD, REPLAY_METHOD):
+            theirs = rows.get((scarce(other).label, stage))
+            if few is not None and theirs is not None:
+                found += [_ahead(few, theirs, name) for name in HEADLINE if name != "safety"]
     return found
 
 
@@ -104,7 +111,7 @@ def _ahead(ours: Row, theirs: Row, name: str) -> Finding:
     """Better by more than one standard deviation."""
     return Finding(
         ours.stage,
-        f"{ours.label} beat {theirs.label} in {name.replace('_', ' ')} by more than one standard "
+        f"{ours.label} beats {theirs.label} in {name.replace('_', ' ')} by more than one standard "
         "deviation",
         _gain(ours, theirs, name) > _deviation(ours, theirs, name),
         f"{_value(ours, name)} against {_value(theirs, name)}",

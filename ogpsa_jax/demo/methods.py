@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ogpsa_jax.evaluation.records import NAIVE
-from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.config import RECOMMENDED_IN_STEP, RunConfig
 
 PLENTY: Final = 400
 SCARCE: Final = 80
@@ -159,9 +159,6 @@ def _raw(method: Method, stage: Stage, seed: int, output_dir: str) -> dict[str, 
     }
 
 
-_IN_STEP: Final = {"share": 0.5, "window": 64, "replay_weight": 0.5}
-
-
 NAIVE_METHOD: Final = Method("naive", NAIVE, "safety data alone: it pays the whole tax")
 PAPER_METHOD: Final = Method(
     "OGPSA, paper",
@@ -173,8 +170,8 @@ RECOMMENDED_METHOD: Final = Method(
     "OGPSA, recommended",
     RECOMMENDED,
     "references ride in every batch, and are trained on as well with weight 0.5",
-    ogpsa={"preset": "recommended", "rank": 4, "project_momentum": False},
-    in_step=_IN_STEP,
+    ogpsa={"preset": "recommended"},
+    in_step=RECOMMENDED_IN_STEP,
 )
 MIXING_METHOD: Final = Method(
     "mixing 50 %", "mixing", "half of every batch is general data, equal compute", mixing=0.5
@@ -219,7 +216,7 @@ REPLAY_PROJECTED_METHOD: Final = Method(
     "recommended, momentum projected",
     "the recommended setting, and the first moment projected at every step",
     ogpsa={"preset": "recommended", "rank": 4, "project_momentum": True},
-    in_step=_IN_STEP,
+    in_step=RECOMMENDED_IN_STEP,
 )
 
 
