@@ -81,7 +81,7 @@ def test_a_bad_setting_is_told(refused, override, parts):
 def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(refused, ground, tmp_path):
     second = tmp_path / "second.yaml"
     second.write_text(
-        f"{{data: {{train: [{{path: {tmp_path / 'nowhere.jsonl'}}}]}}, "
+        f"{{data: {{train: [{{path: {tmp_path / 'nowhere.jsonl'}}}], max_length: 128}}, "
         f"ogpsa: {{preset: off}}, output_dir: {tmp_path / 'second'}}}\n"
     )
     # The stage's own file names its directory; an override would name it for both.
@@ -102,8 +102,8 @@ def test_a_malformed_row_is_told_with_file_and_line(refused, ground, tmp_path):
     rows[6] = json.dumps({"prompt": "what"})
     (tmp_path / "bad.jsonl").write_text("\n".join(rows))
     sentence = refused(f"data.train.0.path={tmp_path / 'bad.jsonl'}")
-    assert "bad.jsonl, line 7" in sentence
-    assert "completion" in sentence
+    assert "bad.jsonl, line 7: " in sentence
+    assert "must be text, found nothing" in sentence
     rows[6] = '{"prompt": '
     (tmp_path / "bad.jsonl").write_text("\n".join(rows))
     assert "line 7" in refused(f"data.train.0.path={tmp_path / 'bad.jsonl'}")
@@ -114,9 +114,7 @@ def test_a_template_without_assistant_tokens_is_told(refused, tmp_path):
     template.write_text(
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    sentence = refused(f"data.template={template}")
-    assert "line 1" in sentence
-    assert "assistant" in sentence
+    assert "does not show what the assistant says" in refused(f"data.template={template}")
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_told(refused, model):
@@ -146,12 +144,10 @@ def test_a_torn_checkpoint_is_told(refused, model):
 
 
 def test_the_directory_of_another_run_is_refused(refused, interrupted):
-    before = (interrupted / "config.yaml").read_text()
     sentence = refused("mesh.fsdp=8", "seed=1", output_dir=interrupted)
     assert "seed: 0, not 1" in sentence
     (interrupted / "config.yaml").unlink()
     assert "no config.yaml" in refused("mesh.fsdp=8", output_dir=interrupted)
-    assert before
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted, ground, capsys, caplog):
