@@ -27,8 +27,8 @@ def refresh(
     Raises:
       ValueError: as :func:`ogpsa_jax.refresh`.
     """
-    pure = [nnx.pure(reference) for reference in references]
-    state = nnx.pure(optimizer.opt_state)
+    pure = [nnx.as_pure(reference) for reference in references]
+    state = nnx.as_pure(optimizer.opt_state)
     _store(optimizer, _refresh(state, pure, project_momentum=project_momentum))
 
 
@@ -53,8 +53,8 @@ def push_reference(
       ValueError: as :func:`ogpsa_jax.push_reference`.
     """
     new = _push_reference(
-        nnx.pure(optimizer.opt_state),
-        nnx.pure(reference),
+        nnx.as_pure(optimizer.opt_state),
+        nnx.as_pure(reference),
         window=window,
         restart=restart,
         project_momentum=project_momentum,

@@ -61,11 +61,11 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
                 for name, value in values.items()
             }
     squared, removed, in_span, rank, captured, missed = totals
-    count = sum(state.settings.groups[-1].rows.stop for state in states)
+    count = sum(group.rows.stop - group.start for s in states for group in s.settings.groups)
     return {
         "removed_fraction": _fraction(removed, squared),
         "in_span_fraction": _fraction(in_span, squared),
-        "effective_rank": rank / count,
+        "effective_rank": rank / max(count, 1),
         "reference_coverage": _fraction(captured, captured + missed),
         "steps_since_refresh": _largest([state.steps_since_refresh for state in states]),
         "refreshes": _largest([state.refreshes for state in states]),

@@ -34,7 +34,11 @@ def replace_states(opt_state: Any, change: Callable[[OgpsaState], OgpsaState]) -
       ValueError: as :func:`find_states`.
     """
     find_states(opt_state)
-    return jax.tree.map(lambda x: change(x) if _is_ours(x) else x, opt_state, is_leaf=_is_ours)
+
+    def visit(node: Any) -> Any:
+        return change(node) if _is_ours(node) and node.settings.groups else node
+
+    return jax.tree.map(visit, opt_state, is_leaf=_is_ours)
 
 
 def _outline(node: Any) -> str:

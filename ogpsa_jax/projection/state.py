@@ -21,6 +21,20 @@ class Settings:
     groups: tuple[Group, ...]  # over the held leaves
 
 
+class NoLeaves(Settings):
+    """Settings over a tree without leaves, where nothing is projected: equal to any settings.
+
+    ``optax.tree.map_params`` makes a state of a placeholder without leaves and maps over it and the
+    real one together, which asks for equal structures.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OgpsaState:

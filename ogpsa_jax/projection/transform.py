@@ -14,7 +14,7 @@ import optax
 
 from ogpsa_jax.projection.groups import MASKED, Scope, Stacked, form_groups
 from ogpsa_jax.projection.project import RULES, project
-from ogpsa_jax.projection.state import Alignment, OgpsaState, Settings
+from ogpsa_jax.projection.state import Alignment, NoLeaves, OgpsaState, Settings
 
 Placement = Literal["gradient", "update", "both"]
 
@@ -90,7 +90,7 @@ def ogpsa_project(
     def init_fn(params: optax.Params) -> OgpsaState:
         paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         held, groups = form_groups(paths_and_leaves, scope, stacked)
-        if not groups:
+        if paths_and_leaves and not groups:
             raise ValueError("params: no floating-point leaf that the scope does not freeze")
 
         def zeros() -> Any:
@@ -104,8 +104,9 @@ def ogpsa_project(
             )
 
         def per_group(*trailing: int, dtype: Any = jnp.float32) -> jax.Array:
-            return jnp.zeros((groups[-1].rows.stop, *trailing), dtype)
+            return jnp.zeros((groups[-1].rows.stop if groups else 0, *trailing), dtype)
 
+        kind = Settings if groups else NoLeaves  # the latter: all leaves masked, a placeholder
         return OgpsaState(
             basis=tuple(zeros() for _ in range(rank)),
             gram=per_group(rank, rank),
@@ -120,7 +121,7 @@ def ogpsa_project(
             steps_since_refresh=jnp.zeros([], jnp.int32),
             refreshes=jnp.zeros([], jnp.int32),
             refused_refreshes=jnp.zeros([], jnp.int32),
-            settings=Settings(rank, rule, float(rank_tol), tuple(held), groups),
+            settings=kind(rank, rule, float(rank_tol), tuple(held), groups),
         )
 
     def update_fn(
@@ -140,6 +141,8 @@ def apply_projection(
 ) -> tuple[optax.Updates, OgpsaState]:
     """Apply the state's rule to `updates`; `sign` is −1 where they point down the gradient."""
     settings = state.settings
+    if not settings.groups:
+        return updates, state
     aligned = Alignment(state, updates, "updates")
     leaves, energies = project(
         aligned.leaves, state.subspaces(), settings.groups, settings.rule, scale, sign

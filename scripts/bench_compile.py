@@ -1,0 +1,105 @@
+"""How long update and refresh take to compile: Qwen2.5-7B on 256 devices; 300 leaves at rank 16.
+
+    python scripts/bench_compile.py
+
+Nothing is allocated or run: shapes alone, on host devices that exist in name only. Prints wall and
+processor time, and what the compiled programs send between devices.
+"""
+
+import argparse
+import math
+import os
+import re
+import time
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def qwen(stacked: bool):
+    """Shapes and specs of Qwen2.5-7B, its 28 layers stacked or apart."""
+    d, kv, hidden, vocabulary, layers = 3584, 512, 18944, 152064, 28
+    column, row, flat = ("fsdp", "tensor"), ("tensor", "fsdp"), ()
+    layer = {
+        "q": ((d, d), column), "k": ((d, kv), column), "v": ((d, kv), column), "o": ((d, d), row),
+        "gate": ((d, hidden), column), "up": ((d, hidden), column), "down": ((hidden, d), row),
+        "q_bias": ((d,), ("tensor",)), "k_bias": ((kv,), ("tensor",)),
+        "v_bias": ((kv,), ("tensor",)), "norm1": ((d,), flat), "norm2": ((d,), flat),
+    }  # fmt: skip
+    tree = {"embedding": ((vocabulary, d), row), "head": ((d, vocabulary), column)}
+    tree["norm"] = ((d,), flat)
+    if stacked:
+        tree |= {f"layers/{n}": ((layers, *s), (None, *p)) for n, (s, p) in layer.items()}
+    else:
+        tree |= {f"layer{i}/{n}": leaf for i in range(layers) for n, leaf in layer.items()}
+    return tree
+
+
+def abstract(tree, mesh=None):
+    def place(shape, spec):
+        sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    return {name: place(*leaf) for name, leaf in tree.items()}
+
+
+def report(label, program, *arguments, donate=()) -> None:
+    wall, processor = time.perf_counter(), time.process_time()
+    compiled = jax.jit(program, donate_argnums=donate).lower(*arguments).compile()
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    text = compiled.as_text()
+    found: dict[str, list[int]] = {}
+    for shapes, name in COLLECTIVE.findall(text):
+        dims = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        size = sum(4 * math.prod(int(d) for d in each.split(",") if d) for each in dims)
+        found.setdefault(name, []).append(size)
+    sent = ", ".join(f"{len(s)} {n} of at most {max(s):,} bytes" for n, s in sorted(found.items()))
+    print(
+        f"{label:44s} {wall:6.1f} s wall, {processor:6.1f} s processor; "
+        f"{text.count(' = '):,} instructions; {sent or 'no collective'}",
+        flush=True,
+    )
+
+
+def programs(label, params, rank, count, **settings) -> None:
+    tx = ogpsa_project(rank, **settings)
+    state = jax.eval_shape(tx.init, params)
+    # eval_shape forgets shardings: the basis has the parameters', the small arrays are whole.
+    shardings = {name: leaf.sharding for name, leaf in params.items()}
+    basis = tuple(
+        {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+            for name, leaf in tree.items()
+        }
+        for tree in state.basis
+    )
+    state = dataclasses.replace(state, basis=basis)
+    report(f"{label}, update", tx.update, params, state, donate=(0, 1))
+    report(f"{label}, refresh", refresh, state, [params] * count, donate=0)
+
+
+def main() -> None:
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jax {jax.__version__}")
+    mesh = jax.make_mesh((64, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        for stacked in (True, False):
+            params = abstract(qwen(stacked), mesh)
+            label = f"Qwen2.5-7B, 256 devices, {len(params)} leaves, k=2"
+            programs(label, params, 2, 2, stacked={"layers": 0} if stacked else None)
+    leaves = {f"leaf{i}": ((256 + i, 128), ()) for i in range(300)}
+    programs("300 leaves, one device, k=16", abstract(leaves), 16, 16)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=256"
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    from ogpsa_jax import ogpsa_project, refresh
+
+    main()
