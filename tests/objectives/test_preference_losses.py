@@ -191,16 +191,17 @@ def test_policy_that_is_the_reference_has_no_margin_and_no_divergence(
         assert float(sums[name]) == 0.0, name
 
 
-def everything(toy: Toy, batch: Batch, loss: str) -> Any:
-    """Loss sum, weight, metrics and gradient of the sum."""
+def measure(toy: Toy, loss: str) -> Callable[[Batch], Any]:
+    """Loss sum, weight, metrics and the sum's gradient of a batch."""
     graphdef, params = nnx.split(toy, nnx.Param)
 
-    def objective(params: Any, batch: Any) -> Any:
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradient_and_values(params: Any, batch: Any) -> Any:
         total, weight, metrics = dpo_loss(nnx.merge(graphdef, params), batch, loss=loss, beta=0.3)
         return total, (total, weight, metrics)
 
-    gradient, values = jax.jit(jax.grad(objective, has_aux=True))(params, batch)
-    return jax.tree.map(np.asarray, (values, nnx.to_pure_dict(gradient)))
+    return lambda batch: jax.tree.leaves(gradient_and_values(params, batch))
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
@@ -213,15 +214,14 @@ def test_any_cut_adds_up_and_empty_rows_weigh_nothing(
     loss: str, toy: Toy, draw_rows: Drawer, rng: np.random.Generator
 ) -> None:
     batch = draw_rows(PAIRS, 12, pairs=True)
-    whole = everything(toy, batch, loss)
+    measured = measure(toy, loss)
     cut = int(rng.integers(1, PAIRS))
     parts = [{k: v[:cut] for k, v in batch.items()}, {k: v[cut:] for k, v in batch.items()}]
     # Filled up to one shape, as the last micro-batches of a data set are.
-    filled = [with_empty_rows(part, PAIRS + 1 - len(part["input_ids"])) for part in parts]
-    added = jax.tree.map(lambda a, b: a + b, *(everything(toy, part, loss) for part in filled))
-    assert_close(added, whole)
-    nothing = everything(toy, {k: np.zeros_like(v) for k, v in batch.items()}, loss)
-    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(nothing))
+    filled = [with_empty_rows(part, PAIRS - len(part["input_ids"])) for part in parts]
+    assert_close([a + b for a, b in zip(*map(measured, filled), strict=True)], measured(batch))
+    nothing = measured({k: np.zeros_like(v) for k, v in batch.items()})
+    assert all(np.all(leaf == 0) for leaf in nothing)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -130,7 +130,8 @@ def change_tokenizer(run: Run) -> None:
     shutil.copytree(run.folder / "model", run.folder / "tokenizer")
     path = run.folder / "tokenizer" / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "a"}
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["e"] = words["e"], words["a"]
     path.write_text(json.dumps(tokenizer))
     run.settings["model"]["tokenizer"] = str(path.parent)
 
