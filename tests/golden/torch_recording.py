@@ -23,7 +23,7 @@ import transformers
 Batch = dict[str, np.ndarray]
 Vector = torch.Tensor
 KEYS = ("input_ids", "attention_mask", "labels")
-WRONG = ("global projection", "never refreshed", "preference loss on references", "sum of means")
+WRONG = ("global projection", "never refreshed", "preference loss on references")
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,9 +127,7 @@ class Trainer:
         if self.pairs:
             terms = self.dpo(batch)
             return terms["losses"].mean() / micros, terms
-        losses, learnt = token_losses(self.model, batch)
-        if self.wrong == "sum of means":
-            return losses.sum() / learnt.sum() / micros, None
+        losses, _ = token_losses(self.model, batch)
         return losses.sum() / items, None
 
     def refresh(self, sets: dict[str, list[Batch]]) -> dict[str, dict[str, float]]:
