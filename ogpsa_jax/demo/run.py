@@ -71,6 +71,7 @@ class _Demo:
                 f"--out: {self.out} cannot be made ({error.strerror}); choose another."
             ) from error
         base: Network | None = None
+        found: dict[str, Any] = {}
         made: tuple[World, Exam] | None = None
         for number, (world_seed, seed) in enumerate(self.recipe.seeds):
             if made is None or made[0].seed != world_seed:
@@ -82,7 +83,12 @@ class _Demo:
                     self._method(*made, base, method, seed, stages, shown=number == 0)
             if number == 0:
                 self._probe(made[0], base, seed)
-        return self._write()
+            # After every repetition, so that there is something to look at early.
+            found = self._write()
+        print(text_table(self.records, MATCHED_SAFETY))
+        print(f"\n{findings_text(findings(self.records))}\n")
+        print(f"{self.out}: report.html, pareto.png, results.json")
+        return found
 
     def _world(self, seed: int) -> tuple[World, Exam]:
         recipe = self.recipe.pretraining
@@ -174,13 +180,13 @@ class _Demo:
         print(f"[{self.done}/{self.total}, {passed:.0f} s] {what}", file=sys.stderr, flush=True)
 
     def _write(self) -> dict[str, Any]:
-        found = findings(self.records)
+        """Write the results so far, and return what ``results.json`` holds."""
         extra: dict[str, Any] = {
             "mode": self.mode,
             "recipe": dataclasses.asdict(self.recipe),
             "matched_safety": MATCHED_SAFETY,
             "seconds": round(time.perf_counter() - self.started, 1),
-            "findings": [dataclasses.asdict(finding) for finding in found],
+            "findings": [dataclasses.asdict(finding) for finding in findings(self.records)],
             "answers": {
                 "asked": [dataclasses.asdict(item) for item in self.asked],
                 "given": self.answers,
@@ -191,9 +197,6 @@ class _Demo:
         write_records(self.out / "results.json", self.records, extra)
         demo_figure(self.records).savefig(self.out / "pareto.png")
         write_whole(self.out / "report.html", demo_page(self.records, extra))
-        print(text_table(self.records, MATCHED_SAFETY))
-        print(f"\n{findings_text(found)}\n")
-        print(f"{self.out}: report.html, pareto.png, results.json")
         return {**extra, "records": [record.model_dump() for record in self.records]}
 
 
