@@ -82,7 +82,6 @@ class Recipe:
       seeds: (world, alignment) of every repetition.
       stages: SFT, then DPO from its result.
       methods: aligned with in every repetition.
-      once: aligned with in the first repetition only.
       sft_only: as `methods`, but left out of the DPO stage.
       merge_weights: of the aligned model, where weights are merged.
       probed: methods whose steps are compared with general gradients, in the first repetition.
@@ -92,7 +91,6 @@ class Recipe:
     seeds: tuple[tuple[int, int], ...]
     stages: tuple[Stage, ...]
     methods: tuple[Method, ...]
-    once: tuple[Method, ...] = ()
     sft_only: tuple[Method, ...] = ()
     merge_weights: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     probed: tuple[Method, ...] = ()
@@ -101,8 +99,8 @@ class Recipe:
         """(world seed, alignment seed, method, number of stages) of every run, in order."""
         return [
             (world, seed, method, 1 if method in self.sft_only else len(self.stages))
-            for number, (world, seed) in enumerate(self.seeds)
-            for method in (*self.methods, *self.sft_only, *(() if number else self.once))
+            for world, seed in self.seeds
+            for method in (*self.methods, *self.sft_only)
         ]
 
 
@@ -129,8 +127,7 @@ RECIPES: Final[dict[Mode, Recipe]] = {
         seeds=((0, 0), (0, 1), (0, 2)),
         stages=(_SFT, _DPO),
         methods=_HEADLINE,
-        once=(UPDATE_METHOD, LORA_METHOD),
-        probed=(NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD),
+        probed=(NAIVE_METHOD, RECOMMENDED_METHOD),
     ),
     "thorough": Recipe(
         Pretraining(),
