@@ -181,7 +181,7 @@ LORA_METHOD: Final = Method(
     "LoRA",
     "only adapters of rank 8 are trained",
     lora={"rank": 8, "alpha": 16.0},
-    learning_rate=5.0,
+    learning_rate=2.0,
 )
 REPLAY_METHOD: Final = Method(
     "replay alone",
