@@ -103,8 +103,10 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> "Figure":
         axes.grid(color="#E4E4E4", linewidth=0.7)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        if axes.lines:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
+        else:
+            axes.text(0.5, 0.5, "not measured in this mode", ha="center", transform=axes.transAxes)
     return figure
 
 

@@ -111,15 +111,16 @@ _HEADLINE: Final = (NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, MIXING_METHO
 RECIPES: Final[dict[Mode, Recipe]] = {
     "quick": Recipe(
         Pretraining(
-            tasks=("copy", "upper", "pair", "facts"),
-            facts=16,
+            tasks=("max", "facts"),
+            facts=24,
             items=12_000,
-            steps=350,
-            rows=16,
+            steps=500,
+            rows=12,
+            learning_rate=8e-3,
             layers=2,
         ),
         seeds=((0, 0),),
-        stages=(replace(_SFT, steps=45, learning_rate=6e-4),),
+        stages=(replace(_SFT, steps=100, learning_rate=1.5e-3),),
         methods=(NAIVE_METHOD, RECOMMENDED_METHOD, MIXING_METHOD),
     ),
     "full": Recipe(
