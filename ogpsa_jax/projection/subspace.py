@@ -14,7 +14,7 @@ hundreds of groups would compile slowly), while big arrays are only touched leaf
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +118,26 @@ def combine(weights: jax.Array, stacked: Leaves, groups: Sequence[Group]) -> lis
         for place, leaf, axis in zip(group.leaves, group.of(stacked), group.axes, strict=True):
             rest = tuple(-1 if i == axis else 1 for i in range(leaf.ndim - 1))
             spread_factors = factors.reshape(*factors.shape[:2], *rest)
-            out[place] = jnp.sum(leaf[:, None].astype(jnp.float32) * spread_factors, axis=0)
+            out[place] = _weighted_sum(spread_factors, leaf)
     return out
+
+
+def _weighted_sum(factors: jax.Array, leaf: jax.Array) -> jax.Array:
+    """``Σ_i factors[i, j] · leaf[i]``: float32 ``[k, ...]``.
+
+    Term by term: of a product and a sum over it, XLA's CPU backend first writes the product, m·k
+    copies of the leaf.
+    """
+
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        return total + factors[i] * leaf[i][None].astype(jnp.float32)
+
+    total = factors[0] * leaf[0][None].astype(jnp.float32)
+    if leaf.shape[0] > 8:  # many terms, unrolled, would compile slowly
+        return jax.lax.fori_loop(1, leaf.shape[0], add, total)
+    for i in range(1, leaf.shape[0]):
+        total = add(i, total)
+    return total
 
 
 def eigen(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -88,14 +88,15 @@ def test_a_zero_reference_adds_no_direction(rng):
 
 
 def test_a_push_holds_no_more_than_rank_plus_one_copies(rng):
-    params = {"w": jnp.zeros((512, 512))}
+    params = {f"w{i}": jnp.zeros((512, 64)) for i in range(8)}
+    size = sum(leaf.nbytes for leaf in params.values())
     for rank in (2, 4):
         tx = ogpsa_project(rank)
         state = jax.eval_shape(tx.init, params)
         push = jax.jit(push_reference, donate_argnums=0)
         memory = push.lower(state, params).compile().memory_analysis()
         # Beside the state, which is updated in place, and the reference that comes in.
-        assert memory.temp_size_in_bytes <= (rank + 1) * params["w"].nbytes * 1.05
+        assert memory.temp_size_in_bytes <= (rank + 1) * size
 
 
 def test_a_window_below_one_is_refused(rng):
