@@ -216,7 +216,7 @@ def test_a_checkpoint_that_may_be_readable_later_stops_the_run_and_stays(
 
 
 # The limit strikes the compilation cache too, where the step is not in it yet.
-@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+@pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache")
 def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_lost(
     interrupted, uninterrupted, on_some_devices, configured
 ):
