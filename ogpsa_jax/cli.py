@@ -15,7 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("ogpsa_jax").setLevel(logging.INFO)
     # Orbax logs the traceback of every error that it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         parsed.run(parsed)
     except InputError as error:

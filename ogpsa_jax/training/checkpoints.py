@@ -51,6 +51,14 @@ class Checkpoints:
         self._write = write
         self._manager = self._open()
         self._saving: int | None = None
+        self._hook = sys.unraisablehook
+        if write:
+            sys.unraisablehook = self._unless_abandoned
+
+    def _unless_abandoned(self, found: Any) -> None:
+        """Drop what the writers that a failed save leaves behind say to its closed event loop."""
+        if str(found.exc_value) != "Event loop is closed":
+            self._hook(found)
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -181,6 +189,7 @@ class Checkpoints:
         """
         self.wait()
         self._manager.close()
+        sys.unraisablehook = self._hook
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -188,6 +197,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
+            gc.collect()
+            sys.unraisablehook = self._hook
             self._manager.reload()
             whole = max(self._manager.all_steps(), default=None)
             rest = f"step {whole} is whole" if whole is not None else "there is none before it"
