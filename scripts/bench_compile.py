@@ -87,8 +87,8 @@ def main() -> None:
             params = abstract(qwen(stacked), mesh)
             label = f"Qwen2.5-7B, 256 devices, {len(params)} leaves, k=2"
             programs(label, params, 2, 2, stacked={"layers": 0} if stacked else None)
-    leaves = {f"leaf{i}": ((256 + i, 128), ()) for i in range(300)}
-    programs("300 leaves, one device, k=16", abstract(leaves), 16, 16)
+    leaves = {f"leaf{i}": ((256 + 32 * (i % 10), 128), ()) for i in range(300)}
+    programs("300 leaves of 10 shapes, one device, k=16", abstract(leaves), 16, 16)
 
 
 if __name__ == "__main__":

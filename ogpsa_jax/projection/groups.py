@@ -8,6 +8,7 @@ Everything downstream works on flat lists of leaves, and on *per-group arrays* w
 length G counts the groups, every layer of a stacked leaf for one. A `Group` knows its rows there.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -123,6 +124,43 @@ def inner(a: Sequence[jax.Array], b: Sequence[jax.Array], group: Group) -> jax.A
         products = x.astype(jnp.float32) * y.astype(jnp.float32)
         total = total + jnp.sum(products, axis=others).reshape(total.shape)
     return total
+
+
+def inner_with_each(
+    a: Sequence[jax.Array], directions: Sequence[Sequence[jax.Array]], group: Group
+) -> jax.Array:
+    """⟨a, direction j⟩ of a group's leaves, each with its k directions: float32 ``[rows, k]``."""
+    total = jnp.zeros((group.rows.stop - group.start, len(directions[0])), jnp.float32)
+    for x, each, axis in zip(a, directions, group.axes, strict=True):
+        if stacks(each):
+            stack = jnp.stack(each).astype(jnp.float32)
+            others = tuple(i + 1 for i in range(x.ndim) if i != axis)
+            sums = jnp.sum(x.astype(jnp.float32)[None] * stack, axis=others)
+            total = total + sums.reshape(len(each), -1).T
+        else:
+            alone = group._replace(axes=(axis,))
+            total = total + jnp.stack([inner([x], [y], alone) for y in each], axis=-1)
+    return total
+
+
+def combination(factors: jax.Array, each: Sequence[jax.Array], axis: int | None) -> jax.Array:
+    """``Σ_j factors[:, j] · each[j]`` of one leaf, float32; `factors` ``[rows, k]``."""
+    ndim = each[0].ndim
+    if stacks(each):
+        rest = tuple(-1 if i == axis else 1 for i in range(ndim))
+        stack = jnp.stack(each).astype(jnp.float32)
+        return jnp.sum(factors.T.reshape(len(each), *rest) * stack, axis=0)
+    terms = [spread(factors[:, j], ndim, axis) * y.astype(jnp.float32) for j, y in enumerate(each)]
+    return functools.reduce(jnp.add, terms)
+
+
+def stacks(each: Sequence[jax.Array]) -> bool:
+    """Whether the directions of a leaf are put into one array before they are used.
+
+    Many of a small leaf: an operation on each, times hundreds of such leaves, compiles slowly. Of a
+    large one the copy would cost more than it saves.
+    """
+    return len(each) > 8 and each[0].size <= 2**17
 
 
 def spread(rows: jax.Array, ndim: int, axis: int | None) -> jax.Array:

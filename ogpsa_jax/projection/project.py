@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.groups import Group, inner, spread
+from ogpsa_jax.projection.groups import Group, combination, inner, inner_with_each, spread
 
 RULES: tuple[str, ...] = ("orthogonal", "conflict", "inplane", "none")
 
@@ -51,52 +51,58 @@ def project(
     Returns:
       The leaves after the rule, in the dtypes of `vector`, and what it did.
     """
-    out = list(vector)
-    energies = []
+    basis = [[direction[i] for direction in subspaces.directions] for i in range(len(vector))]
+    before, coefficients = [], []
     for group in groups:
-        leaves, energy = _project_group(vector, subspaces, group, rule, scale, sign)
-        for place, leaf in zip(group.leaves, leaves, strict=True):
-            out[place] = leaf
-        energies.append(energy)
-    return out, Energies(*(jnp.concatenate(parts) for parts in zip(*energies, strict=True)))
+        own = group.of(vector)
+        before.append(inner(own, own, group))
+        coefficients.append(inner_with_each(own, group.of(basis), group))
+    # What is small is done for all groups at once: hundreds of them would compile slowly.
+    energies, keep, weights = _shares(
+        jnp.concatenate(before), jnp.concatenate(coefficients), subspaces, rule, scale, sign
+    )
+    out = list(vector)
+    if rule == "none":
+        return out, energies
+    for group in groups:
+        factors, kept = weights[group.rows], keep[group.rows]
+        for place, axis in zip(group.leaves, group.axes, strict=True):
+            leaf = vector[place]
+            result = leaf.astype(jnp.float32)
+            if rule != "orthogonal":
+                result = result * spread(kept, leaf.ndim, axis)
+            result = result - combination(factors, basis[place], axis)
+            out[place] = result.astype(leaf.dtype)
+    return out, energies
 
 
-def _project_group(
-    vector: Sequence[jax.Array],
+def _shares(
+    before: jax.Array,
+    coefficients: jax.Array,
     subspaces: Subspaces,
-    group: Group,
     rule: str,
     scale: Any,
     sign: float,
-) -> tuple[list[jax.Array], Energies]:
-    own = group.of(vector)
-    basis = [group.of(direction) for direction in subspaces.directions]
-    metric, mean = subspaces.metric[group.rows], subspaces.mean[group.rows]
-    coefficients = jnp.stack([inner(own, direction, group) for direction in basis], axis=-1)
+) -> tuple[Energies, jax.Array, jax.Array]:
+    """What the rule does, how much it keeps of the vector ``[G]``, and takes of the basis.
+
+    The latter ``[G, k]``; with the squared norms ``[G]`` and the inner products ``[G, k]`` given.
+    """
+    metric, mean = subspaces.metric, subspaces.mean
     weights = jnp.sum(metric * coefficients[:, None, :], axis=-1)
     # An infinite gradient times a zero direction is not a number: absent directions have no weight.
     weights = jnp.where(jnp.diagonal(metric, axis1=-2, axis2=-1) > 0, weights, 0.0)
-    before = inner(own, own, group)
     in_span = jnp.sum(jnp.where(weights != 0, coefficients * weights, 0.0), axis=-1)
-    if rule == "none":
-        return own, Energies(before, in_span, before)
-    # vector → keep · vector − take · (its component in the span)
     one, zero = jnp.ones_like(before), jnp.zeros_like(before)
     keep, take = one, one
-    if rule == "inplane":
+    if rule == "none":
+        take = zero
+    elif rule == "inplane":
         keep, take = zero, -one
     elif rule == "conflict":
         agreement = sign * jnp.sum(jnp.where(mean != 0, coefficients * mean, 0.0), axis=-1)
         keep = jnp.where(agreement > 0, jnp.asarray(scale, jnp.float32), one)
         take = jnp.where(agreement < 0, one, zero)
     after = keep**2 * (before - in_span) + (keep - take) ** 2 * in_span
-    leaves = []
-    for i, (leaf, axis) in enumerate(zip(own, group.axes, strict=True)):
-        result = leaf.astype(jnp.float32)
-        if rule != "orthogonal":
-            result = result * spread(keep, leaf.ndim, axis)
-        for j, direction in enumerate(basis):
-            factor = spread(take * weights[:, j], leaf.ndim, axis)
-            result = result - factor * direction[i].astype(jnp.float32)
-        leaves.append(result.astype(leaf.dtype))
-    return leaves, Energies(before, in_span, jnp.maximum(after, 0.0))
+    after = before if rule == "none" else jnp.maximum(after, 0.0)
+    return Energies(before, in_span, after), keep, take[:, None] * weights

@@ -17,13 +17,12 @@ from ogpsa_jax.projection.momentum import project_first_moments
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
     Leaves,
-    apply_scale,
     combine,
     gram,
     orthonormalised,
     principal,
     pseudo_inverse,
-    unit_scale,
+    shrink,
 )
 
 
@@ -71,20 +70,21 @@ def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool
 def _refreshed(state: OgpsaState, references: Sequence[Any]) -> OgpsaState:
     settings = state.settings
     held = [Alignment(state, tree, "references").leaves for tree in references]
-    scales = [unit_scale(leaves, settings.groups) for leaves in held]
-    units = [apply_scale(*pair, settings.groups) for pair in zip(held, scales, strict=True)]
-    accept = jnp.all(jnp.stack([scale.finite for scale in scales]))
-    squares = gram([jnp.stack(parts) for parts in zip(*units, strict=True)], settings.groups)
+    shrunk = shrink(
+        [jnp.stack([x.astype(jnp.float32) for x in parts]) for parts in zip(*held, strict=True)],
+        settings.groups,
+    )
+    units = shrunk.factors
+    squares = shrunk.gram * units[:, :, None] * units[:, None, :]
     found = principal(squares, settings.rank, settings.rank_tol)
-    # Kept alive until the eigenvectors are known, the stacks would cost m copies of the parameters:
-    # behind the barrier they are made anew.
-    units = jax.lax.optimization_barrier(units)  # type: ignore[no-untyped-call]
-    stacked = [jnp.stack(parts) for parts in zip(*units, strict=True)]
-    basis = orthonormalised(combine(found.vectors, stacked, settings.groups), settings.groups)
+    # From the references as they came, so that nothing of their size outlives the Gram matrices.
+    turn = (shrunk.scale * units)[:, :, None] * found.vectors
+    made = combine(turn, list(zip(*held, strict=True)), settings.groups)
+    basis = orthonormalised(made, settings.groups)
     total = jnp.sum(squares, axis=-1)  # ⟨reference i, sum of the references⟩
     return with_subspace(
         state,
-        accept,
+        shrunk.finite,
         basis,
         spectrum=found.spectrum,
         mean=jnp.sum(found.vectors * total[:, :, None], axis=1),

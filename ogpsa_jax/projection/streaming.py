@@ -1,5 +1,6 @@
 """References that arrive one at a time, folded into the basis without the others at hand."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,12 @@ from ogpsa_jax.projection.refresh import with_basis, with_subspace
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
     Leaves,
-    apply_scale,
+    Shrunk,
     combine,
     multiply,
     orthonormalised,
     principal,
-    unit_scale,
+    shrink,
 )
 
 
@@ -80,12 +81,12 @@ def push_reference(
 def _pushed(state: OgpsaState, reference: Any, window: int | None, kept: jax.Array) -> OgpsaState:
     groups = state.settings.groups
     held = Alignment(state, reference, "reference").leaves
-    scale = unit_scale(held, groups)
-    vector = apply_scale(held, scale, groups)
+    shrunk = shrink([leaf[None] for leaf in held], groups)
     if window is not None and window <= state.settings.rank:
-        return _windowed(state, vector, window, kept, scale.finite)
+        unit = combine(shrunk.factors[:, :, None], shrunk.vectors, groups)
+        return _windowed(state, [leaf[0] for leaf in unit], window, kept, shrunk.finite)
     decay = kept if window is None else kept * (1.0 - 1.0 / window)
-    return _decayed(state, vector, decay, scale.finite)
+    return _decayed(state, shrunk, decay)
 
 
 def _windowed(
@@ -120,29 +121,29 @@ def _windowed(
     )
 
 
-def _decayed(state: OgpsaState, vector: Leaves, decay: jax.Array, accept: jax.Array) -> OgpsaState:
+def _decayed(state: OgpsaState, shrunk: Shrunk, decay: jax.Array) -> OgpsaState:
     """The principal directions of what the basis stands for, decayed, and the new reference."""
     settings, directions = state.settings, state.directions()
-    overlaps = _overlaps(vector, [*directions, vector], state)  # [G, k + 1]
-    upper = jnp.concatenate([state.gram, overlaps[:, :-1, None]], axis=2)
-    squares = jnp.concatenate([upper, overlaps[:, None, :]], axis=1)  # of the basis and the vector
-    new = (overlaps[:, -1:] > 0).astype(jnp.float32)
+    vector, unit = [leaf[0] for leaf in shrunk.vectors], shrunk.factors
+    new = (unit > 0).astype(jnp.float32)  # [G, 1]
+    overlaps = unit * _overlaps(vector, directions, state)  # [G, k]
+    upper = jnp.concatenate([state.gram, overlaps[:, :, None]], axis=2)
+    last = jnp.concatenate([overlaps, new], axis=1)
+    squares = jnp.concatenate([upper, last[:, None, :]], axis=1)  # of the basis and the reference
     weights = jnp.sqrt(jnp.concatenate([decay * state.spectrum, new], axis=1))
     found = principal(
         squares * weights[:, :, None] * weights[:, None, :], settings.rank, settings.rank_tol
     )
     turn = weights[:, :, None] * found.vectors
-    # The stacks are made only here, leaf by leaf.
-    stacked = [
-        jnp.stack([*(x.astype(jnp.float32) for x in rows), v])
-        for *rows, v in zip(*directions, vector, strict=True)
-    ]
-    basis = orthonormalised(combine(turn, stacked, settings.groups), settings.groups)
+    lengths = jnp.pad(unit, [(0, 0), (settings.rank, 0)], constant_values=1.0)  # [G, k + 1]
+    rows = [[*basis, leaf] for *basis, leaf in zip(*directions, vector, strict=True)]
+    made = combine(lengths[:, :, None] * turn, rows, settings.groups)
+    basis = orthonormalised(made, settings.groups)
     total = jnp.concatenate([decay * state.mean, new], axis=1)
     mean = jnp.sum(multiply(jnp.swapaxes(turn, 1, 2), squares) * total[:, None, :], axis=-1)
     return with_subspace(
         state,
-        accept,
+        shrunk.finite,
         basis,
         spectrum=found.spectrum,
         mean=mean,
@@ -150,7 +151,7 @@ def _decayed(state: OgpsaState, vector: Leaves, decay: jax.Array, accept: jax.Ar
     )
 
 
-def _overlaps(vector: Leaves, others: list[Leaves], state: OgpsaState) -> jax.Array:
+def _overlaps(vector: Leaves, others: Sequence[Leaves], state: OgpsaState) -> jax.Array:
     """⟨vector, other⟩ for each of the others: float32 ``[G, len(others)]``."""
     return jnp.concatenate(
         [

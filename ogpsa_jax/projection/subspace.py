@@ -14,15 +14,15 @@ hundreds of groups would compile slowly), while big arrays are only touched leaf
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.groups import Group, inner, spread
+from ogpsa_jax.projection.groups import Group
 
 Leaves = Sequence[jax.Array]
-_TINY = 2.0**-126  # the smallest normal float32: its inverse is still one
+_TINY = 2.0**-112  # its inverse, over the root of the smallest `rank_tol`, is still a float32
 
 
 class Principal(NamedTuple):
@@ -33,50 +33,48 @@ class Principal(NamedTuple):
     discarded: jax.Array  # float32 [G]: sum of the other eigenvalues
 
 
-class Scale(NamedTuple):
-    """The factors that make a vector a unit vector, group by group."""
+class Shrunk(NamedTuple):
+    """Stacked vectors, made small enough that squares of their entries stay in float32's range."""
 
-    first: jax.Array  # float32 [G]: one over the largest entry
-    second: jax.Array  # float32 [G]: one over the norm after the first
-    finite: jax.Array  # bool []: whether all entries are
+    vectors: list[jax.Array]  # float32: largest entry one, group by group; zero vectors zero
+    scale: jax.Array  # float32 [G, m]: what made them so
+    gram: jax.Array  # float32 [G, m, m]
+    factors: jax.Array  # float32 [G, m]: what then makes unit vectors of them; zero where zero
+    finite: jax.Array  # bool []: whether all entries were
 
 
-def unit_scale(vector: Leaves, groups: Sequence[Group]) -> Scale:
-    """The factors that give `vector` norm one; zero where it is zero or not finite.
-
-    Two factors, because squares of entries of 1e-30 or 1e30 leave the range of float32.
-    """
-    largest = []
+def shrink(stacked: Leaves, groups: Sequence[Group]) -> Shrunk:
+    """The first half of making unit vectors, the second half of which is `factors`."""
+    vectors, peaks, scales = list(stacked), [], []
     for group in groups:
-        peak = jnp.zeros(group.rows.stop - group.start, jnp.float32)
-        for leaf, axis in zip(group.of(vector), group.axes, strict=True):
-            others = tuple(i for i in range(leaf.ndim) if i != axis)
+        peak = jnp.zeros((stacked[0].shape[0], group.rows.stop - group.start), jnp.float32)
+        for leaf, axis in zip(group.of(stacked), group.axes, strict=True):
+            others = tuple(i + 1 for i in range(leaf.ndim - 1) if i != axis)
             entries = jnp.abs(leaf.astype(jnp.float32))
             peak = jnp.maximum(peak, jnp.max(entries, axis=others, initial=0.0).reshape(peak.shape))
-        largest.append(peak)
-    peaks = jnp.concatenate(largest)
-    finite = jnp.isfinite(peaks)
-    usable = finite & (peaks >= _TINY)
-    first = jnp.where(usable, 1.0 / jnp.where(usable, peaks, 1.0), 0.0)
-    shrunk = apply_scale(vector, Scale(first, jnp.ones_like(first), finite), groups)
-    squares = jnp.concatenate(
-        [inner(group.of(shrunk), group.of(shrunk), group) for group in groups]
-    )
-    second = jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
-    return Scale(first, second, jnp.all(finite))
-
-
-def apply_scale(vector: Leaves, scale: Scale, groups: Sequence[Group]) -> list[jax.Array]:
-    """The unit vector, float32; zero where the scale is."""
-    out = list(vector)
-    for group in groups:
-        first, second = scale.first[group.rows], scale.second[group.rows]
-        for place, leaf, axis in zip(group.leaves, group.of(vector), group.axes, strict=True):
-            factor = spread(first, leaf.ndim, axis)
-            entries = leaf.astype(jnp.float32) * factor * spread(second, leaf.ndim, axis)
+        usable = jnp.isfinite(peak) & (peak >= _TINY)
+        peaks.append(peak)
+        scale = jnp.where(usable, 1.0 / jnp.where(usable, peak, 1.0), 0.0)
+        scales.append(scale.T)
+        for place, leaf, axis in zip(group.leaves, group.of(stacked), group.axes, strict=True):
+            factor = spread_each(scale, leaf, axis)
             # Zero times infinity is not zero.
-            out[place] = jnp.where(factor > 0, entries, 0.0)
-    return out
+            vectors[place] = jnp.where(factor > 0, leaf.astype(jnp.float32) * factor, 0.0)
+    squares = gram(vectors, groups)
+    finite = jnp.all(jnp.isfinite(jnp.concatenate(peaks, axis=1)))
+    return Shrunk(vectors, jnp.concatenate(scales), squares, inverse_norms(squares), finite)
+
+
+def inverse_norms(squares: jax.Array) -> jax.Array:
+    """One over the norms in Gram matrices ``[G, m, m]``: ``[G, m]``; zero for zero vectors."""
+    diagonal = jnp.diagonal(squares, axis1=-2, axis2=-1)
+    return jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1.0)), 0.0)
+
+
+def spread_each(rows: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array:
+    """Numbers ``[m, rows]`` shaped to broadcast against a stacked leaf ``[m, ...]``."""
+    rest = tuple(-1 if i == axis else 1 for i in range(leaf.ndim - 1))
+    return rows.reshape(rows.shape[0], *rest)
 
 
 def gram(stacked: Leaves, groups: Sequence[Group]) -> jax.Array:
@@ -110,34 +108,52 @@ def squared_norms(stacked: Leaves, group: Group) -> jax.Array:
     return total
 
 
-def combine(weights: jax.Array, stacked: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
-    """``out[j] = Σ_i weights[:, i, j] · stacked[i]``: float32, stacked anew."""
-    out = list(stacked)
+def combine(
+    weights: jax.Array, vectors: Sequence[Leaves | jax.Array], groups: Sequence[Group]
+) -> list[jax.Array]:
+    """``out[j] = Σ_i weights[:, i, j] · vectors[i]``: float32, stacked.
+
+    The vectors come leaf by leaf, each leaf stacked or as a list of m.
+    """
+    out = [leaf[0] for leaf in vectors]
     for group in groups:
         factors = jnp.moveaxis(weights[group.rows], 0, -1)  # [m, k, rows]
-        for place, leaf, axis in zip(group.leaves, group.of(stacked), group.axes, strict=True):
-            rest = tuple(-1 if i == axis else 1 for i in range(leaf.ndim - 1))
-            spread_factors = factors.reshape(*factors.shape[:2], *rest)
-            out[place] = _weighted_sum(spread_factors, leaf)
+        for place, axis in zip(group.leaves, group.axes, strict=True):
+            leaf = vectors[place]
+            if axis is None and len(leaf) > 8:
+                out[place] = jax.lax.dot_general(
+                    factors[:, :, 0],
+                    _stack(leaf),
+                    (((0,), (0,)), ((), ())),
+                    precision=jax.lax.Precision.HIGHEST,
+                )
+            else:
+                rest = tuple(-1 if i == axis else 1 for i in range(leaf[0].ndim))
+                out[place] = _weighted_sum(factors.reshape(*factors.shape[:2], *rest), leaf)
     return out
 
 
-def _weighted_sum(factors: jax.Array, leaf: jax.Array) -> jax.Array:
+def _weighted_sum(factors: jax.Array, leaf: Leaves | jax.Array) -> jax.Array:
     """``Σ_i factors[i, j] · leaf[i]``: float32 ``[k, ...]``.
 
     Term by term: of a product and a sum over it, XLA's CPU backend first writes the product, m·k
     copies of the leaf.
     """
-
-    def add(i: Any, total: jax.Array) -> jax.Array:
-        return total + factors[i] * leaf[i][None].astype(jnp.float32)
-
     total = factors[0] * leaf[0][None].astype(jnp.float32)
-    if leaf.shape[0] > 8:  # many terms, unrolled, would compile slowly
-        return jax.lax.fori_loop(1, leaf.shape[0], add, total)
-    for i in range(1, leaf.shape[0]):
-        total = add(i, total)
+    if len(leaf) > 8:  # many terms, unrolled, would compile slowly
+        stack = _stack(leaf)
+        return jax.lax.fori_loop(
+            1, len(leaf), lambda i, total: total + factors[i] * stack[i][None], total
+        )
+    for i in range(1, len(leaf)):
+        total = total + factors[i] * leaf[i][None].astype(jnp.float32)
     return total
+
+
+def _stack(leaf: Leaves | jax.Array) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        return leaf.astype(jnp.float32)
+    return jnp.stack([x.astype(jnp.float32) for x in leaf])
 
 
 def eigen(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -188,16 +204,15 @@ def orthonormalised(basis: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
     """
     out = list(basis)
     for group in groups:
-        alone = [group._replace(leaves=tuple(range(len(group.leaves))), start=0)]
+        alone = group._replace(leaves=tuple(range(len(group.leaves))), start=0)
         own = group.of(basis)
-        own = combine(inverse_root(gram(own, alone)), own, alone)
+        own = combine(inverse_root(gram(own, [alone])), own, [alone])
         # XLA's CPU backend adds up the entries of a Gram matrix one by one: 1e-6 off and more where
         # all terms are positive. A plain sum of squares it adds up in blocks.
-        norms = squared_norms(own, alone[0])
-        inverse = jnp.where(norms > 0, jax.lax.rsqrt(jnp.where(norms > 0, norms, 1.0)), 0.0)
+        squares = squared_norms(own, alone)
+        inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
         for place, leaf, axis in zip(group.leaves, own, group.axes, strict=True):
-            rest = tuple(-1 if i == axis else 1 for i in range(leaf.ndim - 1))
-            out[place] = leaf * inverse.reshape(leaf.shape[0], *rest)
+            out[place] = leaf * spread_each(inverse, leaf, axis)
     return out
 
 
