@@ -91,15 +91,23 @@ def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
 
     train = read("train", config.data.train, pairs=config.objective == "dpo")
     pairs = config.references.loss in ("dpo", "official")
-    references = [
-        read(
-            f"references.{i}",
-            [section],
-            pairs=pairs,
-            all_tokens=config.references.loss == "all_tokens",
-        )
-        for i, section in enumerate(config.references.sets if config.projects else ())
-    ]
+    try:
+        references = [
+            read(
+                f"references.{i}",
+                [section],
+                pairs=pairs,
+                all_tokens=config.references.loss == "all_tokens",
+            )
+            for i, section in enumerate(config.references.sets if config.projects else ())
+        ]
+    except InputError as error:
+        if not pairs:
+            raise
+        raise InputError(
+            f"{error} (references.loss: {config.references.loss} needs pairs; `response` and "
+            "`all_tokens` do not.)"
+        ) from error
     evaluations = {
         name: read(
             f"eval.{name}",
