@@ -36,7 +36,9 @@ def main() -> int:
     text = readme.read_text(encoding="utf-8")
     try:
         if arguments.demo:
-            text = replaced(text, "demo", markdown_table(read_records(arguments.demo)))
+            # The curve of merged weights is in the figure.
+            records = [r for r in read_records(arguments.demo) if not r.label.startswith("merge ")]
+            text = replaced(text, "demo", markdown_table(records))
             assets = REPOSITORY / "docs" / "assets"
             assets.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(arguments.demo / "pareto.png", assets / "pareto.png")

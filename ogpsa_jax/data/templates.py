@@ -125,7 +125,10 @@ class ChatTemplate:
         probe = self.render([*asked, Message("assistant", _PROBE)])
         _, found, self._tail = probe.partition(_PROBE)
         if not found:
-            raise InputError("template: it does not show what the assistant says; choose another.")
+            name = template or "the tokenizer's own"
+            raise InputError(
+                f"template ({name}): it does not show what the assistant says; choose another."
+            )
 
     def render(
         self,

@@ -17,7 +17,7 @@ from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.files import write_whole
 from ogpsa_jax.models import save_lora, save_pretrained
 from ogpsa_jax.training.checkpoints import Checkpoints
-from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.config import MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
@@ -160,7 +160,7 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
     if not (run_dir / "config.yaml").exists():
         raise InputError(f"{run_dir}: holds no config.yaml; give a run directory.")
     config = load_config(run_dir / "config.yaml")
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(MeshSection())  # whatever devices are here: it may have been trained on others
     network = Network.of(prepare_model(config, mesh), trained_parameters(config))
     optimizer = make_optimizer(config, total_steps=1)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints, write=False)
