@@ -20,6 +20,7 @@ Several configurations are the stages of one pipeline, each starting from the on
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the runs go")
     parser.add_argument("--methods", default=",".join(HEADLINE), help=", ".join(METHODS))
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ogpsa_jax").setLevel(logging.INFO)
     configs = [Path(item) for item in arguments.config if "=" not in item]
     overrides = [item for item in arguments.config if "=" in item]
     try:

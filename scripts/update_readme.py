@@ -12,6 +12,7 @@ from pathlib import Path
 
 from compare_methods import table
 
+from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation import markdown_table, read_records
 
@@ -38,7 +39,7 @@ def main() -> int:
         if arguments.demo:
             # The curve of merged weights is in the figure.
             records = [r for r in read_records(arguments.demo) if not r.label.startswith("merge ")]
-            text = replaced(text, "demo", markdown_table(records))
+            text = replaced(text, "demo", markdown_table(records, MATCHED_SAFETY))
             assets = REPOSITORY / "docs" / "assets"
             assets.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(arguments.demo / "pareto.png", assets / "pareto.png")

@@ -102,7 +102,7 @@ def fit(
     """
     total = len(task.batches)
     optimizer = make_optimizer(config, total)
-    schedule = learning_rate(config.optimizer, total)
+    schedule = jax.jit(learning_rate(config.optimizer, total))
     train_step = make_train_step(
         network.graphdef,
         task.objective,
