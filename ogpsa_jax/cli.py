@@ -66,10 +66,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="Hugging Face folder, hub id, or run directory")
     evaluate.add_argument("--suite", type=Path, required=True, help="YAML file of tasks")
     evaluate.add_argument("--out", type=Path, help="default: beside the run, or evaluations/")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="rows a forward pass")
-    evaluate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    evaluate.add_argument("--batch-size", type=_positive, default=16, help="rows a forward pass")
     evaluate.add_argument(
-        "--mesh", type=int, nargs=3, metavar=("DATA", "FSDP", "TENSOR"), help="default: all fsdp"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights",
+    )
+    evaluate.add_argument(
+        "--mesh",
+        type=_positive,
+        nargs=3,
+        metavar=("DATA", "FSDP", "TENSOR"),
+        help="default: all fsdp",
     )
     evaluate.add_argument("--template", help="chat template: built-in name or jinja file")
     evaluate.add_argument("--label", help="how reports call the model")
@@ -104,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", type=Path, required=True, help="the folder to write")
     merge.set_defaults(run=_merge)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _train(parsed: argparse.Namespace) -> None:

@@ -21,6 +21,17 @@ class Yaml12Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As in the class above, but a key that stands twice is an error, not the last one."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands there a second time", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
 
 Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF")
@@ -98,6 +109,20 @@ def expand_environment(value: Any, path: Path) -> Any:
         return found
 
     return _VARIABLE.sub(replace, value)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: this folder cannot be made ({error.strerror}); choose another."
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

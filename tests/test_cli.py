@@ -7,8 +7,11 @@ import pytest
 from flax import nnx
 
 from ogpsa_jax.cli import main
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import read_yaml
 from ogpsa_jax.models import Decoder, load_pretrained, save_pretrained
 from ogpsa_jax.models.config import read_config
+from ogpsa_jax.models.folders import written_beside
 
 TINY = "configs/models/tiny"
 
@@ -72,3 +75,28 @@ def test_merge_writes_one_folder_a_weight(tmp_path, capsys):
         for folder in (tmp_path / "a", tmp_path / "b", out / "0.25")
     )
     np.testing.assert_allclose(merged, 0.75 * a + 0.25 * b, atol=1e-7)
+
+
+def test_an_export_replaces_what_an_export_wrote_and_nothing_else(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text("{}")
+    told = r"holds config\.json, which was not written by an export"
+    with pytest.raises(InputError, match=told), written_beside(theirs):
+        raise AssertionError("must not be reached")
+    ours = tmp_path / "ours"
+    for content in ("first", "second"):
+        with written_beside(ours) as beside:
+            (beside / "config.json").write_text(content)
+        assert (ours / "config.json").read_text() == content
+    (ours / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes\.txt"), written_beside(ours):
+        raise AssertionError("must not be reached")
+    assert (ours / "notes.txt").read_text() == "mine"
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("objective: sft\nogpsa: {preset: paper}\nogpsa: {preset: off}\n")
+    with pytest.raises(InputError, match="line 3: the key 'ogpsa' stands there a second time"):
+        read_yaml(path, "configuration")

@@ -30,6 +30,7 @@ from ogpsa_jax.evaluation.suite import (
 )
 from ogpsa_jax.evaluation.tables import HEADLINE
 from ogpsa_jax.evaluation.tasks import Outcome, TaskResult, run_items, summarise
+from ogpsa_jax.files import make_folder
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.judge import Judge
@@ -88,6 +89,7 @@ def evaluate(
         cost=origin.cost,
     )
     output = Path(output_dir) if output_dir is not None else _default_output(model, loaded)
+    make_folder(output)
     judge = _judge(loaded, output)
     opened = open_model(model, dtype=dtype, mesh=mesh, template=template, batch_size=batch_size)
     return run_suite(

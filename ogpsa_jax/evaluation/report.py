@@ -1,5 +1,6 @@
 """``ogpsa-jax report``: the safety–utility table and figure over any runs, as CSV, PNG and HTML."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ogpsa_jax.evaluation.figure import pareto_figure
 from ogpsa_jax.evaluation.page import figure_html, html_page, table_html
 from ogpsa_jax.evaluation.records import Record, read_records
 from ogpsa_jax.evaluation.tables import SAFETY_TOLERANCE, csv_table, markdown_table
-from ogpsa_jax.files import write_whole
+from ogpsa_jax.files import make_folder, write_whole
 
 
 def report(
@@ -35,6 +36,13 @@ def report(
     if matched_safety is not None and not 0 <= matched_safety <= 1:
         raise InputError(f"report: matched safety must be between 0 and 1, not {matched_safety}.")
     records = [record for run in runs for record in read_records(run)]
+    counted = Counter((r.label, r.method, r.stage, r.seed) for r in records)
+    for (label, _, stage, seed), count in counted.items():
+        if count > 1:
+            raise InputError(
+                f"report: {count} of the results are of {label!r}, stage {stage}, seed {seed}; "
+                "name each run once, and evaluate different ones under different --label."
+            )
     if not any({"general", "safety"} <= record.scores.keys() for record in records):
         known = sorted({name for record in records for name in record.scores})
         raise InputError(
@@ -42,8 +50,8 @@ def report(
             f"{', '.join(known) or 'none'}); evaluate the runs with a suite that measures both."
         )
     output = Path(output_dir)
+    make_folder(output)
     figure = pareto_figure(records)
-    output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / "pareto.png")
     write_whole(output / "report.csv", csv_table(records, matched_safety))
     write_whole(output / "report.md", markdown_table(records, matched_safety) + "\n")

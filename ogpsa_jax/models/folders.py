@@ -1,6 +1,7 @@
 """Hugging Face model folders: finding them, and making them so that they are whole or not there."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
+MODEL_CARD = "README.md"
+_WRITTEN = ".ogpsa_jax.json"  # the names of the files that an export wrote
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -51,22 +54,18 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def written_beside(target: Path, marker: str = "config.json") -> Iterator[Path]:
+def written_beside(target: Path) -> Iterator[Path]:
     """A fresh folder that takes the place of ``target`` once the block ends without an error.
 
+    What was written is listed in it, so that the next time nothing else is replaced with it.
+
     Args:
-      target: may exist only as an empty folder or as one holding ``marker``, which it replaces.
-      marker: a file that tells an earlier export from a folder of something else.
+      target: may exist only as an empty folder, or as one written here before, which it replaces.
 
     Raises:
-      InputError: ``target`` is something else, or cannot be written.
+      InputError: ``target`` is something else, holds something else, or cannot be written.
     """
-    if target.exists() and not (
-        target.is_dir() and (not any(target.iterdir()) or (target / marker).is_file())
-    ):
-        raise InputError(
-            f"{target}: exists and is not an exported folder (no {marker}); choose another place."
-        )
+    _check_replaceable(target)
     beside = target.with_name(f".{target.name}.incomplete")
     replaced = target.with_name(f".{target.name}.replaced")
     try:
@@ -76,6 +75,8 @@ def written_beside(target: Path, marker: str = "config.json") -> Iterator[Path]:
         raise InputError(f"{target}: cannot be written ({error.strerror}).") from None
     try:
         yield beside
+        written = sorted(path.name for path in beside.iterdir())
+        (beside / _WRITTEN).write_text(json.dumps(written) + "\n", encoding="utf-8")
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
@@ -83,6 +84,23 @@ def written_beside(target: Path, marker: str = "config.json") -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse what was not written by `written_beside`, or has been added to since."""
+    if target.is_dir():
+        found = {path.name for path in target.iterdir()} - {_WRITTEN, MODEL_CARD}
+        ours: set[str] = set()
+        with contextlib.suppress(OSError, ValueError):
+            ours.update(json.loads((target / _WRITTEN).read_text(encoding="utf-8")))
+        others = sorted(found - ours)
+        if others:
+            raise InputError(
+                f"{target}: holds {others[0]}, which was not written by an export; choose another "
+                "place, or move it away."
+            )
+    elif target.exists():
+        raise InputError(f"{target}: is a file; choose another place.")
 
 
 def copy_companions(source: Path, target: Path) -> None:

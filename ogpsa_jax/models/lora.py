@@ -136,7 +136,7 @@ def save_lora(model: Decoder, path: str | os.PathLike[str]) -> None:
         announced = {
             tensor.name: (np.dtype(arrays[tensor.path].dtype), tensor.shape) for tensor in names
         }
-        with written_beside(Path(path), marker=_CONFIG) as beside:
+        with written_beside(Path(path)) as beside:
             text = json.dumps(_peft_config(model, adapters), indent=2) + "\n"
             (beside / _CONFIG).write_text(text, encoding="utf-8")
             size = 2**63 - 1  # peft knows one file only

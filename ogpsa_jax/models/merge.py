@@ -56,7 +56,7 @@ def merge_pretrained(
     for weight in weights:
         if not 0 <= weight <= 1:
             raise InputError(f"weight {weight:g}: the share of {b} must be between 0 and 1.")
-    first, second = resolve_folder(a), resolve_folder(b)
+    first, second = (_weights_folder(resolve_folder(path)) for path in (a, b))
     places = [Path(out) for out in outs]
     _check_places(places, (first, second))
     with CheckpointReader(first) as reader, CheckpointReader(second) as other:
@@ -86,6 +86,12 @@ def _merge(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
     share = np.float32(weight)
     merged = (np.float32(1) - share) * a.astype(np.float32) + share * b.astype(np.float32)
     return np.asarray(merged).astype(a.dtype)
+
+
+def _weights_folder(folder: Path) -> Path:
+    """Of a run directory, its export."""
+    export = folder / "export"
+    return export if not (folder / "config.json").exists() and export.is_dir() else folder
 
 
 def _check_places(places: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -88,17 +88,22 @@ class Alignment:
                     f"{len(leaves)} leaves: {error}"
                 ) from error
             held, treedef = tuple(not mask for mask in masks), template
+        else:
+            _check_names(tree, state.basis[0], what)
         self._leaves, self._treedef, self._held = leaves, treedef, held
         self.leaves = [leaf for leaf, holds in zip(leaves, held, strict=True) if holds]
-        for leaf, own in zip(self.leaves, jax.tree.leaves(state.basis[0]), strict=True):
+        named = jax.tree_util.tree_leaves_with_path(state.basis[0])
+        for leaf, (path, own) in zip(self.leaves, named, strict=True):
+            name = jax.tree_util.keystr(path)
             if not hasattr(leaf, "shape"):  # a whole tree where the state has one leaf
                 raise ValueError(
                     f"{what}: expected a tree shaped like the parameters, got one that branches "
-                    f"({type(leaf).__name__}) where they have a leaf of shape {own.shape}"
+                    f"({type(leaf).__name__}) where they have a leaf of shape {own.shape} ({name})"
                 )
             if leaf.shape != own.shape:
                 raise ValueError(
-                    f"{what}: a leaf of shape {leaf.shape} where the parameters have {own.shape}"
+                    f"{what}: a leaf of shape {leaf.shape} where the parameters have {own.shape} "
+                    f"({name})"
                 )
 
     def rebuild(self, leaves: Sequence[jax.Array]) -> Any:
@@ -110,3 +115,19 @@ class Alignment:
                 for old, holds in zip(self._leaves, self._held, strict=True)
             ]
         )
+
+
+def _check_names(tree: Any, own: Any, what: str) -> None:
+    """Refuse a tree of as many leaves under other names: they would be taken for one another."""
+
+    def names(tree: Any) -> list[list[str]]:
+        paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+        keys = jax.tree_util.DictKey
+        return [[str(key.key) for key in path if isinstance(key, keys)] for path, _ in paths]
+
+    for theirs, ours in zip(names(tree), names(own), strict=False):
+        if theirs != ours:
+            raise ValueError(
+                f"{what}: expected a tree shaped like the parameters, got a leaf at "
+                f"{'/'.join(theirs) or 'no name'} where they have {'/'.join(ours) or 'no name'}"
+            )

@@ -6,6 +6,7 @@ after it the update, weight decay included.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -73,8 +74,8 @@ def ogpsa_project(
       Sun et al., `Safety Alignment as Continual Learning: Mitigating the Alignment Tax via
       Orthogonal Gradient Projection <https://arxiv.org/abs/2602.07892>`_, 2026.
     """
-    if not 1 <= rank <= 64:
-        raise ValueError(f"rank must be between 1 and 64, got {rank}")
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= 64:
+        raise ValueError(f"rank must be an integer between 1 and 64, got {rank!r}")
     if not (callable(scope) or scope in ("tensor", "global")):
         raise ValueError(f"scope must be 'tensor', 'global' or a callable, got {scope!r}")
     if rule not in RULES:
@@ -121,7 +122,7 @@ def ogpsa_project(
             steps_since_refresh=jnp.zeros([], jnp.int32),
             refreshes=jnp.zeros([], jnp.int32),
             refused_refreshes=jnp.zeros([], jnp.int32),
-            settings=kind(rank, rule, float(rank_tol), tuple(held), groups),
+            settings=kind(int(rank), rule, float(rank_tol), tuple(held), groups),
         )
 
     def update_fn(

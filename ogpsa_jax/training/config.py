@@ -38,7 +38,9 @@ PUBLISHED_REFRESH_EVERY = {"sft": 30, "dpo": 5}
 class Section(BaseModel):
     """A part of the configuration: strict, and immutable once made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class LoraSection(Section):
@@ -108,7 +110,7 @@ class DataSection(Section):
     template: str | None = Field(
         None, description="chat template: built-in name or jinja file; null: the tokenizer's"
     )
-    max_length: PositiveInt = Field(2048, description="tokens a row may have; longer are cut")
+    max_length: int = Field(2048, ge=2, description="tokens a row may have; longer are cut")
     packing: bool = Field(True, description="several documents a row, isolated (SFT only)")
 
 
@@ -246,7 +248,7 @@ class RunConfig(Section):
     dpo: DpoSection = Field(default_factory=DpoSection)
     mesh: MeshSection = Field(default_factory=MeshSection)
     output_dir: str = Field("runs/run", description="the run directory")
-    seed: int = Field(0, description="of data order, adapters and random weights")
+    seed: int = Field(0, ge=0, lt=2**31, description="of data order, adapters and random weights")
 
     @model_validator(mode="before")
     @classmethod
@@ -256,8 +258,8 @@ class RunConfig(Section):
         objective = raw.get("objective", "sft")
         ogpsa, references = dict(raw.get("ogpsa", {})), raw.get("references", {})
         preset = ogpsa.get("preset", "recommended")
-        defaults = dict(PRESETS.get(preset, {}))
-        if objective in PUBLISHED_REFRESH_EVERY:
+        defaults = dict(PRESETS.get(str(preset), {}))
+        if isinstance(objective, str) and objective in PUBLISHED_REFRESH_EVERY:
             defaults["refresh_every"] = PUBLISHED_REFRESH_EVERY[objective]
         if isinstance(references, dict):
             if preset == "paper" and objective == "dpo":

@@ -93,7 +93,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
         value = yaml.load(text, Loader=Yaml12Loader)
     except yaml.YAMLError as error:
         raise InputError(f"override '{override}': the value is not valid YAML.") from error
-    steps: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]
+    steps: list[str | int] = [int(part) if part.isdecimal() else part for part in key.split(".")]
     at: Any = raw
     for position, step in enumerate(steps):
         last = position == len(steps) - 1
@@ -126,10 +126,17 @@ def _sentence(
     location = tuple(part for part in detail["loc"])
     key = ".".join(str(part) for part in location)
     override = next(
-        (text for steps, text in overridden.items() if location[: len(steps)] == steps), None
+        (
+            text
+            for steps, text in overridden.items()
+            if location and location[: len(steps)] == steps[: len(location)]
+        ),
+        None,
     )
     if override:
         where = f"override '{override}'"
+    elif overridden and not location:  # what does not go together may come from either
+        where = f"{path} with {', '.join(repr(text) for text in overridden.values())}"
     else:
         line = line_of(root, location)
         where = f"{path}, line {line}" if line else str(path)

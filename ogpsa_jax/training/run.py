@@ -108,7 +108,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     _check_same_run(run_dir, config)
     if finished.exists():
         logger.warning("%s is finished; delete the directory to run it again", run_dir)
-        return dict(json.loads(finished.read_text()))
+        return json.loads(finished.read_text()) | {"export": str(run_dir / "export")}
     _check_writable(run_dir)
     join_processes()
     started = time.perf_counter()
@@ -171,6 +171,9 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
         raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
     step, state = found
     save_pretrained(network._replace(trained=state.params).model(), target)
+    own = (run_dir / "export").resolve() == Path(target).resolve()
+    if own and (run_dir / "summary.json").exists():
+        write_model_card(run_dir)
     return step
 
 

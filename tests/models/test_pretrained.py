@@ -292,5 +292,5 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
-    with pytest.raises(InputError, match="not an exported folder"):
+    with pytest.raises(InputError, match="not written by an export"):
         save_pretrained(model, tmp_path / "mine")

@@ -156,3 +156,12 @@ def test_a_step_needs_no_temporary_of_parameter_size(relaxed):
 
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < params["b"].nbytes / 4
+
+
+def test_a_reference_under_other_names_is_refused():
+    params = {"q": jnp.zeros(3), "k": jnp.zeros(3)}
+    state = ogpsa_project(1).init(params)
+    with pytest.raises(ValueError, match="got a leaf at a where they have k"):
+        refresh(state, [{"a": jnp.ones(3), "b": jnp.ones(3)}])
+    with pytest.raises(ValueError, match=r"references: .* no name where they have k"):
+        refresh(state, [(jnp.ones(3), jnp.ones(3))])
