@@ -443,14 +443,14 @@ def test_an_earlier_export_is_replaced_and_another_folder_is_not(
 ) -> None:
     model = load_pretrained(small)
     draw_adapters(model, rng, targets=["q_proj"])
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"no adapter_config.json"):
-        save_lora(model, tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    save_lora(model, tmp_path / "adapter")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "adapter",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    mine, ours = tmp_path / "mine", tmp_path / "adapter"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (mine / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="not written by an export"):
+        save_lora(model, mine)
+    assert (mine / "notes.txt").read_text() == "mine"
+    for _ in range(2):
+        save_lora(model, ours)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in ours.iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "mine"]
