@@ -77,17 +77,26 @@ def mixing(path: Path) -> list[str]:
     return [f"data.train={json.dumps(sources)}"]
 
 
+# Of what a preference set measures, what a table is read for; the rest is in the JSON file.
+_LEFT_OUT = ("logps_chosen", "logps_rejected", "rewards_chosen", "rewards_rejected")
+
+
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row per method, a column per held-out measure."""
-    before = next(iter(summaries.values()))["before"]
-    rows = [["", *before, "reference samples", "squared norm removed"]]
-    rows.append(["before", *(f"{value:.3f}" for value in before.values()), "", ""])
+    befores = {method: summary["before"] for method, summary in summaries.items()}
+    first = next(iter(befores.values()))
+    names = [name for name in first if not name.endswith(_LEFT_OUT)]
+    rows = [["", *names, "reference samples", "squared norm removed"]]
+    same = all(before == first for before in befores.values())
+    for method, before in ({"before": first} if same else befores).items():
+        label = method if same else f"{method}, before"  # each from its own stage before
+        rows.append([label, *(f"{before[name]:.3f}" for name in names), "", ""])
     for method, summary in summaries.items():
         removed = summary["projection"].get("mean_removed_fraction")
         rows.append(
             [
-                method,
-                *(f"{summary['after'][name]:.3f}" for name in before),
+                method if same else f"{method}, after",
+                *(f"{summary['after'][name]:.3f}" for name in names),
                 str(summary["reference_samples"]),
                 "" if removed is None else f"{removed:.1%}",
             ]
