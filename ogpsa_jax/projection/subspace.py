@@ -78,23 +78,19 @@ def spread_each(rows: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array
 
 
 def gram(stacked: Leaves, groups: Sequence[Group]) -> jax.Array:
-    """Gram matrices of stacked vectors: float32 ``[G, m, m]``."""
-    return products(stacked, stacked, groups)
-
-
-def products(a: Leaves, b: Leaves, groups: Sequence[Group]) -> jax.Array:
-    """``⟨a[i], b[j]⟩`` of stacked vectors: float32 ``[G, m, n]``.
+    """Gram matrices of stacked vectors: float32 ``[G, m, m]``.
 
     One reduction a leaf, and not one a pair: hundreds of leaves times m² pairs compile slowly.
     """
     blocks = []
     for group in groups:
-        total = jnp.zeros((group.rows.stop - group.start, a[0].shape[0], b[0].shape[0]))
-        for x, y, axis in zip(group.of(a), group.of(b), group.axes, strict=True):
-            others = tuple(i + 2 for i in range(x.ndim - 1) if i != axis)
-            pairs = x[:, None].astype(jnp.float32) * y[None, :].astype(jnp.float32)
-            sums = jnp.sum(pairs, axis=others)
-            total = total + jnp.moveaxis(sums.reshape(*sums.shape[:2], -1), -1, 0)
+        count = stacked[0].shape[0]
+        total = jnp.zeros((group.rows.stop - group.start, count, count))
+        for leaf, axis in zip(group.of(stacked), group.axes, strict=True):
+            others = tuple(i + 2 for i in range(leaf.ndim - 1) if i != axis)
+            entries = leaf.astype(jnp.float32)
+            sums = jnp.sum(entries[:, None] * entries[None, :], axis=others)
+            total = total + jnp.moveaxis(sums.reshape(count, count, -1), -1, 0)
         blocks.append(total)
     return jnp.concatenate(blocks)
 
