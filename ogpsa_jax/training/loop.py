@@ -123,7 +123,6 @@ def fit(
     state = TrainState(network.trained, opt_state)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
     start, state = checkpoints.restore_newest(state) or (0, state)
-    log = MetricsLog(run_dir, start)
     pending: list[tuple[int, dict[str, jax.Array], bool]] = []
     told: set[str] = set()
 
@@ -145,8 +144,8 @@ def fit(
             told.add(kind)
 
     with (
-        contextlib.closing(log),
         _Sigterm() as terminated,
+        contextlib.closing(MetricsLog(run_dir, start)) as log,
         Progress(config.name, total, start) as progress,
     ):
         if start == 0:
