@@ -113,8 +113,8 @@ def test_diagnostics_measure_what_each_rule_removed(rng):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"rank": 0}, "rank must be between 1 and 64, got 0"),
-        ({"rank": 65}, "rank must be between 1 and 64, got 65"),
+        ({"rank": 0}, "rank must be an integer between 1 and 64, got 0"),
+        ({"rank": 65}, "rank must be an integer between 1 and 64, got 65"),
         ({"rank": 1, "scope": "layer"}, "scope must be .*, got 'layer'"),
         ({"rank": 1, "rule": "threshold"}, "rule must be one of .*, got 'threshold'"),
         ({"rank": 1, "rank_tol": 0.0}, "rank_tol must be positive, got 0.0"),
