@@ -1,7 +1,7 @@
 """One decoder for Llama 2/3.x, Mistral without a window, Qwen2/2.5 and Qwen3, in Flax NNX."""
 
 import contextlib
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ogpsa_jax.models.layers import (
     Placement,
     RMSNorm,
     normal_init,
+    split_keys,
 )
 from ogpsa_jax.models.rope import rope_table
 from ogpsa_jax.models.sharding import ShardingRules, check_mesh
@@ -96,7 +97,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         input_ids: jax.Array,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of the next token.
 
@@ -105,13 +106,13 @@ class Decoder(nnx.Module):  # type: ignore[misc]
           positions: int32 [batch, length]; counted from 0 in each row by default.
           segment_ids: int32 [batch, length]; tokens attend only within their segment. Padding is a
             segment of its own (0 by convention); without it, rows are one segment.
-          dropout_key: PRNG key of the dropout on the inputs of LoRA adapters; without one nothing
-            is dropped.
+          dropout_keys: PRNG keys [batch] of the dropout on the inputs of LoRA adapters; without
+            them nothing is dropped.
 
         Returns:
           float32 [batch, length, vocab].
         """
-        hidden = self.hidden_states(input_ids, positions, segment_ids, dropout_key)
+        hidden = self.hidden_states(input_ids, positions, segment_ids, dropout_keys)
         return self.unembed(hidden)
 
     def hidden_states(
@@ -119,7 +120,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         input_ids: jax.Array,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """What :meth:`unembed` turns into logits.
 
@@ -127,7 +128,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
           input_ids: int32 [batch, length].
           positions: as in :meth:`__call__`.
           segment_ids: as in :meth:`__call__`.
-          dropout_key: as in :meth:`__call__`.
+          dropout_keys: as in :meth:`__call__`.
 
         Returns:
           [batch, length, hidden] after the final norm, in the dtype of the computation.
@@ -143,8 +144,8 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         )
 
         def step(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
-            weights, key = layer
-            return nnx.merge(graphdef, weights)(x, rope, mask, dropout_key=key), None
+            weights, keys = layer
+            return nnx.merge(graphdef, weights)(x, rope, mask, dropout_keys=keys), None
 
         if self.remat != "none":
             policy = None
@@ -154,9 +155,9 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         with self.matmul_precision():
             rope = self.rope(input_ids, positions)
-            keys = None
-            if dropout_key is not None:
-                keys = jax.random.split(dropout_key, self.config.num_layers)
+            keys: Any = None
+            if dropout_keys is not None:
+                keys = split_keys(dropout_keys, self.config.num_layers)
             x, _ = jax.lax.scan(step, self.embed(input_ids), (stacked, keys))
             return self.norm(x)
 

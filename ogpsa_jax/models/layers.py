@@ -126,11 +126,17 @@ class Adapter(nnx.Module):  # type: ignore[misc]
         self.b = placement.param(zeros, rngs.params(), shape, axes, LoraParam)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """[..., in] -> [..., out], in the dtype of ``x``; elements of ``x`` dropped with a key."""
-        if dropout_key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0)
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
+        """[batch, ..., in] -> [batch, ..., out], in the dtype of ``x``.
+
+        Elements of ``x`` are dropped by their row's key, in whatever batch the row comes.
+        """
+        if dropout_keys is not None and self.dropout > 0:
+
+            def keep(key: jax.Array) -> jax.Array:
+                return jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:])
+
+            x = jnp.where(jax.vmap(keep)(dropout_keys), x / (1 - self.dropout), 0)
         y = (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype)
         return y * self.scale
 
@@ -169,20 +175,22 @@ class Linear(nnx.Module):  # type: ignore[misc]
         )
         self.lora: Adapter | None = nnx.data(None)  # may be given one later
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """[..., in] -> [..., out], in the dtype of ``x``; the key is for the adapter's dropout."""
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
         if self.lora is not None:
-            y = y + self.lora(x, dropout_key)
+            y = y + self.lora(x, dropout_keys)
         return y
 
 
-def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
-    """Keys for several consumers; none of none."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+def split_keys(keys: jax.Array | None, count: int) -> jax.Array | list[None]:
+    """Keys [batch] for several consumers: [count, batch]; none of none."""
+    if keys is None:
+        return [None] * count
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
 @dataclasses.dataclass
@@ -231,11 +239,11 @@ class Attention(nnx.Module):  # type: ignore[misc]
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         cache: Cache | None,
-        dropout_key: jax.Array | None,
+        dropout_keys: jax.Array | None,
     ) -> jax.Array:
         """Attention of :class:`DecoderLayer`; see there for the arguments."""
         batch, length, _ = x.shape
-        q_key, k_key, v_key, o_key = split_key(dropout_key, 4)
+        q_key, k_key, v_key, o_key = split_keys(dropout_keys, 4)
 
         def heads(projection: Linear, axis: str, key: jax.Array | None) -> jax.Array:
             y = projection(x, key).reshape(batch, length, -1, self.head_dim)
@@ -305,9 +313,9 @@ class Mlp(nnx.Module):  # type: ignore[misc]
         self.down_proj = linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"))
         self.placement = placement
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
         """[batch, length, hidden] -> the same."""
-        gate_key, up_key, down_key = split_key(dropout_key, 3)
+        gate_key, up_key, down_key = split_keys(dropout_keys, 3)
         y = jax.nn.silu(self.gate_proj(x, gate_key)) * self.up_proj(x, up_key)
         return self.down_proj(self.placement.constrain(y, "batch", "length", "mlp"), down_key)
 
@@ -329,7 +337,7 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array | None,
         cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """One layer.
 
@@ -339,12 +347,12 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
           mask: bool, broadcastable to [batch, heads, length, keys], True where attention may look;
             on top of causality, except for a single token with a cache: there it is all there is.
           cache: updated in place when given.
-          dropout_key: of the adapters' dropout; none drops nothing.
+          dropout_keys: of the adapters' dropout; none drops nothing.
 
         Returns:
           Like ``x``.
         """
-        attention_key, mlp_key = split_key(dropout_key, 2)
+        attention_key, mlp_key = split_keys(dropout_keys, 2)
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attention_key)
         x = self.placement.constrain(x, "batch", "length", "features")
         x = x + self.mlp(self.post_attention_layernorm(x), mlp_key)

@@ -52,7 +52,7 @@ def add_lora(
 
     A linear map ``x @ kernel`` becomes ``x @ kernel + alpha / rank * dropout(x) @ a @ b`` with
     ``a`` drawn as ``peft`` draws it and ``b`` zero, both kept in the model's ``param_dtype`` and
-    sharded like the kernel. Dropout happens only where the model is called with a ``dropout_key``.
+    sharded like the kernel. Dropout happens only where the model is called with ``dropout_keys``.
 
     Args:
       model: has no adapters yet.

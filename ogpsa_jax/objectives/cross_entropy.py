@@ -34,14 +34,14 @@ def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Arr
     Args:
       model: has ``hidden_states`` and ``unembed``.
       batch: ``input_ids``, ``loss_mask``, ``segment_ids``, ``positions``, each ``[B, T]``; perhaps
-        ``dropout_key``, a PRNG key, for models that drop something in training.
+        ``dropout_keys``, PRNG keys ``[B]``, for models that drop something in training.
       chunk_size: positions of each row whose logits exist at a time.
 
     Returns:
       float32 ``[B, T]``, zero where nothing is learnt, and the mask, bool ``[B, T]``.
     """
     rows, length = batch["input_ids"].shape
-    dropout = {"dropout_key": batch["dropout_key"]} if "dropout_key" in batch else {}
+    dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
     hidden = model.hidden_states(
         batch["input_ids"],
         positions=batch["positions"],
@@ -128,4 +128,6 @@ def pairwise_sum(values: jax.Array) -> jax.Array:
 def _as_rows(batch: Batch) -> Batch:
     keys = ("input_ids", "loss_mask", "segment_ids", "positions")
     rows = {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in keys}
+    if "dropout_keys" in batch:
+        rows["dropout_keys"] = batch["dropout_keys"].reshape(-1)
     return {**batch, **rows}

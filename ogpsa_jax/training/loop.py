@@ -157,7 +157,8 @@ def fit(
             batch = shard_rows(task.batches.batch(step), mesh)
             if config.model.lora is not None and config.model.lora.dropout:
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
-                batch["dropout_key"] = jax.random.split(key, len(batch["input_ids"]))
+                # One a row, so that what is dropped depends neither on mesh nor on micro-batches.
+                batch["dropout_keys"] = jax.random.split(key, batch["input_ids"].shape[:-1])
             if task.in_step_batches is None:
                 state, metrics = train_step(state, network.frozen, batch)
             else:

@@ -261,7 +261,10 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(
     adapter.a.set_value(identity)  # one layer of the stack, and an adapter that does nothing else
     adapter.b.set_value(identity)
     x = jnp.ones((1000, size))
-    y = np.asarray(adapter(x, jax.random.key(int(rng.integers(2**31)))))
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), len(x))
+    y = np.asarray(adapter(x, keys))
+    # A row drops the same, whatever rows come with it.
+    np.testing.assert_array_equal(adapter(x[300:700], keys[300:700]), y[300:700])
     kept = y != 0
     np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-6)
     # Six standard errors of a frequency among 32000.
@@ -276,16 +279,16 @@ def test_every_layer_and_projection_drops_by_a_key_of_its_own(
     add_lora(model, rank=2, alpha=2.0, dropout=0.5, rngs=nnx.Rngs(0))
     seen: list[bytes] = []
 
-    def record(adapter: Adapter, x: jax.Array, key: jax.Array) -> jax.Array:
+    def record(adapter: Adapter, x: jax.Array, keys: jax.Array) -> jax.Array:
         jax.debug.callback(
-            lambda data: seen.append(np.asarray(data).tobytes()), jax.random.key_data(key)
+            lambda data: seen.append(np.asarray(data).tobytes()), jax.random.key_data(keys)
         )
-        return original(adapter, x, key)
+        return original(adapter, x, keys)
 
     original = Adapter.__call__
     monkeypatch.setattr(Adapter, "__call__", record)
     ids = jnp.zeros((1, 4), jnp.int32)
-    model(ids, dropout_key=jax.random.key(0)).block_until_ready()
+    model(ids, dropout_keys=jax.random.key(0)[None]).block_until_ready()
     jax.effects_barrier()
     assert len(set(seen)) == len(seen) == model.config.num_layers * len(TARGETS)
 
@@ -309,7 +312,11 @@ def test_rematerialised_layers_give_the_same_gradients_and_drop_the_same(
         ) -> Any:
             def loss(trained: Any, frozen: Any) -> jax.Array:
                 model = nnx.merge(graphdef, trained, frozen)
-                return jnp.sum(jax.nn.log_softmax(model(ids, dropout_key=key))[..., 0])
+                return jnp.sum(
+                    jax.nn.log_softmax(model(ids, dropout_keys=jax.random.split(key, len(ids))))[
+                        ..., 0
+                    ]
+                )
 
             return jax.value_and_grad(loss, argnums=(0, 1))(trained, frozen)
 

@@ -5,13 +5,16 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.training import run
 from ogpsa_jax.training.mesh import join_processes
 
 from .conftest import STEPS, command, environment
-from .test_mesh import assert_same_numbers
+from .test_mesh import WEIGHTS_ATOL, assert_same_numbers
 
 
 def free_port() -> int:
@@ -76,6 +79,23 @@ def test_two_processes_stopped_by_a_signal_to_one_and_resumed_give_the_numbers_o
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(
         path.name for path in uninterrupted.iterdir()
     )
+
+
+def test_two_processes_train_adapters_like_one(
+    ground, configured, on_some_devices, compilation_cache_dir, tmp_path
+):
+    settings = ("model.lora.rank=2", "model.lora.dropout=0.1", "train.steps=2")
+    run.train(configured(tmp_path / "one", *settings))
+    arguments = (ground / "run.yaml", f"output_dir={tmp_path / 'two'}", "mesh.data=1")
+    ends = finish(start_two(compilation_cache_dir, *arguments, "mesh.fsdp=2", *settings))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert_same_numbers(tmp_path / "two", tmp_path / "one")
+    one, two = (
+        load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")
+    )
+    assert any(name.endswith("lora_B.weight") and array.any() for name, array in one.items())
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=0, atol=WEIGHTS_ATOL, err_msg=name)
 
 
 def test_a_half_described_process_is_told(monkeypatch):
