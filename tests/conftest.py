@@ -3,9 +3,15 @@
 import os
 from pathlib import Path
 
-# Before anything imports jax.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before anything imports jax. Most of the suite's time is the compiler's: unless XLA_FLAGS is set
+# (to nothing, say), it is to compile fast rather than well. Eight devices share few cores: they
+# may wait long for each other.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
+os.environ["XLA_FLAGS"] += (
+    " --xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

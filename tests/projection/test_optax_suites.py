@@ -4,6 +4,7 @@ Both ship in Optax's wheel. Their tables are made when their modules are importe
 methods' undecorated bodies are called with our entries.
 """
 
+import os
 import re
 import warnings
 
@@ -16,8 +17,9 @@ from optax.contrib import _common_test
 
 from ogpsa_jax import ogpsa, ogpsa_project
 
-with warnings.catch_warnings():
+with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of an optimizer in Optax's own table
+    patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which the module overwrites
     from optax._src import sharding_test
 
 

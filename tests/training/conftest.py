@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,9 @@ def environment(cache: Path, **changes: str) -> dict[str, str]:
     """One CPU device, and the compiled programs of before."""
     return {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": re.sub(
+            r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]
+        ),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(REPOSITORY),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
