@@ -150,8 +150,21 @@ def combination(factors: jax.Array, each: Sequence[jax.Array], axis: int | None)
         rest = tuple(-1 if i == axis else 1 for i in range(ndim))
         stack = jnp.stack(each).astype(jnp.float32)
         return jnp.sum(factors.T.reshape(len(each), *rest) * stack, axis=0)
-    terms = [spread(factors[:, j], ndim, axis) * y.astype(jnp.float32) for j, y in enumerate(each)]
+    terms = [spread(factors[:, j], ndim, axis) * widened(y) for j, y in enumerate(each)]
     return functools.reduce(jnp.add, terms)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """`x` in float32; bfloat16 by its bits, which are the upper half of the same float32's.
+
+    A second ``astype`` of what was converted for the coefficients is merged with the first, and
+    XLA's CPU backend then keeps the float32 array from one to the other: k copies of the
+    parameters, and six times the memory traffic.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits << jnp.uint32(16), jnp.float32)
 
 
 def stacks(each: Sequence[jax.Array]) -> bool:
