@@ -102,3 +102,16 @@ def test_sizes_that_do_not_make_the_devices_are_told(configured: Callable[..., R
     config = configured(Path("nowhere"), "mesh.data=3", "mesh.fsdp=2")
     with pytest.raises(InputError, match=r"3 x 2 x 1 does not make the 8 devices"):
         make_mesh(config.mesh)
+
+
+def test_adapters_drop_the_same_of_pairs_on_every_mesh(
+    ground, on_some_devices, configured, tmp_path
+):
+    settings = (
+        *("objective=dpo", "ogpsa.preset=off", "references.sets=[]", "data.eval={}"),
+        *(f"data.train=[{{path: {ground / 'pairs.jsonl'}}}]", "train.steps=2"),
+        *("model.lora.rank=2", "model.lora.dropout=0.3"),
+    )
+    run.train(configured(tmp_path / "one", *settings))
+    run.train(configured(tmp_path / "two", *settings, "mesh.data=1", "mesh.fsdp=2"))
+    assert_same_numbers(tmp_path / "two", tmp_path / "one")
