@@ -176,7 +176,7 @@ class Linear(nnx.Module):  # type: ignore[misc]
         self.lora: Adapter | None = nnx.data(None)  # may be given one later
 
     def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """[..., in] -> [..., out], in the dtype of ``x``; the key is for the adapter's dropout."""
+        """[..., in] -> [..., out], in the dtype of ``x``; keys for the adapter's dropout."""
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)

@@ -16,7 +16,6 @@ import transformers
 Batch = dict[str, np.ndarray]
 Vector = torch.Tensor
 KEYS = ("input_ids", "attention_mask", "labels")
-WRONG = ("global projection", "never refreshed", "preference loss on references")
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +78,8 @@ class Trainer:
           args: of the official command line.
           scheduler: ``type``, ``warmup_steps``, ``warmup_ratio``, ``max_steps``.
           optimizer: ``groups`` with their settings and the names of their parameters.
-          wrong: one of `WRONG`: a rule to break.
+          wrong: a rule to break: "global projection", "never refreshed" or "preference loss on
+            references".
         """
         self.model, self.args, self.wrong = model.eval(), args, wrong
         self.reference_model = copy.deepcopy(model)
