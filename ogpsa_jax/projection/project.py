@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.groups import Group, combination, inner, inner_with_each, spread
+from ogpsa_jax.projection.subspace import multiply
 
 RULES: tuple[str, ...] = ("orthogonal", "conflict", "inplane", "none")
 
@@ -89,9 +90,9 @@ def _shares(
     The latter ``[G, k]``; with the squared norms ``[G]`` and the inner products ``[G, k]`` given.
     """
     metric, mean = subspaces.metric, subspaces.mean
-    weights = jnp.sum(metric * coefficients[:, None, :], axis=-1)
     # An infinite gradient times a zero direction is not a number: absent directions have no weight.
-    weights = jnp.where(jnp.diagonal(metric, axis1=-2, axis2=-1) > 0, weights, 0.0)
+    present = jnp.diagonal(metric, axis1=-2, axis2=-1) > 0
+    weights = multiply(metric, jnp.where(present, coefficients, 0.0)[:, :, None])[:, :, 0]
     in_span = jnp.sum(jnp.where(weights != 0, coefficients * weights, 0.0), axis=-1)
     one, zero = jnp.ones_like(before), jnp.zeros_like(before)
     keep, take = one, one

@@ -22,6 +22,7 @@ from ogpsa_jax.projection.subspace import (
     orthonormalised,
     principal,
     pseudo_inverse,
+    scale_rows,
     shrink,
 )
 
@@ -78,7 +79,7 @@ def _refreshed(state: OgpsaState, references: Sequence[Any]) -> OgpsaState:
     squares = shrunk.gram * units[:, :, None] * units[:, None, :]
     found = principal(squares, settings.rank, settings.rank_tol)
     # From the references as they came, so that nothing of their size outlives the Gram matrices.
-    turn = (shrunk.scale * units)[:, :, None] * found.vectors
+    turn = scale_rows(shrunk.scale * units, found.vectors)
     made = combine(turn, list(zip(*held, strict=True)), settings.groups)
     basis = orthonormalised(made, settings.groups)
     total = jnp.sum(squares, axis=-1)  # ⟨reference i, sum of the references⟩

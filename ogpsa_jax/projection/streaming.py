@@ -19,6 +19,7 @@ from ogpsa_jax.projection.subspace import (
     multiply,
     orthonormalised,
     principal,
+    scale_rows,
     shrink,
 )
 
@@ -137,7 +138,7 @@ def _decayed(state: OgpsaState, shrunk: Shrunk, decay: jax.Array) -> OgpsaState:
     turn = weights[:, :, None] * found.vectors
     lengths = jnp.pad(unit, [(0, 0), (settings.rank, 0)], constant_values=1.0)  # [G, k + 1]
     rows = [[*basis, leaf] for *basis, leaf in zip(*directions, vector, strict=True)]
-    made = combine(lengths[:, :, None] * turn, rows, settings.groups)
+    made = combine(scale_rows(lengths, turn), rows, settings.groups)
     basis = orthonormalised(made, settings.groups)
     total = jnp.concatenate([decay * state.mean, new], axis=1)
     mean = jnp.sum(multiply(jnp.swapaxes(turn, 1, 2), squares) * total[:, None, :], axis=-1)

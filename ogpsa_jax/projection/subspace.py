@@ -175,6 +175,16 @@ def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def scale_rows(factors: jax.Array, matrices: jax.Array) -> jax.Array:
+    """``diag(factors) · matrices`` for every group: ``[G, m]``, ``[G, m, k]``.
+
+    As a matrix product, which XLA makes once. A plain product, and the eigen-decomposition's
+    aftermath with it, it makes again in the kernel of every group that reads its rows.
+    """
+    diagonal = factors[:, :, None] * jnp.eye(factors.shape[1], dtype=jnp.float32)[None]
+    return multiply(diagonal, matrices)
+
+
 def principal(matrices: jax.Array, rank: int, rank_tol: float) -> Principal:
     """The `rank` leading eigenpairs of Gram matrices ``[G, m, m]``, padded with zeros."""
     values, vectors = eigen(matrices)
@@ -195,21 +205,39 @@ def orthonormalised(basis: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
     """The closest orthonormal set to a nearly orthonormal one, zero vectors staying zero.
 
     The first pass leaves errors of round-off over eigenvalue; a direction whose norm is off by half
-    is nothing but that, and is dropped. Group by group, so that the first pass's result need not be
-    held for all of them at once.
+    is nothing but that, and is dropped.
     """
     out = list(basis)
-    for group in groups:
-        alone = group._replace(leaves=tuple(range(len(group.leaves))), start=0)
-        own = group.of(basis)
-        own = combine(inverse_root(gram(own, [alone])), own, [alone])
-        # XLA's CPU backend adds up the entries of a Gram matrix one by one: 1e-6 off and more where
-        # all terms are positive. A plain sum of squares it adds up in blocks.
-        squares = squared_norms(own, alone)
-        inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
-        for place, leaf, axis in zip(group.leaves, own, group.axes, strict=True):
-            out[place] = leaf * spread_each(inverse, leaf, axis)
+    for batch in _batches(basis, groups):
+        turn = inverse_root(gram(basis, batch))
+        for group in batch:
+            rows = slice(group.start - batch[0].start, group.rows.stop - batch[0].start)
+            alone = group._replace(leaves=tuple(range(len(group.leaves))), start=0)
+            own = combine(turn[rows], group.of(basis), [alone])
+            # XLA's CPU backend adds up the entries of a Gram matrix one by one: 1e-6 off and more
+            # where all terms are positive. A plain sum of squares it adds up in blocks.
+            squares = squared_norms(own, alone)
+            inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+            for place, leaf, axis in zip(group.leaves, own, group.axes, strict=True):
+                out[place] = leaf * spread_each(inverse, leaf, axis)
     return out
+
+
+def _batches(vectors: Leaves, groups: Sequence[Group]) -> list[list[Group]]:
+    """Neighbouring groups that are orthonormalised at a time.
+
+    One loop for each of hundreds would compile slowly; all at once would hold the first pass's
+    result for all. So as many as are together no larger than the largest.
+    """
+    sizes = [sum(leaf[0].size for leaf in group.of(vectors)) for group in groups]
+    limit, held = max(*sizes, 2**24), 0
+    batches: list[list[Group]] = []
+    for group, size in zip(groups, sizes, strict=True):
+        held += size
+        if not batches or held > limit:
+            batches, held = [*batches, []], size
+        batches[-1].append(group)
+    return batches
 
 
 def inverse_root(matrices: jax.Array) -> jax.Array:
