@@ -1,5 +1,6 @@
 """Exact resume: whatever interrupts a run, it ends with the bits of one never interrupted."""
 
+import json
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import yaml
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training import run
@@ -102,6 +104,58 @@ def test_stopped_and_killed_at_random_instants_a_run_ends_with_the_same_bits(
     done = train_in_process(compilation_cache_dir, ground / "run.yaml", f"output_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     assert_same_end(run_dir, alone)
+
+
+def test_killed_within_and_between_its_stages_a_pipeline_ends_with_the_same_bits(
+    ground, compilation_cache_dir, tmp_path
+):
+    """SFT, then DPO from its result: the last kill falls before the summary over both."""
+    sft = yaml.safe_load((ground / "run.yaml").read_text())
+    dpo = sft | {
+        "objective": "dpo",
+        "data": sft["data"] | {"train": [{"path": str(ground / "pairs.jsonl")}]},
+        "ogpsa": {"preset": "paper", "refresh_every": 5},
+        "references": sft["references"] | {"loss": "response"},
+        "dpo": {"beta": 0.2},
+    }
+
+    def stages(where: Path) -> list[Path]:
+        files = []
+        for name, config in (("sft", sft), ("dpo", dpo)):
+            files.append(where / f"{name}.yaml")
+            where.mkdir(exist_ok=True)
+            files[-1].write_text(yaml.safe_dump(config | {"output_dir": str(where / name)}))
+        return files
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = train_in_process(compilation_cache_dir, *stages(whole))
+    assert done.returncode == 0, done.stderr
+    files = stages(broken)
+    for sign in ("sft/metrics.jsonl", "sft/summary.json", "dpo/metrics.jsonl", "dpo/summary.json"):
+        process = subprocess.Popen(
+            command(*files),
+            env=environment(compilation_cache_dir),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not (broken / sign).exists():
+            time.sleep(0.002)
+        process.kill()
+        process.wait(timeout=300)
+        assert (broken / sign).exists()
+    done = train_in_process(compilation_cache_dir, *files)
+    assert done.returncode == 0, done.stderr
+    for stage in ("sft", "dpo"):
+        assert_same_end(broken / stage, whole / stage)
+    ours, theirs = (
+        json.loads((each / "dpo/pipeline.json").read_text()) for each in (broken, whole)
+    )
+    for summaries in (ours, theirs):
+        for summary in summaries["stages"]:
+            for name in ("seconds", "export"):
+                del summary[name]
+    assert ours == theirs
+    assert [summary["objective"] for summary in ours["stages"]] == ["sft", "dpo"]
 
 
 @pytest.mark.parametrize("step", [3, 6, STEPS])
