@@ -29,7 +29,7 @@ from ogpsa_jax.training.step import (
     make_train_step,
 )
 
-_SAMPLES: Final = 200
+_SAMPLES: Final = 100
 _UNUSED_SEED: Final = 999_983  # of a draw that no run makes
 
 

@@ -92,7 +92,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     methods: tuple[Method, ...]
     sft_only: tuple[Method, ...] = ()
-    merge_weights: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    merge_weights: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)
     probed: tuple[Method, ...] = ()
 
     def runs(self) -> list[tuple[int, int, Method, int]]:

@@ -23,6 +23,7 @@ th, td { padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: ri
          vertical-align: top; }
 th { border-bottom: 2px solid #999; }
 th:nth-child(-n+2), td:nth-child(-n+2), table.text th, table.text td { text-align: left; }
+table:not(.text) td { white-space: nowrap; }
 tbody tr:hover { background: #f6f6f6; }
 .note { color: #555; font-size: .88rem; }
 pre, code { font-size: .88rem; } pre { overflow-x: auto; background: #f6f6f6; padding: .7rem; }
