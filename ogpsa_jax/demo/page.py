@@ -4,8 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ogpsa_jax.demo.methods import SCARCE
-from ogpsa_jax.demo.recipe import MATCHED_SAFETY
+from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES
 from ogpsa_jax.evaluation import (
     Record,
     cells_html,
@@ -19,11 +18,13 @@ from ogpsa_jax.evaluation import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_ABLATIONS = frozenset(method.label for recipe in RECIPES.values() for method in recipe.sft_only)
+
 
 def demo_figure(records: Sequence[Record]) -> "Figure":
-    """Safety against general score of every method that had all general samples."""
+    """Safety against general score of every method that went through all stages."""
     return pareto_figure(
-        [record for record in records if not _is_scarce(record)],
+        [record for record in records if record.label not in _ABLATIONS],
         "A small model, aligned by each method",
         matched_safety=MATCHED_SAFETY,
     )
@@ -47,7 +48,8 @@ def demo_page(records: Sequence[Record], extra: Mapping[str, Any]) -> str:
             + _paragraph(
                 "Right is better (general ability kept), up is better (harmful requests refused). "
                 f"Above the dashed line, {MATCHED_SAFETY:.0%}, methods are compared at matched "
-                "safety. The line of merges goes from the model before alignment to the naive one."
+                "safety. The line of merges goes from the model before alignment to the naive one. "
+                "Settings that were tried in one stage only are in the table."
             ),
         ),
         ("Scores", table_html(records, MATCHED_SAFETY) + _cost_note()),
@@ -108,10 +110,6 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> "Figure":
         else:
             axes.text(0.5, 0.5, "not measured in this mode", ha="center", transform=axes.transAxes)
     return figure
-
-
-def _is_scarce(record: Record) -> bool:
-    return f"{SCARCE} samples" in record.label
 
 
 def _tasks_only(records: Sequence[Record]) -> list[Record]:

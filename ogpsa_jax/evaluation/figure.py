@@ -59,7 +59,6 @@ def pareto_figure(
             series = [row for row in rows if (row.method, row.stage) == (method, stage)]
             marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
             _draw(axes, series, colour, marker)
-    _label(axes, rows, stages)
     _legend(axes, rows, stages)
     if matched_safety is not None:
         axes.axhline(matched_safety, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
@@ -125,36 +124,6 @@ def _draw(axes, series: list[Row], colour: str, marker: str) -> None:  # type: i
                 fontsize=7,
                 color=colour,
             )
-
-
-def _label(axes, rows: list[Row], stages: list[str]) -> None:  # type: ignore[no-untyped-def]
-    """Names beside the points of methods with one setting, at the last stage they have."""
-    named = []
-    for method, colour in _colours(rows).items():
-        own = [row for row in rows if row.method == method]
-        last = next((stage for stage in reversed(stages) if stage in {r.stage for r in own}), BASE)
-        shown = [row for row in own if row.stage == last]
-        if len(shown) == 1:
-            named.append((shown[0], colour))
-    named.sort(key=lambda pair: pair[0].mean["general"])
-    for number, (row, colour) in enumerate(named):
-        x, y = row.mean["general"], row.mean["safety"]
-        # Methods differ in their general score and crowd at high safety: names hang below, at
-        # different lengths, where there is room; those of unsafe models stand above.
-        length = 16 + 13 * (number % 5)
-        axes.annotate(
-            row.label,
-            (x, y),
-            xytext=(0, -length if y > 0.5 else length),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color=colour,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 4},
-            zorder=4,
-        )
 
 
 def _shared_words(labels: list[str]) -> int:

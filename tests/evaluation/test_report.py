@@ -143,15 +143,13 @@ def test_the_figure_puts_every_row_at_its_scores(records):
         pareto_figure([records[0].model_copy(update={"scores": {"general": 1.0}})])
 
 
-def test_the_figure_names_methods_and_draws_the_level_of_safety(records):
+def test_the_figure_tells_settings_apart_and_draws_the_level_of_safety(records):
     weights = [
         records[1].model_copy(update={"label": f"merge {weight}", "method": "line"})
         for weight in (0.2, 0.8)
     ]
     (axes,) = pareto_figure([*records, *weights], matched_safety=0.93).figure.axes
     names = [text.get_text() for text in axes.texts]
-    for label in ("before", "naive run", "ogpsa run", "merge run"):
-        assert names.count(label) == 1  # at the last of the method's stages alone
     assert {"0.2", "0.8"} <= set(names)  # settings of one method are told apart on its line
     assert any(list(line.get_ydata()) == [0.93, 0.93] for line in axes.lines)
 
