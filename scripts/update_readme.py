@@ -1,17 +1,17 @@
 """Put measured tables and the figure into the README, each between its two markers.
 
-python scripts/update_readme.py --demo runs/demo --stories runs
+python scripts/update_readme.py --demo runs/thorough --stories runs
 """
 
 import argparse
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
 from compare_methods import table
 
+from ogpsa_jax.demo.page import ABLATIONS, demo_figure
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation import markdown_table, read_records
@@ -37,12 +37,16 @@ def main() -> int:
     text = readme.read_text(encoding="utf-8")
     try:
         if arguments.demo:
-            # The curve of merged weights is in the figure.
-            records = [r for r in read_records(arguments.demo) if not r.label.startswith("merge ")]
+            # The curve of merged weights is in the figure, what else was tried in the report.
+            records = [
+                record
+                for record in read_records(arguments.demo)
+                if not (record.label.startswith("merge ") or record.label in ABLATIONS)
+            ]
             text = replaced(text, "demo", markdown_table(records, MATCHED_SAFETY))
             assets = REPOSITORY / "docs" / "assets"
             assets.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(arguments.demo / "pareto.png", assets / "pareto.png")
+            demo_figure(read_records(arguments.demo)).savefig(assets / "pareto.png")
         if arguments.stories:
             files = [arguments.stories / f"{stage}.json" for stage in STAGES]
             parts = [

@@ -18,13 +18,13 @@ from ogpsa_jax.evaluation import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ABLATIONS = frozenset(method.label for recipe in RECIPES.values() for method in recipe.sft_only)
+ABLATIONS = frozenset(method.label for recipe in RECIPES.values() for method in recipe.sft_only)
 
 
 def demo_figure(records: Sequence[Record]) -> "Figure":
     """Safety against general score of every method that went through all stages."""
     return pareto_figure(
-        [record for record in records if record.label not in _ABLATIONS],
+        [record for record in records if record.label not in ABLATIONS],
         "A small model, aligned by each method",
         matched_safety=MATCHED_SAFETY,
     )
