@@ -73,7 +73,8 @@ def test_wrapping_an_optimizer_equals_chaining_and_both_shares_one_basis(rng, re
 
         return jax.jit(run)(params, gradient, reference)
 
-    adam = relaxed(optax.adam(1e-2))
+    # With its usual eps, Adam divides an entry that all but cancels by itself, round-off and all.
+    adam = relaxed(optax.adam(1e-2, eps=1.0))
     before, after = optax.chain(ogpsa_project(1), adam), optax.chain(adam, ogpsa_project(1))
     assert_close(step(ogpsa(adam, 1, placement="gradient"))[0], step(before)[0])
     assert_close(step(ogpsa(adam, 1, placement="update"))[0], step(after)[0])
