@@ -22,8 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ogpsa-jax: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"ogpsa-jax: the package {error.name} is not installed; install ogpsa_jax with its "
+            "extra [train], or [eval] for judges and the harness.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
-        print("ogpsa-jax: interrupted; the same command goes on from here", file=sys.stderr)
+        print(
+            "ogpsa-jax: interrupted; the same command goes on from what it saved", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -48,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="the alignment tax, and how it vanishes: a small world on this machine",
+        help="what safety costs by each method: a small world on this machine",
         description="Pre-train a small model, align it by every method, draw what each one cost. "
         "Interrupted, the same command goes on where it was.",
     )

@@ -1,5 +1,7 @@
 """The command line: what it refuses, in one sentence, and that its commands reach their rooms."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,17 @@ def test_merge_writes_one_folder_a_weight(tmp_path, capsys):
         for folder in (tmp_path / "a", tmp_path / "b", out / "0.25")
     )
     np.testing.assert_allclose(merged, 0.75 * a + 0.25 * b, atol=1e-7)
+
+
+def test_a_command_without_its_packages_says_what_to_install():
+    code = (
+        "import sys; sys.modules['yaml'] = None\n"
+        "from ogpsa_jax.cli import main; sys.exit(main(['train', '--keys']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ogpsa-jax: the package yaml is not installed; install ogpsa_jax")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_an_export_replaces_what_an_export_wrote_and_nothing_else(tmp_path):

@@ -16,6 +16,7 @@ _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 _SPLITS = re.compile(r"^(train|test|val|valid|validation|dev|eval)(?=[-_.]|$)")  # of file names
 _SPACE = re.compile(r"[ \t\r\n]*")
+_BEYOND = "nested too deeply, or a number of too many digits; mend the row."
 
 
 def located_rows(source: DataSource) -> list[Located]:
@@ -138,8 +139,10 @@ def _json_rows(content: str, path: Path) -> list[Located]:
         raise InputError(
             f"{path}, line {error.lineno}: not valid JSON: {error.msg}; mend the file."
         ) from error
-    except RecursionError:
-        raise InputError(f"{path}, line {line}: nested too deeply; mend the row.") from None
+    except InputError:
+        raise
+    except (RecursionError, ValueError):
+        raise InputError(f"{path}, line {line}: {_BEYOND}") from None
     return located
 
 
@@ -157,8 +160,10 @@ def _json_lines_rows(content: str, path: Path) -> list[Located]:
                 f"{where}: not valid JSON: {error.msg}; expected one row ({{...}}) on each line, "
                 "or, in a .json file, a list of rows."
             ) from error
-        except RecursionError:
-            raise InputError(f"{where}: nested too deeply; mend the row.") from None
+        except InputError:
+            raise
+        except (RecursionError, ValueError):
+            raise InputError(f"{where}: {_BEYOND}") from None
     return located
 
 

@@ -74,7 +74,7 @@ def model_card(run: str | Path) -> str:
         f"# {found.summary.get('name', found.folder.name)}",
         _introduction(chain, base),
         "## Training data",
-        _table(["stage", "use", "source", "rows"], _data_rows(chain)),
+        _table(["stage", "use", "source", "taken"], _data_rows(chain)),
         *_measured(found, chain),
         "## Hyper-parameters",
         *(part for stage in chain for part in _hyper_parameters(stage)),
@@ -82,9 +82,9 @@ def model_card(run: str | Path) -> str:
         "The folder is a Hugging Face checkpoint: transformers and vLLM load it, and so does "
         "`ogpsa_jax.models.load_pretrained`.",
         "## Limits",
-        "Scores hold for the data named beside them. Refusal was scored on a fixed list of "
-        "requests; it says nothing about requests that were made to get around it. Check the model "
-        "on your own use before you rely on it.",
+        "Scores hold for the data named beside them. How a model refuses a fixed list of requests "
+        "says nothing about requests that were made to get around it. Check the model on your own "
+        "use before you rely on it.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -81,12 +81,12 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One data set: a file, a folder or a hub id."""
 
-    path: str = Field(description="file, folder or hub id")
+    path: str = Field(min_length=1, description="file, folder or hub id")
     split: str = Field(
         "train", description="split, with the slice syntax of datasets, as in train[:2000]"
     )
     format: str = Field("auto", description="record format; auto: recognised by its columns")
-    weight: PositiveFloat = Field(1.0, description="share of this source in the mixture")
+    weight: float = Field(1.0, ge=1e-6, description="share of this source in the mixture")
     samples: PositiveInt | None = Field(None, description="take this many rows, drawn by seed")
 
 
@@ -149,7 +149,9 @@ class OgpsaSection(Section):
     preset: Literal["paper", "recommended", "off"] = Field(
         "recommended", description="fills in the keys below that are left out; off: no projection"
     )
-    rank: Annotated[int, Field(ge=1, le=64)] = Field(2, description="directions kept per group")
+    rank: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="directions kept per group; 4 where recommended replays"
+    )
     scope: Literal["tensor", "global"] = Field(
         "tensor", description="one subspace per weight tensor (official code) or one for all"
     )
@@ -165,9 +167,13 @@ class OgpsaSection(Section):
         description="micro_batch: the rule sees every micro-batch's gradient (official code)",
     )
     refresh_every: PositiveInt = Field(
-        30, description="steps between refreshes, where references are not in_step"
+        30, description="steps between refreshes, where references are not in_step; 5 in dpo"
     )
-    project_momentum: bool = Field(True, description="project first moments with each new basis")
+    project_momentum: bool = Field(
+        True,
+        description="project first moments with each new basis; false in paper, and where "
+        "recommended replays",
+    )
     basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
     offload: Literal[False] = Field(
         False, description="basis in host memory between uses: not supported yet"

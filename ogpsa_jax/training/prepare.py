@@ -235,6 +235,11 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
     cross_entropy = partial(sft_loss, chunk_size=config.train.loss_chunk)
     own_rows = config.train.batch_size - riding
     batches = stream(data.train, config.data.train, own_rows, config.train.steps)
+    if not len(batches):
+        raise InputError(
+            f"train.epochs: {config.train.epochs:g} passes over {len(data.train)} rows come to no "
+            "row at all; raise it, or set train.steps."
+        )
     in_step_batches = None
     if riding:
         pool = [

@@ -140,6 +140,16 @@ UNREADABLE = {
     "one object": ("a.json", '{\n"prompts": []\n}', "or, in a .json file, a list of rows"),
     "array of texts": ("a.json", '["Q"]', "row 1, line 1: a row must be an object, found str"),
     "deep": ("a.jsonl", "[" * 100_000, "nested too deeply"),
+    "long number": (
+        "a.jsonl",
+        '{"text": ' + "9" * 6000 + "}",
+        "a.jsonl, line 1: nested too deeply, or a num",
+    ),
+    "long number in a list": (
+        "a.json",
+        '[\n{"n": ' + "9" * 6000 + "}]",
+        "a.json, line 2: nested too",
+    ),
     "deep row": ("a.json", "[\n" + "[" * 100_000, "a.json, line 2: nested too deeply"),
     "empty": ("a.jsonl", "", "split 'train' holds no row"),
     "empty array": ("a.json", "[]", "split 'train' holds no row"),
