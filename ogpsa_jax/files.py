@@ -1,8 +1,11 @@
 """Files that people write for us, and files that must be whole or not there."""
 
+import contextlib
+import fcntl
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,8 @@ def read_yaml(path: Path, what: str) -> tuple[Any, yaml.Node | None]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"{path}: cannot read the {what}: {reason}.") from error
+    except (ValueError, RecursionError) as error:  # a date that no calendar has, [[[[...
+        raise InputError(f"{path}: not valid YAML ({error}); mend the file.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -123,6 +128,50 @@ def make_folder(path: Path) -> None:
         raise InputError(
             f"{path}: this folder cannot be made ({error.strerror}); choose another."
         ) from error
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a folder; death of this one, however sudden, lets them in.
+
+    File systems without locks keep nobody out.
+
+    Raises:
+      InputError: another process is at work there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(
+            f"{folder}: another process is writing there; wait for it, or choose another folder."
+        ) from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object that this package once wrote whole.
+
+    Args:
+      path: the file.
+      remedy: what to do where it is not whole any more, for the message.
+
+    Raises:
+      InputError: it is not readable, or no object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise InputError(f"{path}: cannot be read ({error}); {remedy}.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no object; {remedy}.")
+    return found
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Records and their validation, chat templates and loss masks, packing, the input pipeline."""
 
 from ogpsa_jax.data.batches import TrainBatches, fixed_batches
-from ogpsa_jax.data.examples import DataReport, Example, Tokens, prepare
+from ogpsa_jax.data.examples import DataReport, Example, Tokens, digest, prepare
 from ogpsa_jax.data.reading import read_records, split_by_prompt
 from ogpsa_jax.data.records import DataSource, Message, Record
 from ogpsa_jax.data.templates import BUILT_IN, ChatTemplate, load_tokenizer
@@ -16,6 +16,7 @@ __all__ = [
     "Record",
     "Tokens",
     "TrainBatches",
+    "digest",
     "fixed_batches",
     "load_tokenizer",
     "prepare",

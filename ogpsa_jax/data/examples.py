@@ -1,5 +1,6 @@
 """Examples: tokenised rows. A whole data set is read, checked and tokenised before step 0."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,6 +75,17 @@ class DataReport:
             "refused_rows": len(self.refused),
         }
         return {**counts, "refused": self.refused[:_TOLD]} if self.refused else counts
+
+
+def digest(examples: Sequence[Example], start: bytes = b"") -> str:
+    """A hash of every token and whether it is learnt; `start` goes in first."""
+    found = hashlib.blake2b(start, digest_size=20)
+    for example in examples:
+        for tokens in example.sequences:
+            found.update(np.int64(len(tokens.ids)).tobytes())
+            found.update(np.ascontiguousarray(tokens.ids, np.int32).tobytes())
+            found.update(np.ascontiguousarray(tokens.learnt, bool).tobytes())
+    return found.hexdigest()
 
 
 def prepare(

@@ -117,7 +117,7 @@ def _csv_rows(content: str, path: Path) -> list[Located]:
 
 def _json_rows(content: str, path: Path) -> list[Located]:
     """The rows of a JSON array, one decoded at a time so that each one's line is known."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
     at = _space(content, _space(content, 0) + 1)
     line, counted = 1, 0
     located: list[Located] = []
@@ -141,6 +141,8 @@ def _json_rows(content: str, path: Path) -> list[Located]:
         ) from error
     except InputError:
         raise
+    except _Twice as error:
+        raise InputError(f"{path}, line {line}: {error}") from None
     except (RecursionError, ValueError):
         raise InputError(f"{path}, line {line}: {_BEYOND}") from None
     return located
@@ -154,7 +156,7 @@ def _json_lines_rows(content: str, path: Path) -> list[Located]:
             continue
         where = f"{path}, line {number}"
         try:
-            located.append((_row(json.loads(line), where), where))
+            located.append((_row(json.loads(line, object_pairs_hook=_once), where), where))
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{where}: not valid JSON: {error.msg}; expected one row ({{...}}) on each line, "
@@ -162,9 +164,24 @@ def _json_lines_rows(content: str, path: Path) -> list[Located]:
             ) from error
         except InputError:
             raise
+        except _Twice as error:
+            raise InputError(f"{where}: {error}") from None
         except (RecursionError, ValueError):
             raise InputError(f"{where}: {_BEYOND}") from None
     return located
+
+
+class _Twice(ValueError):
+    """A key that stands twice in one object; JSON leaves open which of the two counts."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Twice(f"the key '{twice}' stands there twice; keep one of them.")
+    return found
 
 
 def _space(content: str, at: int) -> int:
@@ -175,7 +192,10 @@ def _space(content: str, at: int) -> int:
 
 def _row(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise InputError(f"{where}: a row must be an object, found {type(item).__name__}.")
+        raise InputError(
+            f"{where}: a row must be an object ({{...}}), found {type(item).__name__}; mend or "
+            "remove the row."
+        )
     return item
 
 

@@ -27,7 +27,9 @@ def _given(row: Row, where: str) -> tuple[Message, ...]:
             asked += "\n" + text_of(row, "input", where, empty=True)
         turns = (*_history(row.get("history"), where), Message("user", asked))
     if turns[-1].role != "user":
-        raise InputError(f"{where}: what precedes the answer must end with a user's turn.")
+        raise InputError(
+            f"{where}: what precedes the answer must end with a user's turn; mend the row."
+        )
     return _with_system(row, where, turns)
 
 
@@ -39,7 +41,9 @@ def _history(history: Any, where: str) -> tuple[Message, ...]:
     turns = []
     for pair in rounds:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"{where}: 'history' must be a list of [question, answer] pairs.")
+            raise InputError(
+                f"{where}: 'history' must be a list of [question, answer] pairs; mend the row."
+            )
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return conversation(turns, where, "role", "content")
 
@@ -70,7 +74,9 @@ def _answer(row: Row, key: str, where: str, *, empty: bool = False) -> str:
         role_key, text_key = ("role", "content") if "content" in value else ("from", "value")
         role = value.get(role_key, "assistant")
         if role not in ("assistant", "gpt", "model"):
-            raise InputError(f"{where}: '{key}' must end with the assistant's turn, found {role}.")
+            raise InputError(
+                f"{where}: '{key}' must end with the assistant's turn, found {role}; mend the row."
+            )
         return text_of({key: value.get(text_key)}, key, where, empty=empty)
     return text_of({key: value}, key, where, empty=empty)
 
@@ -111,7 +117,9 @@ def halueval(row: Row, where: str) -> Record | None:
     """HaluEval general data ``{user_query, chatgpt_response, hallucination}``; keeps "no"."""
     verdict = row.get("hallucination")
     if verdict not in ("yes", "no"):
-        raise InputError(f"{where}: 'hallucination' must be yes or no, found {verdict!r}.")
+        raise InputError(
+            f"{where}: 'hallucination' must be yes or no, found {verdict!r}; mend the row."
+        )
     if verdict == "yes":
         return None
     query = Message("user", text_of(row, "user_query", where))
@@ -160,13 +168,15 @@ def _published_answers(row: Row, where: str) -> tuple[list[str], list[bool]]:
 def _flag(row: Row, key: str, where: str) -> bool:
     value = {"true": True, "false": False}.get(str(row.get(key)).lower())  # CSV holds text
     if value is None:
-        raise InputError(f"{where}: '{key}' must be true or false, found {row.get(key)!r}.")
+        raise InputError(
+            f"{where}: '{key}' must be true or false, found {row.get(key)!r}; mend the row."
+        )
     return value
 
 
 def _choice(row: Row, key: str, where: str) -> int:
     if str(row.get(key)) not in ("0", "1"):
-        raise InputError(f"{where}: '{key}' must be 0 or 1, found {row.get(key)!r}.")
+        raise InputError(f"{where}: '{key}' must be 0 or 1, found {row.get(key)!r}; mend the row.")
     return int(row[key])
 
 
@@ -185,7 +195,9 @@ def preference(row: Row, where: str) -> Record:
         )
         _same_prompt(given, other, where)
         if given[-1].role != "user":
-            raise InputError(f"{where}: 'chosen' must end with a user's turn and the answer.")
+            raise InputError(
+                f"{where}: 'chosen' must end with a user's turn and the answer; mend the row."
+            )
         given = _with_system(row, where, given)
     else:
         given = _given(row, where)
@@ -220,7 +232,7 @@ def _transcript(transcript: str, where: str, key: str) -> tuple[Message, ...]:
     if parts[0].strip() or not turns or turns[-1]["role"] != "assistant":
         raise InputError(
             f"{where}: '{key}' must be a transcript of 'Human:' and 'Assistant:' turns that ends "
-            "with the assistant's."
+            "with the assistant's; mend or remove the row."
         )
     return conversation(turns, where, "role", "content", empty_end=True)
 

@@ -30,7 +30,10 @@ def read_records(source: DataSource, kind: Kind) -> tuple[list[Record], int]:
     bounds, by_prompt = _slice(source)
     located = located_rows(source)
     if not located:
-        raise InputError(f"{source.path}: split '{source.split}' holds no row.")
+        raise InputError(
+            f"{source.path}: split '{source.split}' holds no row; name another split or file, or "
+            "leave the source out."
+        )
     if not by_prompt:
         located = located[slice(*_within(bounds, len(located), source, "rows"))]
     records = _read(located, source, kind)
@@ -78,17 +81,24 @@ def _read(located: list[Located], source: DataSource, kind: Kind) -> list[Record
     reader = reader_for([row for row, _ in located[:1]], kind, source.format, source.path)
     records: list[Record] = []
     malformed: list[tuple[str, str]] = []
+    columns = list(located[0][0])
     for row, where in located:
         try:
             record = reader(row, where)
         except InputError as error:
-            malformed.append((str(error), where))
+            problem = str(error).removesuffix(".")
+            if source.format == "auto" and set(row) != set(columns):
+                problem += (
+                    f"; the format was taken from the first row, whose columns are "
+                    f"{', '.join(map(str, columns))}: rows of another one need a file of their own"
+                )
+            malformed.append((problem, where))
             continue
         if record is not None:
             records.append(record)
     if malformed:
         others = and_others([where for _, where in malformed[1:]])
-        raise InputError(f"{malformed[0][0].removesuffix('.')}{others}.")
+        raise InputError(f"{malformed[0][0]}{others}.")
     return records
 
 

@@ -134,7 +134,7 @@ def conversation(
         if role is None:
             raise InputError(
                 f"{where}, turn {number}: unknown role {named!r}; expected one of "
-                f"{', '.join(_ROLES)}."
+                f"{', '.join(_ROLES)}; mend or remove the row."
             )
         may_be_empty = role == "system" or (empty_end and number == len(turns))
         said = text_of(turn, text_key, f"{where}, turn {number}", empty=may_be_empty)
@@ -148,7 +148,7 @@ def conversation(
     ):
         raise InputError(
             f"{where}: turns must alternate user, assistant, after at most one system message; "
-            f"found {', '.join(m.role for m in messages)}."
+            f"found {', '.join(m.role for m in messages)}; mend or remove the row."
         )
     return tuple(m for m in messages if m.content or m.role != "system")
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from ogpsa_jax.data.records import Message
@@ -194,9 +193,10 @@ class ChatTemplate:
             # Not apply_chat_template: its token mask fails on an empty part, and misses tokens
             # where a part ends with a character of several tokens.
             texts, marks = render_jinja_template([turns], chat_template=self.source, **given)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: it may fail in every way
             raise InputError(
-                f"{where}: the chat template cannot render the conversation ({error})."
+                f"{where}: the chat template cannot render the conversation ({error}); mend the "
+                "template or the row, or set data.template to another."
             ) from error
         return texts[0], marks[0] if marks else []
 

@@ -91,8 +91,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
         raise InputError(f"override '{override}': expected key.sub=value.")
     try:
         value = yaml.load(text, Loader=Yaml12Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"override '{override}': the value is not valid YAML.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"override '{override}': the value is not valid YAML; put text in quotes."
+        ) from error
     steps: list[str | int] = [int(part) if part.isdecimal() else part for part in key.split(".")]
     at: Any = raw
     for position, step in enumerate(steps):

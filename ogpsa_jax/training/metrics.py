@@ -98,16 +98,19 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[Line]:
-    """All complete lines of a run's metrics; a torn last line is left out."""
+    """A run's metrics up to the first line that is not whole, which is left out."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:  # neither UTF-8 nor JSON
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 

@@ -38,6 +38,8 @@ from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.reference_model import add_reference_log_probs
 from ogpsa_jax.training.step import Objective
 
+_MOST_ROWS = 10**8  # a run's rows are laid out before its first step
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -234,6 +236,7 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
     preference = preference_objective(config)
     cross_entropy = partial(sft_loss, chunk_size=config.train.loss_chunk)
     own_rows = config.train.batch_size - riding
+    _check_length(config, data, own_rows)
     batches = stream(data.train, config.data.train, own_rows, config.train.steps)
     if not len(batches):
         raise InputError(
@@ -264,6 +267,19 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
             for name, examples in data.evaluations.items()
         },
     )
+
+
+def _check_length(config: RunConfig, data: RunData, rows_per_step: int) -> None:
+    """Refuse a run whose rows could not be laid out in memory."""
+    settings = config.train
+    key, rows = f"train.epochs: {settings.epochs:g}", settings.epochs * len(data.train)
+    if settings.steps is not None:
+        key, rows = f"train.steps: {settings.steps}", float(settings.steps * rows_per_step)
+    if rows > _MOST_ROWS:
+        raise InputError(
+            f"{key} comes to {rows:.3g} rows, more than the {_MOST_ROWS:.0e} that a run may see; "
+            "lower it."
+        )
 
 
 def preference_objective(config: RunConfig) -> Objective:

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ogpsa_jax.data import Example, fixed_batches
+from ogpsa_jax.data import Example, digest, fixed_batches
 from ogpsa_jax.models import load_pretrained
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
@@ -73,7 +73,7 @@ def add_reference_log_probs(
     model_key = _model_key(config)
     model = None
     for i in pairs:
-        path = folder / f"{_key(model_key, sets[i])}.npz"
+        path = folder / f"{digest(sets[i], model_key)}.npz"
         found = _read(path, len(sets[i]))
         if found is None:
             if model is None:
@@ -134,32 +134,22 @@ def _compute(model: Any, examples: list[Example], config: RunConfig, mesh: Mesh)
 
 def _model_key(config: RunConfig) -> bytes:
     """A digest of the reference model: its files, or what its random weights are drawn from."""
-    digest = hashlib.blake2b(f"{_VERSION} {config.model.dtype} {config.model.param_dtype}".encode())
+    found = hashlib.blake2b(f"{_VERSION} {config.model.dtype} {config.model.param_dtype}".encode())
     initial = config.dpo.reference_model == "initial"
     folder = resolve_folder(str(config.model.path) if initial else config.dpo.reference_model)
     files = [folder / "config.json"]
     if initial and config.model.initial_weights == "random":
-        digest.update(f"random {config.seed}".encode())
+        found.update(f"random {config.seed}".encode())
     else:
         files += sorted(folder.glob("*.safetensors"))
     if initial and config.model.lora is not None and config.model.lora.adapter is not None:
         files += sorted(resolve_folder(config.model.lora.adapter).glob("adapter_*"))
     for path in files:
-        digest.update(path.name.encode())
+        found.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.digest()
-
-
-def _key(model_key: bytes, examples: list[Example]) -> str:
-    digest = hashlib.blake2b(model_key, digest_size=20)
-    for example in examples:
-        for tokens in example.sequences:
-            digest.update(np.int64(len(tokens.ids)).tobytes())
-            digest.update(np.ascontiguousarray(tokens.ids, np.int32).tobytes())
-            digest.update(np.ascontiguousarray(tokens.learnt, bool).tobytes())
-    return digest.hexdigest()
+                found.update(block)
+    return found.digest()
 
 
 def _read(path: Path, pairs: int) -> np.ndarray | None:

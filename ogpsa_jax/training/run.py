@@ -1,11 +1,12 @@
 """A stage from configuration to exported checkpoint, and several stages in a row."""
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
-from ogpsa_jax.files import write_whole
+from ogpsa_jax.files import only_writer, read_json, write_whole
 from ogpsa_jax.models import save_lora, save_pretrained
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
+from ogpsa_jax.training.inputs import check_same_inputs
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
 from ogpsa_jax.training.metrics import Line, draw_curves, find_problems
@@ -107,8 +109,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     finished = run_dir / "summary.json"
     _check_same_run(run_dir, config)
     if finished.exists():
-        logger.warning("%s is finished; delete the directory to run it again", run_dir)
-        return json.loads(finished.read_text()) | {"export": str(run_dir / "export")}
+        logger.info("%s is finished, its results stand; delete it to run it again", run_dir)
+        remedy = "delete it, and the same command makes it anew from the last checkpoint"
+        return read_json(finished, remedy) | {"export": str(run_dir / "export")}
     _check_writable(run_dir)
     join_processes()
     started = time.perf_counter()
@@ -119,27 +122,34 @@ def train(config: RunConfig) -> dict[str, Any]:
     data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)
     network = Network.of(policy(), trained_parameters(config))
-    if jax.process_index() == 0:
-        _start_run_dir(run_dir, config)
-    network, lines = fit(network, task, config, mesh, run_dir)
-    model = network.model()
-    save_pretrained(model, run_dir / "export")
-    if config.model.lora is not None:
-        save_lora(model, run_dir / "adapter")
-    if jax.process_index() == 0:
-        draw_curves(lines, run_dir / "curves.png")
-        summary = {
-            **summarise(config, lines),
-            "data": data.report(),
-            "reference_samples": task.reference_rows * _refreshes(lines),
-            "seconds": round(time.perf_counter() - started, 1),
-            "export": str(run_dir / "export"),
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        }
-        write_whole(finished, json.dumps(summary, indent=1) + "\n")
-        write_model_card(run_dir)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{run_dir} is finished")
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            held.enter_context(_started_run_dir(run_dir, config))
+        check_same_inputs(run_dir, config, data)
+        network, lines = fit(network, task, config, mesh, run_dir)
+        model = network.model()
+        save_pretrained(model, run_dir / "export")
+        if config.model.lora is not None:
+            save_lora(model, run_dir / "adapter")
+        if jax.process_index() == 0:
+            if not any("loss" in line for line in lines):
+                raise InputError(
+                    f"{run_dir / 'metrics.jsonl'}: no step of this run is left in it, so there is "
+                    f"nothing to sum up; the weights are in {run_dir / 'export'}."
+                )
+            draw_curves(lines, run_dir / "curves.png")
+            summary = {
+                **summarise(config, lines),
+                "data": data.report(),
+                "reference_samples": task.reference_rows * _refreshes(lines),
+                "seconds": round(time.perf_counter() - started, 1),
+                "export": str(run_dir / "export"),
+                "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            }
+            write_whole(finished, json.dumps(summary, indent=1) + "\n")
+            write_model_card(run_dir)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{run_dir} is finished")
     return dict(json.loads(finished.read_text()))
 
 
@@ -252,12 +262,17 @@ def _check_writable(run_dir: Path) -> None:
                 )
 
 
-def _start_run_dir(run_dir: Path, config: RunConfig) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / "config.yaml", dump_config(config))
-    except OSError as error:
-        raise InputError(
-            f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another "
-            "output_dir, or mend this."
-        ) from error
+@contextlib.contextmanager
+def _started_run_dir(run_dir: Path, config: RunConfig) -> Iterator[None]:
+    """Make the directory, file the configuration there, and keep it to this process."""
+    with contextlib.ExitStack() as held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_writer(run_dir))
+            write_whole(run_dir / "config.yaml", dump_config(config))
+        except OSError as error:
+            raise InputError(
+                f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another "
+                "output_dir, or mend this."
+            ) from error
+        yield

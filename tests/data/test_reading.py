@@ -138,7 +138,26 @@ UNREADABLE = {
     "unended array": ("a.json", '[{"a": 1}\n', "a.json, line 2: not valid JSON"),
     "more than an array": ("a.json", '[{"a": 1}]\nx', "a.json, line 2: not valid JSON"),
     "one object": ("a.json", '{\n"prompts": []\n}', "or, in a .json file, a list of rows"),
-    "array of texts": ("a.json", '["Q"]', "row 1, line 1: a row must be an object, found str"),
+    "array of texts": (
+        "a.json",
+        '["Q"]',
+        "row 1, line 1: a row must be an object ({...}), found str",
+    ),
+    "a key twice": (
+        "a.jsonl",
+        rows(1) + '{"prompt": "Q", "prompt": "R", "completion": "A"}\n',
+        "a.jsonl, line 2: the key 'prompt' stands there twice; keep one of them.",
+    ),
+    "a key twice in a list": (
+        "a.json",
+        '[{"a": 1},\n{"a": {"b": 1, "b": 2}}]',
+        "a.json, line 2: the key 'b' stands there twice",
+    ),
+    "another format": (
+        "a.jsonl",
+        rows(1) + '{"instruction": "Q", "output": "A"}\n',
+        "the first row, whose columns are prompt, completion: rows of another one need",
+    ),
     "deep": ("a.jsonl", "[" * 100_000, "nested too deeply"),
     "long number": (
         "a.jsonl",

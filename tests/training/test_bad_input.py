@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ogpsa_jax import cli
+from ogpsa_jax.files import only_writer
 from ogpsa_jax.training import loop
 
 Refused = Callable[..., str]
@@ -64,6 +65,8 @@ def rewrite(model: Path, **changes: object) -> None:
         ("data.train=[{path: ''}]", ["data.train", "path", "at least 1 character"]),
         ("data.train.0.weight=1e-9", ["data.train", "weight", "0.000001"]),
         ("train={steps: null, epochs: 1.0e-9}", ["train.epochs", "no row at all"]),
+        ("train={steps: null, epochs: 1e12}", ["train.epochs", "more than the 1e+08 that a run"]),
+        ("train.steps=1000000000", ["train.steps", "more than the 1e+08 that a run may see"]),
         ("data.templat=x", ["unknown key 'data.templat'", "did you mean 'template'?"]),
         ("references.sets.0.samples=25", ["general.jsonl", "25 samples asked for", "24"]),
         ("data.max_length=4", ["line 1", "nothing is left to learn", "data.max_length"]),
@@ -120,6 +123,21 @@ def test_a_template_without_assistant_tokens_is_told(refused, tmp_path):
     assert "does not show what the assistant says" in refused(f"data.template={template}")
 
 
+@pytest.mark.parametrize("failing", ["1 / 0", "[].pop()", "raise_exception('no')", "nothing.at"])
+def test_a_template_that_fails_is_told(refused, tmp_path, failing):
+    template = tmp_path / "failing.jinja"
+    template.write_text("{{ " + failing + " }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "cannot render the conversation" in refused(f"data.template={template}")
+
+
+@pytest.mark.parametrize("value", ["2020-99-99", "[" * 5000, "{a: b: c}"])
+def test_a_value_that_is_no_yaml_is_told(refused, ground, tmp_path, value):
+    assert "is not valid YAML" in refused(f"name={value}")
+    config = tmp_path / "bad.yaml"
+    config.write_text((ground / "run.yaml").read_text() + f"\nseed: {value}\n")
+    assert "bad.yaml" in refused(configs=[config])
+
+
 def test_a_checkpoint_that_lacks_a_tensor_is_told(refused, model):
     rewrite(model, **{"model.norm.weight": None})
     sentence = refused(f"model.path={model}")
@@ -153,10 +171,39 @@ def test_the_directory_of_another_run_is_refused(refused, interrupted):
     assert "no config.yaml" in refused("mesh.fsdp=8", output_dir=interrupted)
 
 
+@pytest.mark.parametrize("name", ["safety.jsonl", "general.jsonl", "model/model.safetensors"])
+def test_what_changed_while_a_run_was_stopped_is_told(refused, ground, interrupted, name):
+    path, key = ground / name, {"s": "data.train", "g": "references.sets.0", "m": "model.path"}
+    before = path.read_bytes()
+    try:
+        if name.endswith(".jsonl"):
+            path.write_bytes(before + b'{"prompt": "new", "completion": "row"}\n')
+        else:
+            norm = load_file(path)["model.norm.weight"]
+            rewrite(path.parent, **{"model.norm.weight": norm + 1})
+        sentence = refused("mesh.fsdp=8", output_dir=interrupted)
+    finally:
+        path.write_bytes(before)
+    assert f"inputs.json: what {key[name[0]]} names has changed since this run began" in sentence
+
+
+def test_a_directory_in_which_another_process_trains_is_refused(refused, interrupted):
+    with only_writer(interrupted):
+        sentence = refused("mesh.fsdp=8", output_dir=interrupted)
+    assert "another process is writing there" in sentence
+
+
+def test_a_torn_summary_is_told(refused, interrupted):
+    (interrupted / "summary.json").write_text('{"name": ')
+    sentence = refused("mesh.fsdp=8", output_dir=interrupted)
+    assert "summary.json: cannot be read" in sentence
+    assert "delete it, and the same command makes it anew" in sentence
+
+
 def test_a_finished_run_is_left_as_it_is(uninterrupted, ground, capsys, caplog):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
-    with caplog.at_level("WARNING", "ogpsa_jax"):
+    with caplog.at_level("INFO", "ogpsa_jax"):
         assert cli.main(["train", str(ground / "run.yaml"), f"output_dir={uninterrupted}"]) == 0
-    assert "is finished; delete the directory to run it again" in caplog.text
+    assert "is finished, its results stand; delete it to run it again" in caplog.text
     assert "8 steps" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}

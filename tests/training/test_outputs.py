@@ -121,6 +121,13 @@ def test_lines_after_the_resumed_step_and_half_lines_are_dropped(tmp_path, caplo
     assert "lacks 1 of the 2 steps before the checkpoint" in caplog.text
 
 
+@pytest.mark.parametrize("rest", [b"\xff\xfe\n", b"7\n", b'{"loss": 1.0}\n', b"{]\n"])
+def test_metrics_count_up_to_the_first_line_that_is_not_whole(tmp_path, rest):
+    whole = b'{"step": 1, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + rest + whole)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
 def test_progress_counts_no_rate_before_there_is_one(capsys):
     with Progress("run", total=40, start=0) as progress:
         progress.add([{"step": step, "loss": 1.0, "weight": 7.0} for step in (1, 2)])

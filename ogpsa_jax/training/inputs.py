@@ -1,0 +1,66 @@
+"""A run goes on with the data and the model it began with, or not at all."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+
+from ogpsa_jax.data import digest
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import read_json, write_whole
+from ogpsa_jax.models.folders import resolve_folder
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.prepare import RunData
+
+_SAMPLE = 1 << 20  # bytes of a weights file that are read at each of three places
+
+
+def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
+    """Compare what the run is given with ``inputs.json``; write that where it is missing.
+
+    Of the data every token counts, and whether it is learnt, which is all that files, template and
+    tokenizer come to. Of the model's weights, samples of every file.
+
+    Args:
+      run_dir: the run directory, which exists.
+      config: the run's settings.
+      data: its examples.
+
+    Raises:
+      InputError: something is not what the run began with.
+    """
+    path = run_dir / "inputs.json"
+    now = {
+        "data.train": digest(data.train),
+        **{f"references.sets.{i}": digest(rows) for i, rows in enumerate(data.references)},
+        **{f"data.eval.{name}": digest(rows) for name, rows in data.evaluations.items()},
+        "model.path": _model_digest(config),
+    }
+    if not path.exists():
+        if jax.process_index() == 0:
+            write_whole(path, json.dumps(now, indent=1) + "\n")
+        return
+    before = read_json(path, "delete the file to go on with what is there now")
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{path}: what {name} names has changed since this run began; bring back what it "
+                "was, or choose another output_dir."
+            )
+
+
+def _model_digest(config: RunConfig) -> str:
+    found = hashlib.blake2b(digest_size=20)
+    folder = resolve_folder(str(config.model.path))
+    files = [folder / "config.json"]
+    if config.model.initial_weights == "pretrained":
+        files += sorted(folder.glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(size - _SAMPLE, 0)):
+                file.seek(start)
+                found.update(file.read(_SAMPLE))
+    return found.hexdigest()
