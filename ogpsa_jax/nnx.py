@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.refresh import refresh as _refresh
 from ogpsa_jax.projection.streaming import push_reference as _push_reference
 
@@ -27,7 +28,8 @@ def refresh(
     Raises:
       ValueError: as :func:`ogpsa_jax.refresh`.
     """
-    pure = [nnx.as_pure(reference) for reference in references]
+    given = as_list(references, "references", "reference gradient")
+    pure = [nnx.as_pure(reference) for reference in given]
     state = nnx.as_pure(optimizer.opt_state)
     _store(optimizer, _refresh(state, pure, project_momentum=project_momentum))
 

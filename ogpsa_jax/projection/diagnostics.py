@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import find_states
+from ogpsa_jax.projection.reference import as_list
 
 
 def diagnostics(opt_state: Any) -> dict[str, Any]:
@@ -83,7 +84,10 @@ def first_order_change(references: Sequence[Any], updates: Any) -> jax.Array:
 
     Returns:
       float32 ``[m]``: ``⟨r_i, step⟩ / (‖r_i‖ ‖step‖)``; positive raises the reference loss, zero
-      leaves it alone; 0 where either is zero.
+      leaves it alone; 0 where either is zero, NaN where either is not finite.
+
+    Raises:
+      ValueError: no reference, or no list of them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -92,21 +96,28 @@ def first_order_change(references: Sequence[Any], updates: Any) -> jax.Array:
       >>> [float(x) for x in first_order_change(list(jnp.eye(2)), step)]
       [0.0, -1.0]
     """
-
-    def product(a: Any, b: Any) -> jax.Array:
-        leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        return sum(
-            (jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)) for x, y in leaves),
-            jnp.zeros([], jnp.float32),
-        )
-
-    length = jnp.sqrt(product(updates, updates))
+    step = _unit_scaled(updates)
+    length = jnp.sqrt(_product(step, step))
     cosines = []
-    for reference in references:
-        norm = jnp.sqrt(product(reference, reference)) * length
-        safe = jnp.where(norm > 0, norm, 1.0)
-        cosines.append(jnp.where(norm > 0, product(reference, updates) / safe, 0.0))
+    for tree in as_list(references, "references", "reference gradient"):
+        reference = _unit_scaled(tree)
+        norm = jnp.sqrt(_product(reference, reference)) * length
+        cosine = _product(reference, step) / jnp.where(norm == 0, 1.0, norm)
+        cosines.append(jnp.where(norm == 0, 0.0, cosine))
     return jnp.stack(cosines)
+
+
+def _unit_scaled(tree: Any) -> list[jax.Array]:
+    """The leaves in float32, divided by the largest entry: their squares are finite and not 0."""
+    leaves = [jnp.asarray(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    zero = jnp.zeros([], jnp.float32)
+    largest = jnp.stack([zero, *(jnp.max(jnp.abs(x), initial=0.0) for x in leaves)]).max()
+    return [x / jnp.where(largest > 0, largest, 1.0) for x in leaves]
+
+
+def _product(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+    pairs = zip(a, b, strict=True)
+    return sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros([], jnp.float32))
 
 
 def _fraction(part: jax.Array, whole: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Reference gradients: the mean gradient of each reference set, at the memory of one gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ def reference_gradients(
       ``Σ loss_sum / Σ weight``. Accumulated in float32, returned in the parameters' dtype.
 
     Raises:
-      ValueError: a set without batches.
+      ValueError: a set without batches, or one set where a list of them is expected.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -59,4 +59,21 @@ def reference_gradients(
         scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
         return jax.tree.map(lambda t, p: (t * scale).astype(p.dtype), total, params)
 
-    return [mean_gradient(batches) for batches in sets]
+    return [mean_gradient(batches) for batches in as_list(sets, "sets", "reference set")]
+
+
+def as_list(items: Iterable[Any], name: str, what: str) -> list[Any]:
+    """The items of a list that a caller might have forgotten to make.
+
+    Raises:
+      ValueError: a mapping instead of a list, or an empty list.
+    """
+    if isinstance(items, Mapping):
+        raise ValueError(
+            f"{name}: expected a list with one {what} or more, got one {type(items).__name__}; put "
+            "it into a list"
+        )
+    found = list(items)
+    if not found:
+        raise ValueError(f"{name}: expected at least one {what}, got none")
+    return found

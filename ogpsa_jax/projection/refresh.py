@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import replace_states
 from ogpsa_jax.projection.momentum import project_first_moments
+from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
     Leaves,
@@ -45,7 +46,8 @@ def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool
       ``refused_refreshes``.
 
     Raises:
-      ValueError: no reference, no :class:`OgpsaState`, or a reference of another shape.
+      ValueError: no reference, no list of them, no :class:`OgpsaState`, or a reference of another
+        shape.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -61,9 +63,7 @@ def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool
       Sun et al., `Safety Alignment as Continual Learning
       <https://arxiv.org/abs/2602.07892>`_, 2026.
     """
-    references = list(references)
-    if not references:
-        raise ValueError("references: expected at least one reference gradient, got none")
+    references = as_list(references, "references", "reference gradient")
     opt_state = replace_states(opt_state, partial(_refreshed, references=references))
     return project_first_moments(opt_state) if project_momentum else opt_state
 

@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from ogpsa_jax import diagnostics, first_order_change, ogpsa, ogpsa_project, refresh
+from ogpsa_jax import (
+    diagnostics,
+    first_order_change,
+    ogpsa,
+    ogpsa_project,
+    reference_gradients,
+    refresh,
+)
 
 from .helpers import assert_close, exact, project, random_tree, vectors
 
@@ -53,6 +60,39 @@ def test_a_step_projected_after_the_optimizer_leaves_reference_losses_to_first_o
     state = jax.jit(refresh)(tx.init(params), references)
     updates, _ = jax.jit(tx.update)(random_tree(rng), state, params)
     np.testing.assert_allclose(first_order_change(references, updates), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_first_order_change_is_the_cosine_at_any_scale(rng, scale):
+    references, updates = [random_tree(rng) for _ in range(3)], random_tree(rng)
+    u = vectors(updates, "global")[0]
+    rows = [vectors(tree, "global")[0] for tree in references]
+    desired = [row @ u / np.linalg.norm(row) / np.linalg.norm(u) for row in rows]
+    scaled = jax.tree.map(lambda x: x * jnp.asarray(scale, x.dtype), references)
+    np.testing.assert_allclose(first_order_change(scaled, updates), desired, atol=1e-6)
+    scaled = jax.tree.map(lambda x: x * jnp.asarray(1 / scale, x.dtype), updates)
+    np.testing.assert_allclose(first_order_change(references, scaled), desired, atol=1e-6)
+
+
+def test_first_order_change_of_nothing_is_zero_and_of_no_number_is_none(rng):
+    tree = random_tree(rng)
+    zero = jax.tree.map(jnp.zeros_like, tree)
+    bad = dict(tree, b=tree["b"].at[0].set(np.inf))
+    assert [*first_order_change([zero, tree], zero)] == [0.0, 0.0]
+    assert np.isnan(first_order_change([bad, tree], tree)[0])
+    assert np.isnan(first_order_change([tree], bad)[0])
+
+
+def test_a_list_that_was_forgotten_is_told(rng):
+    tree = random_tree(rng)
+    state = ogpsa_project(1).init(tree)
+    for call in (
+        lambda: refresh(state, tree),
+        lambda: first_order_change(tree, tree),
+        lambda: reference_gradients(lambda params, batch: 0.0, tree, tree),
+    ):
+        with pytest.raises(ValueError, match=r"expected a list with .* got one dict; put it into"):
+            call()
 
 
 def test_refresh_projects_first_moments(rng, relaxed):
