@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.items import Item, read_items
 from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
+from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.evaluation.progress import Progress
 from ogpsa_jax.evaluation.provenance import Provenance, find_run, provenance
 from ogpsa_jax.evaluation.records import Record, write_records
@@ -72,7 +73,8 @@ def evaluate(
       progress: show a bar on stderr.
 
     Returns:
-      What ``results.json`` holds; :func:`results_text` shows it.
+      What ``results.json`` holds; :func:`results_text` shows it. Where they lie in the directory of
+      a run, the model card of its export is written anew, with the scores.
 
     Raises:
       InputError: a suite, a data file, a model or a judge that is not as it must be. All files are
@@ -92,9 +94,13 @@ def evaluate(
     make_folder(output)
     judge = _judge(loaded, output)
     opened = open_model(model, dtype=dtype, mesh=mesh, template=template, batch_size=batch_size)
-    return run_suite(
+    results = run_suite(
         opened, loaded, items, output, named, judge=judge, batch_size=batch_size, progress=progress
     )
+    run = find_run(model)
+    if run is not None and output_dir is None and (run.folder / "export").is_dir():
+        write_model_card(run.folder)  # with the scores
+    return results
 
 
 def run_suite(

@@ -147,7 +147,8 @@ def _measured(run: Run, chain: Sequence[Run]) -> list[str]:
             diagnostics.append([objective, name, _number(value)])
     if held_out:
         parts += [
-            "## Held-out measures",
+            "## Measures of the run",
+            "On the sets under `data.eval`, before the first step and after the last.",
             _table(["stage", "measure", "before", "after"], held_out),
         ]
     parts += ["## Diagnostics", _table(["stage", "figure", "value"], diagnostics)]
@@ -194,6 +195,7 @@ def _score_rows(run: Run) -> list[list[str]]:
 def _hyper_parameters(stage: Run) -> list[str]:
     rows = []
     projects = stage.summary.get("preset", "off") != "off"
+    idle = _idle_settings(stage)
     for section, names in _SHOWN.items():
         if section == "dpo" and stage.summary.get("objective") != "dpo":
             continue
@@ -201,14 +203,26 @@ def _hyper_parameters(stage: Run) -> list[str]:
             continue
         settings = _part(stage.config, section)
         for name in names or settings:
-            if settings.get(name) is not None:
+            if settings.get(name) is not None and f"{section}.{name}" not in idle:
                 rows.append([f"{section}.{name}", _setting(settings[name])])
     if projects:
         settings = _part(stage.config, "references")
-        names = ("loss", "batch_size", "in_step")
-        rows += [[f"references.{n}", _setting(settings[n])] for n in names if settings.get(n)]
+        used = ("loss", "in_step") if settings.get("in_step") else ("loss", "batch_size")
+        rows += [[f"references.{n}", _setting(settings[n])] for n in used if settings.get(n)]
     rows.append(["seed", str(stage.summary.get("seed", stage.config.get("seed")))])
     return [f"### {stage.summary.get('objective', '?')}", _table(["key", "value"], rows)]
+
+
+def _idle_settings(stage: Run) -> set[str]:
+    """Settings that had no part in this stage, because another took their place."""
+    idle = set()
+    if _part(stage.config, "train").get("steps") is not None:
+        idle.add("train.epochs")
+    if _part(stage.config, "references").get("in_step"):
+        idle.add("ogpsa.refresh_every")
+    if stage.summary.get("objective") == "dpo":
+        idle.add("data.packing")  # pairs are never packed
+    return idle
 
 
 def _base_model(first: Run) -> str:

@@ -156,6 +156,8 @@ def train(config: RunConfig) -> dict[str, Any]:
 def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
     """Write the newest checkpoint of a run, finished or not, as a Hugging Face folder.
 
+    Of a finished run, with its model card.
+
     Args:
       run_dir: the run directory.
       target: the folder to write; an earlier export there is replaced.
@@ -181,9 +183,8 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
         raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
     step, state = found
     save_pretrained(network._replace(trained=state.params).model(), target)
-    own = (run_dir / "export").resolve() == Path(target).resolve()
-    if own and (run_dir / "summary.json").exists():
-        write_model_card(run_dir)
+    if (run_dir / "summary.json").exists():
+        write_model_card(run_dir, target)
     return step
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,8 +209,7 @@ def test_answers_are_compared_after_normalisation(one, other):
 
 def test_a_checkpoint_is_evaluated_end_to_end_and_belongs_to_its_run(tiny_folder, tmp_path):
     run = tmp_path / "naive-seed3"
-    (run / "export").parent.mkdir()
-    (run / "export").symlink_to(tiny_folder)
+    shutil.copytree(tiny_folder, run / "export")
     (run / "config.yaml").write_text("model: {path: hub/base, lora: null}\n")
     summary = {
         "name": "naive-seed3",
@@ -234,6 +234,8 @@ def test_a_checkpoint_is_evaluated_end_to_end_and_belongs_to_its_run(tiny_folder
     assert record.cost.training_samples == 64
     assert 0 < record.scores["general"] < 1
     assert results["tasks"]["harmful"]["items"] == 3
+    card = (run / "export" / "README.md").read_text()
+    assert "| small | harmful | refusal | 3 |" in card
     sharded = evaluate(
         run / "export", suite, tmp_path / "sharded", batch_size=2, progress=False, mesh=(1, 4, 2)
     )

@@ -66,6 +66,25 @@ def test_the_card_holds_what_the_runs_files_say(run):
     assert card.count("| seed | 7 |") == 2
 
 
+def test_settings_that_had_no_part_in_the_run_are_left_out(run):
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"]["packing"] = True
+    path.write_text(yaml.safe_dump(config))
+    card = model_card(run)
+    assert "| train.epochs | 3 |" in card
+    assert "| ogpsa.refresh_every | 30 |" in card
+    assert "data.packing" not in card  # the stage is of pairs
+    config["train"]["steps"] = 41
+    config["references"] |= {"in_step": {"share": 0.5}, "batch_size": 8}
+    path.write_text(yaml.safe_dump(config))
+    second = model_card(run).partition("### dpo")[2]
+    assert "| train.steps | 41 |" in second
+    assert '| references.in_step | {"share": 0.5} |' in second
+    for name in ("train.epochs", "ogpsa.refresh_every", "references.batch_size"):
+        assert name not in second
+
+
 def test_the_head_of_the_card_is_what_the_hub_reads(run):
     head = yaml.safe_load(model_card(run).split("---")[1])
     assert head["base_model"] == "someone/base-7b"

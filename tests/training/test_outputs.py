@@ -76,6 +76,16 @@ def test_the_summary_is_that_of_the_metrics(uninterrupted):
     assert summary["before"].keys() == summary["after"].keys() == {"general/loss"}
 
 
+def test_an_export_made_later_is_the_one_of_the_end(uninterrupted, tmp_path):
+    assert run.export_checkpoint(uninterrupted, tmp_path / "later") == STEPS
+    names = {path.name for path in (uninterrupted / "export").iterdir()}
+    assert "README.md" in names
+    assert {path.name for path in (tmp_path / "later").iterdir()} == names
+    for name in names:
+        first, second = (uninterrupted / "export" / name, tmp_path / "later" / name)
+        assert first.read_bytes() == second.read_bytes(), name
+
+
 def test_the_written_configuration_is_that_of_the_run(uninterrupted, configured):
     assert load_config(uninterrupted / "config.yaml") == configured(uninterrupted)
 
