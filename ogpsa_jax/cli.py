@@ -61,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Pre-train a small model, align it by every method, draw what each one cost. "
         "Interrupted, the same command goes on where it was.",
     )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="where everything goes; default: runs/demo",
+    )
     size = demo.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed, the main methods, a minute")
     size.add_argument("--thorough", action="store_true", help="every method and ablation")
@@ -75,12 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="Hugging Face folder, hub id, or run directory")
     evaluate.add_argument("--suite", type=Path, required=True, help="YAML file of tasks")
     evaluate.add_argument("--out", type=Path, help="default: beside the run, or evaluations/")
-    evaluate.add_argument("--batch-size", type=_positive, default=16, help="rows a forward pass")
+    evaluate.add_argument(
+        "--batch-size", type=_positive, default=16, help="rows a forward pass; default: 16"
+    )
     evaluate.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights",
+        help="of the weights; auto: float32 on CPU, else bfloat16",
     )
     evaluate.add_argument(
         "--mesh",
@@ -93,18 +100,30 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--label", help="how reports call the model")
     evaluate.set_defaults(run=_evaluate)
 
-    report = commands.add_parser("report", help="the safety-utility table and figure over runs")
+    report = commands.add_parser(
+        "report",
+        help="the safety-utility table and figure over runs",
+        description="Table and figure of what each run's safety cost it, from what `evaluate` or "
+        "`demo` measured. The share of the tax removed needs the model before alignment and a "
+        "naive run among them.",
+    )
     report.add_argument("runs", nargs="+", help="run directories or results files")
-    report.add_argument("--out", type=Path, default=Path("report"), help="where the files go")
+    report.add_argument(
+        "--out", type=Path, default=Path("report"), help="where the files go; default: report"
+    )
     report.add_argument(
         "--matched-safety",
         type=float,
-        help="safety score from which on the share of the tax removed is given",
+        help="safety score from which on the share of the tax removed is given; default: the naive "
+        "run's, less 0.03",
     )
     report.set_defaults(run=_report)
 
     export = commands.add_parser(
-        "export", help="the newest checkpoint of a run, finished or not, as a Hugging Face folder"
+        "export",
+        help="the newest checkpoint of a run, finished or not, as a Hugging Face folder",
+        description="Write the newest checkpoint of a run as a Hugging Face folder, also while it "
+        "trains. Of a finished run, with its model card.",
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
     export.add_argument("dir", type=Path, metavar="DIR", help="the folder to write")
@@ -116,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         description="(1 - WEIGHT) of A and WEIGHT of B, tensor by tensor. With several weights, "
         "each result goes to its own folder OUT/WEIGHT.",
     )
-    merge.add_argument("a", metavar="A", help="Hugging Face folder or hub id")
+    merge.add_argument("a", metavar="A", help="Hugging Face folder, hub id, or run directory")
     merge.add_argument("b", metavar="B", help="the same")
     merge.add_argument("--weight", type=float, nargs="+", required=True, help="share of B")
     merge.add_argument("--out", type=Path, required=True, help="the folder to write")

@@ -4,8 +4,8 @@
 labelled, in the layout in which XSTest publishes its annotated completions.
 """
 
+import argparse
 import csv
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +104,12 @@ def validate(path: str | Path) -> Agreement:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m ogpsa_jax.evaluation.agreement COMPLETIONS.csv")
+    parser = argparse.ArgumentParser(
+        prog="python -m ogpsa_jax.evaluation.agreement",
+        description="How often the refusal classifier agrees with people.",
+    )
+    parser.add_argument("completions", help="annotated completions, as XSTest publishes them (CSV)")
     try:
-        print("\n".join(validate(sys.argv[1]).lines()))
+        print("\n".join(validate(parser.parse_args().completions).lines()))
     except InputError as error:
-        sys.exit(f"{error}")
+        parser.exit(2, f"{error}\n")
