@@ -103,16 +103,16 @@ def _not_behind(ours: Row, theirs: Row, name: str) -> Finding:
     evidence = f"{_value(ours, name)} against {_value(theirs, name)}"
     if gain < 0:
         inside = "within" if -gain <= deviation else "outside"
-        evidence += f", {inside} one standard deviation"
+        evidence += f", {inside} one {_deviation_name(ours)}"
     return Finding(ours.stage, claim, gain >= 0, evidence)
 
 
 def _ahead(ours: Row, theirs: Row, name: str) -> Finding:
-    """Better by more than one standard deviation."""
+    """Better by more than what stands after ±."""
     return Finding(
         ours.stage,
-        f"{ours.label} beats {theirs.label} in {name.replace('_', ' ')} by more than one standard "
-        "deviation",
+        f"{ours.label} beats {theirs.label} in {name.replace('_', ' ')} by more than one "
+        f"{_deviation_name(ours)}",
         _gain(ours, theirs, name) > _deviation(ours, theirs, name),
         f"{_value(ours, name)} against {_value(theirs, name)}",
     )
@@ -124,8 +124,12 @@ def _gain(ours: Row, theirs: Row, name: str) -> float:
 
 
 def _deviation(ours: Row, theirs: Row, name: str) -> float:
-    """The larger of the two rows' standard deviations."""
+    """The larger of what the two rows give after ±."""
     return max(ours.spread.get(name, math.nan), theirs.spread.get(name, math.nan))
+
+
+def _deviation_name(row: Row) -> str:
+    return "standard deviation" if row.seeds > 1 else "standard error"
 
 
 def _value(row: Row, name: str) -> str:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from ogpsa_jax.data import fixed_batches
 from ogpsa_jax.demo.world import LONGEST, TOKENIZER, Item, World, examples, refusals
+from ogpsa_jax.evaluation.intervals import wilson_error
 from ogpsa_jax.models import Decoder, generate
 from ogpsa_jax.objectives.cross_entropy import target_mask
 from ogpsa_jax.training.step import Network
@@ -73,10 +74,7 @@ class Exam:
             outcomes[name] = "".join("01"[int(match)] for match in right[at : at + len(items)])
             at += len(items)
         by_part = {name: text.count("1") / len(text) for name, text in outcomes.items()}
-        errors = {
-            name: math.sqrt(value * (1 - value) / len(self._parts[name]))
-            for name, value in by_part.items()
-        }
+        errors = {name: wilson_error(text.count("1"), len(text)) for name, text in outcomes.items()}
         tasks = self._tasks
         scores = {"general": statistics.fmean(by_part[task] for task in tasks)}
         spread = {"general": math.hypot(*(errors[task] for task in tasks)) / len(tasks)}

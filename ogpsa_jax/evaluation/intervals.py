@@ -35,6 +35,15 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     return low, high
 
 
+def wilson_error(successes: int, trials: int) -> float:
+    """The standard error that Wilson's interval comes to: its half-width over the normal quantile.
+
+    ``sqrt(p (1 - p) / n)`` would claim certainty where no trial succeeds, or every one.
+    """
+    low, high = wilson_interval(successes, trials)
+    return (high - low) / (2 * _quantile(0.95))
+
+
 def bootstrap_interval(
     sums: Sequence[float],
     weights: Sequence[float] | None = None,

@@ -4,13 +4,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.intervals import bootstrap_interval, bootstrap_means, wilson_interval
+from ogpsa_jax.evaluation.intervals import (
+    bootstrap_interval,
+    bootstrap_means,
+    wilson_error,
+    wilson_interval,
+)
 from ogpsa_jax.evaluation.items import Item, extracted
 from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
 from ogpsa_jax.evaluation.suite import (
@@ -124,8 +128,7 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
         kind=task.kind,
         value=hits / count,
         interval=(low, high),
-        # Of the interval, for sqrt(p (1 - p) / n) would claim certainty where no item succeeds.
-        standard_error=(high - low) / (2 * NormalDist().inv_cdf(0.975)),
+        standard_error=wilson_error(hits, count),
         items=count,
         details=details,
     )
