@@ -14,8 +14,8 @@ from ogpsa_jax.training.config import RECOMMENDED_IN_STEP, RunConfig
 
 PLENTY: Final = 400
 SCARCE: Final = 80
-RECOMMENDED: Final = "recommended"
-PAPER: Final = "paper"
+RECOMMENDED: Final = "ogpsa-recommended"
+PAPER: Final = "ogpsa-paper"
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; then three darker shades.
-_COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#8B5E00",
-    "#5B4EA3",
-    "#7A9A01",
-    "#7F7F7F",
-)
-_FIXED_COLOURS = {BASE: "#000000", NAIVE: "#D55E00"}
+# Methods that most reports hold have theirs always, so that figures can be read side by side.
+_FIXED_COLOURS = {
+    BASE: "#000000",
+    NAIVE: "#D55E00",
+    "ogpsa-recommended": "#009E73",
+    "ogpsa-paper": "#E69F00",
+    "mixing": "#CC79A7",
+    "merge": "#0072B2",
+}
+_COLOURS = ("#56B4E9", "#8B5E00", "#5B4EA3", "#7A9A01", "#7F7F7F")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 
 
@@ -58,14 +56,15 @@ def pareto_figure(
         for stage in dict.fromkeys(row.stage for row in rows if row.method == method):
             series = [row for row in rows if (row.method, row.stage) == (method, stage)]
             marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
-            _draw(axes, series, colour, marker)
+            above = method != BASE and stages.index(stage) % 2 == 1
+            _draw(axes, series, colour, marker, above)
     _legend(axes, rows, stages)
     if matched_safety is not None:
         axes.axhline(matched_safety, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
     axes.set_xlabel("general score")
     axes.set_ylabel("safety score")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=None))
+        axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     axes.margins(0.08)
     axes.grid(color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -88,11 +87,14 @@ def pareto_figure(
 def _colours(rows: list[Row]) -> dict[str, str]:
     methods = list(dict.fromkeys(row.method for row in rows))
     free = [method for method in methods if method not in _FIXED_COLOURS]
-    chosen = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(free)}
-    return {method: _FIXED_COLOURS.get(method) or chosen[method] for method in methods}
+    others = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(free)}
+    return {method: {**_FIXED_COLOURS, **others}[method] for method in methods}
 
 
-def _draw(axes, series: list[Row], colour: str, marker: str) -> None:  # type: ignore[no-untyped-def]
+def _draw(  # type: ignore[no-untyped-def]
+    axes, series: list[Row], colour: str, marker: str, above: bool
+) -> None:
+    """Points of one method and stage; `above`: their labels stand above them."""
     series = sorted(series, key=lambda row: row.mean["general"])
     x = [row.mean["general"] for row in series]
     y = [row.mean["safety"] for row in series]
@@ -101,8 +103,8 @@ def _draw(axes, series: list[Row], colour: str, marker: str) -> None:  # type: i
     axes.errorbar(
         x,
         y,
-        xerr=[row.spread.get("general", 0.0) for row in series],
-        yerr=[row.spread.get("safety", 0.0) for row in series],
+        xerr=_within_scale(x, [row.spread.get("general", 0.0) for row in series]),
+        yerr=_within_scale(y, [row.spread.get("safety", 0.0) for row in series]),
         fmt=marker,
         color=colour,
         markersize=11 if marker == "*" else 7,
@@ -119,11 +121,18 @@ def _draw(axes, series: list[Row], colour: str, marker: str) -> None:  # type: i
             axes.annotate(
                 text,
                 (at_x, at_y),
-                xytext=(5, -10),
+                xytext=(5, 6 if above else -11),
                 textcoords="offset points",
                 fontsize=7,
                 color=colour,
             )
+
+
+def _within_scale(values: list[float], spread: list[float]) -> list[list[float]]:
+    """Lower and upper lengths of bars that do not leave the scale from 0 to 1."""
+    pairs = list(zip(values, spread, strict=True))
+    lower = [max(min(length, value), 0.0) for value, length in pairs]
+    return [lower, [max(min(length, 1 - value), 0.0) for value, length in pairs]]
 
 
 def _shared_words(labels: list[str]) -> int:

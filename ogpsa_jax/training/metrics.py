@@ -152,14 +152,20 @@ def draw_curves(lines: list[Line], path: Path) -> None:
     from matplotlib.figure import Figure
 
     evaluations = sorted({name for line in lines for name in line if name.startswith("eval/")})
+    losses = [name for name in evaluations if name.endswith("/loss")]
+    # A set of pairs has a margin; its loss, per pair, is no matter of nats per token.
+    pairs = [name for name in losses if name.removesuffix("loss") + "rewards_margin" in evaluations]
     panels = [
         ("training loss", ["loss"]),
-        ("held-out", [name for name in evaluations if name.endswith("loss")]),
+        ("held-out loss, nats per token", [name for name in losses if name not in pairs]),
         ("squared norm removed", ["removed_fraction"]),
         ("gradient norm", ["grad_norm"]),
     ]
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    if pairs:
+        margins = [name.removesuffix("loss") + "rewards_margin" for name in pairs]
+        panels += [("held-out preference loss", pairs), ("held-out reward margin", margins)]
+    figure = Figure(figsize=(10, 3 * len(panels) // 2), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
         drawn = 0
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]

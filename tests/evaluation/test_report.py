@@ -154,6 +154,32 @@ def test_the_figure_tells_settings_apart_and_draws_the_level_of_safety(records):
     assert any(list(line.get_ydata()) == [0.93, 0.93] for line in axes.lines)
 
 
+def test_a_known_method_has_one_colour_in_every_figure_and_no_bar_leaves_the_scale(records):
+    def draw(*methods):
+        rows = [
+            record.model_copy(update={"method": method, "label": method, "spread": {"safety": 0.4}})
+            for method, record in zip(methods, records[1:], strict=False)
+        ]
+        (axes,) = pareto_figure(rows).axes
+        legend = axes.get_legend()
+        colours = [handle.get_color() for handle in legend.legend_handles]
+        texts = [text.get_text() for text in legend.get_texts()]
+        return axes, dict(zip(texts, colours, strict=True))
+
+    axes, first = draw("ogpsa-paper", "mixing", "other")
+    _, second = draw("another", "mixing", "ogpsa-paper")
+    assert len({*first.values()}) == 3
+    assert all(first[name] == second[name] for name in ("ogpsa-paper", "mixing"))
+    ends = [
+        y
+        for bars in axes.containers
+        for lines in bars.lines[2]
+        for segment in lines.get_segments()
+        for _, y in segment
+    ]
+    assert 0 <= min(ends) < max(ends) <= 1 + 1e-12
+
+
 def test_a_report_of_runs_is_written_whole_and_needs_nothing_from_elsewhere(records, tmp_path):
     half = len(records) // 2
     write_records(tmp_path / "one" / "results.json", records[:half], {"note": "free"})

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config_file import load_config
-from ogpsa_jax.training.metrics import MetricsLog, find_problems, read_metrics
+from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
 from ogpsa_jax.training.progress import Progress
 
 from .conftest import STEPS, metrics
@@ -59,6 +60,24 @@ def test_the_curves_are_a_picture(uninterrupted):
     pixels = imread(uninterrupted / "curves.png")
     assert pixels.shape[:2] == (720, 1200)
     assert np.ptp(pixels[..., :3]) > 0.5
+
+
+def test_losses_of_pairs_have_axes_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    line = {"step": 1, "loss": 1.0, "eval/general/loss": 2.0}
+    draw_curves([line], tmp_path / "sft.png")
+    pairs = {"eval/pairs/loss": 0.7, "eval/pairs/rewards_margin": 0.1}
+    draw_curves([line | pairs], tmp_path / "dpo.png")
+    shown = [
+        {axes.get_title(): [curve.get_label() for curve in axes.lines] for axes in figure.axes}
+        for figure in drawn
+    ]
+    assert shown[0]["held-out loss, nats per token"] == ["eval/general/loss"]
+    assert len(shown[0]) == 4
+    assert shown[1]["held-out loss, nats per token"] == ["eval/general/loss"]
+    assert shown[1]["held-out preference loss"] == ["eval/pairs/loss"]
+    assert shown[1]["held-out reward margin"] == ["eval/pairs/rewards_margin"]
 
 
 def test_the_summary_is_that_of_the_metrics(uninterrupted):
