@@ -213,6 +213,10 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     if len(parsed.weight) == 1:
         outs = [parsed.out]
+    elif (parsed.out / "config.json").exists():
+        raise InputError(
+            f"{parsed.out}: is a model itself; several merges need a folder of their own."
+        )
     else:
         outs = [parsed.out / f"{weight:g}" for weight in parsed.weight]
     merge_pretrained(parsed.a, parsed.b, parsed.weight, outs)

@@ -77,6 +77,11 @@ def test_merge_writes_one_folder_a_weight(tmp_path, capsys):
         for folder in (tmp_path / "a", tmp_path / "b", out / "0.25")
     )
     np.testing.assert_allclose(merged, 0.75 * a + 0.25 * b, atol=1e-7)
+    files = sorted(tmp_path.rglob("*"))
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    assert main(["merge", *folders, "--weight", "0.2", "0.4", "--out", folders[0]]) == 2
+    assert "several merges need a folder of their own" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_a_command_without_its_packages_says_what_to_install():
