@@ -1,8 +1,10 @@
 """What the numbers say, computed from them: where the method does what it should, and where not."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from ogpsa_jax.demo.methods import (
@@ -45,6 +47,7 @@ def findings(records: Sequence[Record]) -> list[Finding]:
       records: of the demonstration.
     """
     rows = {(row.label, row.stage): row for row in aggregate(records, MATCHED_SAFETY)}
+    compare = partial(_compare, records)
     found: list[Finding] = []
     for stage in dict.fromkeys(stage for _, stage in rows):
         ours = rows.get((RECOMMENDED_METHOD.label, stage))
@@ -53,12 +56,13 @@ def findings(records: Sequence[Record]) -> list[Finding]:
         for other in (PAPER_METHOD, MIXING_METHOD, REPLAY_METHOD):
             theirs = rows.get((other.label, stage))
             if ours is not None and theirs is not None:
-                found += [_not_behind(ours, theirs, name) for name in HEADLINE]
+                found += [compare(ours, theirs, name, beats=False) for name in HEADLINE]
         few = rows.get((scarce(RECOMMENDED_METHOD).label, stage))
         for other in (MIXING_METHOD, REPLAY_METHOD):
             theirs = rows.get((scarce(other).label, stage))
             if few is not None and theirs is not None:
-                found += [_ahead(few, theirs, name) for name in HEADLINE if name != "safety"]
+                scored = [name for name in HEADLINE if name != "safety"]
+                found += [compare(few, theirs, name, beats=True) for name in scored]
     return found
 
 
@@ -96,26 +100,40 @@ def _own(ours: Row) -> list[Finding]:
     ]
 
 
-def _not_behind(ours: Row, theirs: Row, name: str) -> Finding:
-    gain = _gain(ours, theirs, name)
-    deviation = _deviation(ours, theirs, name)
-    claim = f"{ours.label} is not behind {theirs.label} in {name.replace('_', ' ')}"
+def _compare(
+    records: Sequence[Record], ours: Row, theirs: Row, name: str, *, beats: bool
+) -> Finding:
+    """Not behind, or (`beats`) ahead by more than what stands after ±."""
+    gain, deviation = _gain(ours, theirs, name), _deviation(ours, theirs, name)
+    deviation_name = "standard deviation" if ours.seeds > 1 else "standard error"
+    score = name.replace("_", " ")
     evidence = f"{_value(ours, name)} against {_value(theirs, name)}"
+    if differences := _differences(records, ours, theirs, name):
+        mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+        evidence += f"; seed by seed {mean:+.3f} ± {spread:.3f}"
+    if beats:
+        claim = f"{ours.label} beats {theirs.label} in {score} by more than one {deviation_name}"
+        return Finding(ours.stage, claim, gain > deviation, evidence)
     if gain < 0:
         inside = "within" if -gain <= deviation else "outside"
-        evidence += f", {inside} one {_deviation_name(ours)}"
+        evidence += f"; {inside} one {deviation_name}"
+    claim = f"{ours.label} is not behind {theirs.label} in {score}"
     return Finding(ours.stage, claim, gain >= 0, evidence)
 
 
-def _ahead(ours: Row, theirs: Row, name: str) -> Finding:
-    """Better by more than what stands after ±."""
-    return Finding(
-        ours.stage,
-        f"{ours.label} beats {theirs.label} in {name.replace('_', ' ')} by more than one "
-        f"{_deviation_name(ours)}",
-        _gain(ours, theirs, name) > _deviation(ours, theirs, name),
-        f"{_value(ours, name)} against {_value(theirs, name)}",
-    )
+def _differences(records: Sequence[Record], ours: Row, theirs: Row, name: str) -> list[float]:
+    """Ours less theirs at each seed, which is one world and one model before alignment."""
+    by_seed = [
+        {
+            record.seed: record.scores[name]
+            for record in records
+            if (record.label, record.stage) == (row.label, row.stage)
+        }
+        for row in (ours, theirs)
+    ]
+    if len(by_seed[0]) < 2 or by_seed[0].keys() != by_seed[1].keys():
+        return []
+    return [value - by_seed[1][seed] for seed, value in by_seed[0].items()]
 
 
 def _gain(ours: Row, theirs: Row, name: str) -> float:
@@ -126,10 +144,6 @@ def _gain(ours: Row, theirs: Row, name: str) -> float:
 def _deviation(ours: Row, theirs: Row, name: str) -> float:
     """The larger of what the two rows give after ±."""
     return max(ours.spread.get(name, math.nan), theirs.spread.get(name, math.nan))
-
-
-def _deviation_name(row: Row) -> str:
-    return "standard deviation" if row.seeds > 1 else "standard error"
 
 
 def _value(row: Row, name: str) -> str:

@@ -189,6 +189,7 @@ def test_findings_say_where_the_method_does_not_win():
     general = found[f"{ours} is not behind {mixing} in general"]
     assert not general.holds
     assert "within one standard deviation" in general.evidence
+    assert "seed by seed -0.005 ± 0.000" in general.evidence
     refusal = found[f"{ours} is not behind {mixing} in over refusal"]
     assert "outside one standard deviation" in refusal.evidence
     assert found[f"{ours} is not behind {mixing} in safety"].holds
