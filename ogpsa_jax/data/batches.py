@@ -12,6 +12,7 @@ from itertools import islice
 import grain
 import numpy as np
 
+from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data.examples import Example, Tokens
 
 Batch = dict[str, np.ndarray]
@@ -202,7 +203,10 @@ def _order(
     exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     total = None if epochs is None else round(epochs * len(members[0]) / float(shares[0]))
+    countdown = Countdown("laying out the run", total or 0, "rows")
     for count in range(1, total + 1) if total is not None else itertools.count(1):
+        if total is not None:
+            countdown.at(count)
         # The source that is furthest behind its share is next: exact at every prefix.
         behind = [share * count - have for share, have in zip(shares, taken, strict=True)]
         number = behind.index(max(behind))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data.reading import and_others, read_records
 from ogpsa_jax.data.records import DataSource, Kind, Message, Record
 from ogpsa_jax.data.templates import ChatTemplate, Encoded
@@ -170,12 +171,14 @@ def _drawn(
         wanted = source.samples
     outcomes: dict[int, _Outcome] = {}
     made = 0
+    countdown = Countdown(f"tokenising {source.path}", wanted, "rows")
     while made < wanted and len(outcomes) < len(records):
         chunk = order[len(outcomes) :][: min(_CHUNK, wanted - made)].tolist()
         found = tokenise([records[i] for i in chunk])
         outcomes.update(zip(chunk, found, strict=True))
         # A record that gives nothing counts all the same where no other takes its place.
         made += sum(source.samples is None or not outcome.problem for outcome in found)
+        countdown.at(made)
     return [outcomes[index] for index in sorted(outcomes)]
 
 

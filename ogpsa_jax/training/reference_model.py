@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data import Example, digest, fixed_batches
 from ogpsa_jax.models import load_pretrained
 from ogpsa_jax.models.folders import resolve_folder
@@ -115,20 +115,12 @@ def _compute(model: Any, examples: list[Example], config: RunConfig, mesh: Mesh)
 
     count = len(batches["input_ids"])
     parts = []
-    started = told = time.perf_counter()
+    countdown = Countdown("reference log-probabilities", len(examples), "pairs")
     for i in range(count):
         placed = shard_rows({name: array[i : i + 1] for name, array in batches.items()}, mesh)
         batch = {name: array[0] for name, array in placed.items()}
         parts.append(np.asarray(log_probs(state, batch)))
-        now = time.perf_counter()
-        if now - told > 10 or i == count - 1:
-            left = (now - started) / (i + 1) * (count - i - 1)
-            pairs = min((i + 1) * rows, len(examples))
-            logger.info(
-                "reference log-probabilities: %d of %d pairs, %.0f s left",
-                *(pairs, len(examples), left),
-            )
-            told = now
+        countdown.at(min((i + 1) * rows, len(examples)))
     return np.concatenate(parts)[: len(examples)].astype(np.float32)
 
 
