@@ -1,7 +1,6 @@
 """Files that people write for us, and files that must be whole or not there."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -134,11 +133,16 @@ def make_folder(path: Path) -> None:
 def only_writer(folder: Path) -> Iterator[None]:
     """Keep every other process out of a folder; death of this one, however sudden, lets them in.
 
-    File systems without locks keep nobody out.
+    File systems and operating systems without such locks keep nobody out.
 
     Raises:
       InputError: another process is at work there.
     """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
