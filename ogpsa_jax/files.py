@@ -1,7 +1,9 @@
 """Files that people write for us, and files that must be whole or not there."""
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ import yaml
 
 from ogpsa_jax.errors import InputError
 
+logger = logging.getLogger(__name__)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -110,9 +113,17 @@ def expand_environment(value: Any, path: Path) -> Any:
                 f"{path}: environment variable {name} is not set; set it, or write "
                 f"${{{name}:-default}}."
             )
+        if name not in os.environ:
+            _tell_default(name, found, path)
         return found
 
     return _VARIABLE.sub(replace, value)
+
+
+@functools.cache
+def _tell_default(name: str, default: str, path: Path) -> None:
+    """Once, because a file may name a variable many times."""
+    logger.info("%s: %s is not set, so %s stands for it", path, name, default or "nothing")
 
 
 def make_folder(path: Path) -> None:

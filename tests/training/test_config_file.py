@@ -89,9 +89,11 @@ def test_a_missing_file_is_told(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
-def test_environment_variables_are_replaced(good, monkeypatch):
+def test_environment_variables_are_replaced(good, monkeypatch, caplog):
+    caplog.set_level("INFO", "ogpsa_jax")
     monkeypatch.setenv("SOME_FOLDER", "here")
     config = load_config(good, ["model.path=${SOME_FOLDER}/m", "output_dir=${UNSET_NAME:-there}"])
+    assert caplog.messages == [f"{good}: UNSET_NAME is not set, so there stands for it"]
     assert (config.model.path, config.output_dir) == ("here/m", "there")
     with pytest.raises(InputError, match="UNSET_NAME is not set"):
         load_config(good, ["model.path=${UNSET_NAME}"])
