@@ -172,7 +172,7 @@ class OgpsaSection(Section):
     project_momentum: bool = Field(
         True,
         description="project first moments with each new basis; false in paper, and where "
-        "recommended replays",
+        "recommended replays or projects updates",
     )
     basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
     offload: Literal[False] = Field(
@@ -270,6 +270,9 @@ class RunConfig(Section):
         if isinstance(references, dict):
             if preset == "paper" and objective == "dpo":
                 references = {"loss": "official", **references}
+            if preset == "recommended" and ogpsa.get("placement") == "update":
+                # What leaves the optimizer is projected, whatever its moments hold.
+                defaults["project_momentum"] = False
             if preset == "recommended" and ogpsa.get("placement", "gradient") == "gradient":
                 references = {"in_step": RECOMMENDED_IN_STEP, **references}
                 in_step = references["in_step"]
