@@ -207,11 +207,27 @@ def _order(
     for count in range(1, total + 1) if total is not None else itertools.count(1):
         if total is not None:
             countdown.at(count)
-        # The source that is furthest behind its share is next: exact at every prefix.
-        behind = [share * count - have for share, have in zip(shares, taken, strict=True)]
-        number = behind.index(max(behind))
+        number = _next_source(shares, [share * count for share in shares], taken)
         yield int(streams[number][taken[number]])
         taken[number] += 1
+
+
+def _next_source(shares: Sequence[Fraction], due: Sequence[Fraction], taken: Sequence[int]) -> int:
+    """Which source the next row is of, so that none is ever a row ahead of its share or behind it.
+
+    Of the sources that are far enough behind, the one that would first be too far (the assignment
+    of Tijdeman, The chairman assignment problem, 1980).
+    """
+    if len(shares) == 1:
+        return 0
+    slack = 1 - Fraction(1, 2 * len(shares) - 2)
+    behind = [share - have for share, have in zip(due, taken, strict=True)]
+    waits = {
+        number: (slack - late) / shares[number]
+        for number, late in enumerate(behind)
+        if late >= 1 - slack
+    }
+    return min(waits, key=waits.__getitem__)
 
 
 def _packed(

@@ -294,11 +294,12 @@ def _choose(
         smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if sampling.top_p is not None and sampling.top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # A token is kept while those likelier than it do not reach top_p; the first always is.
-        kept = jnp.where(before < sampling.top_p, descending, jnp.inf)
-        logits = jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
+        # A token is kept while those before it do not reach top_p; the first always is.
+        ranks = jnp.argsort(order, axis=-1)
+        kept = jnp.take_along_axis(before < sampling.top_p, ranks, axis=-1)
+        logits = jnp.where(kept, logits, -jnp.inf)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(row_keys)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

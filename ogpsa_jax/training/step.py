@@ -4,6 +4,7 @@ The loss of a step is the sum over all its micro-batches divided by the sum of t
 (target tokens, or pairs), whatever the cut; so is its gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -142,7 +143,7 @@ def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., Any]:
 
     The gradient of the sum of all micro-batches' losses over the sum of their weights, accumulated
     in float32, in the parameters' dtype. `transform`, an update function with `state`, sees each
-    micro-batch's gradient on the way.
+    micro-batch's gradient on the way; what the state says of the step is the sum over them.
     """
     value_and_grad = jax.value_and_grad(make_loss(graphdef, objective), has_aux=True)
 
@@ -155,7 +156,7 @@ def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., Any]:
             grads = optax.tree.cast(grads, jnp.float32)
             if transform is not None:
                 grads, state = transform(grads, state, params)
-            new = (grads, loss, weight, metrics)
+            new = (grads, loss, weight, metrics, _energies(state))
             return (jax.tree.map(jnp.add, sums, new), state), None
 
         first = jax.tree.map(lambda x: x[0], batch)
@@ -165,8 +166,11 @@ def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., Any]:
             lambda x: jnp.zeros(x.shape, x.dtype), (loss_shape, weight_shape, metrics_shape)
         )
         grads_zero = optax.tree.zeros_like(optax.tree.cast(params, jnp.float32))
-        carry = ((grads_zero, *zeros), state)
-        ((grads, loss, weight, metrics), state), _ = jax.lax.scan(add, carry, batch)
+        energies = jax.tree.map(jnp.zeros_like, _energies(state))
+        carry = ((grads_zero, *zeros, energies), state)
+        ((grads, loss, weight, metrics, energies), after), _ = jax.lax.scan(add, carry, batch)
+        if transform is not None:
+            state = _of_one_step(state, after, energies)
         scale = 1.0 / jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, params)
         means = {name: value * scale for name, value in metrics.items()}
@@ -175,10 +179,38 @@ def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., Any]:
     return mean_gradient
 
 
+def _energies(state: Any) -> list[tuple[jax.Array, ...]]:
+    """What each projection in `state` measured at its last update; empty where there is none."""
+    return [(ours.squared_norm, ours.in_span, ours.removed) for ours in _projections(state)]
+
+
+def _of_one_step(before: Any, after: Any, energies: list[tuple[jax.Array, ...]]) -> Any:
+    """The state `after` the updates of a step, counted as one that measured their sum."""
+    sums = iter(zip(_projections(before), energies, strict=True))
+
+    def change(node: Any) -> Any:
+        if not isinstance(node, OgpsaState):
+            return node
+        first, (squared_norm, in_span, removed) = next(sums)
+        return dataclasses.replace(
+            node,
+            squared_norm=squared_norm,
+            in_span=in_span,
+            removed=removed,
+            steps_since_refresh=optax.safe_increment(first.steps_since_refresh),
+        )
+
+    return jax.tree.map(change, after, is_leaf=lambda node: isinstance(node, OgpsaState))
+
+
+def _projections(opt_state: Any) -> list[OgpsaState]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, OgpsaState))
+    return [node for node in nodes if isinstance(node, OgpsaState)]
+
+
 def projection_metrics(opt_state: Any) -> Metrics:
     """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
-    ours = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, OgpsaState))
-    if not any(isinstance(x, OgpsaState) for x in ours):
+    if not _projections(opt_state):
         return {}
     return {name: value for name, value in diagnostics(opt_state).items() if name != "groups"}
 

@@ -345,6 +345,26 @@ def test_pairs_are_not_packed() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "weights", [None, [17.14, 18.4, 1.6, 0.33, 0.29, 0.27, 17.15, 0.19, 0.25, 1.63, 21.46, 1.62]]
+)
+def test_no_source_is_ever_a_row_ahead_or_behind(
+    weights: list[float] | None, rng: random.Random
+) -> None:
+    weights = weights or [10 ** rng.uniform(-1, 2) for _ in range(rng.randint(2, 12))]
+    count = len(weights)
+    sources = [i for i in range(count) for _ in range(3)]
+    batches = TrainBatches(
+        examples_of([4] * len(sources), sources=sources),
+        **{"batch_size": 500, "micro_batch_size": 500, "max_length": 8, "packing": False},
+        **{"seed": 0, "steps": 1, "weights": weights},
+    )
+    seen = np.asarray(sources)[batches.batch(0)["input_ids"][0, :, 0] - 1]
+    taken = np.cumsum(np.eye(count)[seen], axis=0)
+    due = np.arange(1, 501)[:, None] * np.asarray(weights) / sum(weights)
+    assert np.abs(taken - due).max() < 1
+
+
 def test_slow_work_is_told_every_ten_seconds_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -137,6 +138,15 @@ def test_sampled_tokens_follow_the_filtered_distribution(
     # Six standard errors of each frequency: all 64 within, but for one run in ten million.
     error = np.sqrt(count * probabilities * (1 - probabilities))
     assert np.all(np.abs(counts - count * probabilities) <= 6 * error + 1)
+
+
+def test_the_nucleus_is_no_larger_where_tokens_are_equally_likely(small: Path) -> None:
+    model = load_pretrained(small, dtype="float32")
+    model.embed_tokens.embedding[...] = jnp.zeros_like(model.embed_tokens.embedding[...])
+    settings: dict[str, Any] = {"max_new_tokens": 1, "stop_tokens": [], "temperature": 1.0}
+    rows = generate(model, [[3, 4]] * 1024, top_p=0.25, **settings)
+    assert model.config.vocab_size == 64
+    assert len({row[0] for row in rows}) == 16
 
 
 def test_a_rows_samples_depend_on_prompt_row_and_seed_alone(

@@ -116,11 +116,25 @@ def test_the_cut_into_micro_batches_does_not_matter(rng):
         for step in steps
     ]
     settings = {"rank": 2, "window": 2, "replay_weight": 0.5, "project_momentum": True}
-    cut, _ = run(w, steps, **settings)
+    cut, told = run(w, steps, **settings)
     uncut, _ = run(w, whole, **settings)
-    each, _ = run(w, steps, **settings, per_micro_batch=True)
+    each, of_each = run(w, steps, **settings, per_micro_batch=True)
+    assert of_each["steps_since_refresh"] == told["steps_since_refresh"] == 1
     np.testing.assert_allclose(cut.params["w"], uncut.params["w"], atol=2e-6)
     np.testing.assert_allclose(cut.params["w"], each.params["w"], atol=2e-6)
+
+
+def test_metrics_of_a_step_are_those_of_all_its_micro_batches():
+    w = np.zeros(SIZE, np.float32)
+    axis = np.eye(SIZE, dtype=np.float32)[:1]
+    useful, filler = {"x": axis, "y": np.ones(1)}, {"x": 0 * axis, "y": np.zeros(1)}
+    batch = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), useful, useful, filler)
+    references = jax.tree.map(lambda x: x[None].astype(np.float32), useful)
+    for each in (False, True):
+        settings = {"rank": 1, "window": 1, "replay_weight": 0.0, "per_micro_batch": each}
+        _, metrics = run(w, [(batch, references)], **settings)
+        for name in ("removed_fraction", "in_span_fraction", "steps_since_refresh"):
+            assert metrics[name] == pytest.approx(1), (each, name)
 
 
 def test_projecting_momentum_keeps_the_first_moment_out_of_the_newest_references(rng):
