@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"ogpsa-jax: the package {error.name} is not installed; install ogpsa_jax with its "
             "extra [train], or [eval] for judges and the harness.",
             file=sys.stderr,
+        )
+        return 2
+    except OSError as error:  # what no room has a better sentence for
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"ogpsa-jax: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except (RecursionError, MemoryError) as error:
+        reason = "nested without end" if isinstance(error, RecursionError) else "memory ran out"
+        print(
+            f"ogpsa-jax: {reason}; look at the file or the sizes that were given", file=sys.stderr
         )
         return 2
     except KeyboardInterrupt:
@@ -63,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--out",
-        type=Path,
+        type=_place,
         default=Path("runs/demo"),
         help="where everything goes; default: runs/demo",
     )
@@ -79,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("model", help="Hugging Face folder, hub id, or run directory")
     evaluate.add_argument("--suite", type=Path, required=True, help="YAML file of tasks")
-    evaluate.add_argument("--out", type=Path, help="default: beside the run, or evaluations/")
+    evaluate.add_argument("--out", type=_place, help="default: beside the run, or evaluations/")
     evaluate.add_argument(
         "--batch-size", type=_positive, default=16, help="rows a forward pass; default: 16"
     )
@@ -109,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", nargs="+", help="run directories or results files")
     report.add_argument(
-        "--out", type=Path, default=Path("report"), help="where the files go; default: report"
+        "--out", type=_place, default=Path("report"), help="where the files go; default: report"
     )
     report.add_argument(
         "--matched-safety",
@@ -126,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "trains. Of a finished run, with its model card.",
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
-    export.add_argument("dir", type=Path, metavar="DIR", help="the folder to write")
+    export.add_argument("dir", type=_place, metavar="DIR", help="the folder to write")
     export.set_defaults(run=_export)
 
     merge = commands.add_parser(
@@ -138,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("a", metavar="A", help="Hugging Face folder, hub id, or run directory")
     merge.add_argument("b", metavar="B", help="the same")
     merge.add_argument("--weight", type=float, nargs="+", required=True, help="share of B")
-    merge.add_argument("--out", type=Path, required=True, help="the folder to write")
+    merge.add_argument("--out", type=_place, required=True, help="the folder to write")
     merge.set_defaults(run=_merge)
     return parser
 
@@ -147,6 +158,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _place(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name is no place to write to")
+    return Path(text)
 
 
 def _train(parsed: argparse.Namespace) -> None:
@@ -167,7 +184,8 @@ def _train(parsed: argparse.Namespace) -> None:
     for summary in train_stages(paths, overrides):
         print(f"{summary['name']}: {summary['steps']} steps in {summary['seconds']} s")
         for name, after in summary["after"].items():
-            print(f"  {name}: {summary['before'][name]:.4f} -> {after:.4f}")
+            before = summary["before"].get(name, math.nan)
+            print(f"  {name}: {before:.4f} -> {after:.4f}")
         print(f"  checkpoint: {summary['export']}")
 
 

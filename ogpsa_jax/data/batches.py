@@ -124,6 +124,7 @@ def fixed_batches(
       max_length: tokens a row may have; rows are as long as the longest example needs.
       multiple: rows are added until `multiple` divides them, so that they can be sharded.
     """
+    batch_size = min(batch_size, len(examples))
     rows = -(-batch_size // multiple) * multiple
     count = -(-len(examples) // batch_size)
     length = _rounded(max(example.length for example in examples), max_length)

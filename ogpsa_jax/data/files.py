@@ -68,7 +68,7 @@ def _file_rows(path: Path) -> list[Located]:
     if path.suffix == ".txt":
         return [({"text": content}, str(path))]
     if path.suffix == ".csv":
-        return _csv_rows(content, path)
+        return csv_rows(content, path)
     if path.suffix == ".json" and content[_space(content, 0) :][:1] == "[":
         return _json_rows(content, path)
     return _json_lines_rows(content, path)
@@ -97,11 +97,22 @@ def _parquet_rows(path: Path) -> list[Located]:
     return [(row, f"{path}, row {i}") for i, row in enumerate(table.to_pylist(), start=1)]
 
 
-def _csv_rows(content: str, path: Path) -> list[Located]:
+def csv_rows(content: str, path: Path) -> list[Located]:
+    """The rows of a CSV file with a header, each with its line.
+
+    Raises:
+      InputError: not CSV, a row that does not fit the header, or a column that stands twice.
+    """
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     located: list[Located] = []
     try:
         line = reader.line_num + 1 if reader.fieldnames else 1
+        header = list(reader.fieldnames or ())
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(
+                f"{path}, line 1: the column '{twice}' stands there twice; rename one."
+            )
         for row in reader:
             where = f"{path}, line {line}"
             if None in row or None in row.values():
@@ -156,19 +167,31 @@ def _json_lines_rows(content: str, path: Path) -> list[Located]:
             continue
         where = f"{path}, line {number}"
         try:
-            located.append((_row(json.loads(line, object_pairs_hook=_once), where), where))
+            item = parse_json(line, where)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{where}: not valid JSON: {error.msg}; expected one row ({{...}}) on each line, "
                 "or, in a .json file, a list of rows."
             ) from error
-        except InputError:
-            raise
-        except _Twice as error:
-            raise InputError(f"{where}: {error}") from None
-        except (RecursionError, ValueError):
-            raise InputError(f"{where}: {_BEYOND}") from None
+        located.append((_row(item, where), where))
     return located
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value.
+
+    Raises:
+      json.JSONDecodeError: it is not JSON.
+      InputError: a key that stands twice, or something that Python does not read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError:
+        raise
+    except _Twice as error:
+        raise InputError(f"{where}: {error}") from None
+    except (RecursionError, ValueError):
+        raise InputError(f"{where}: {_BEYOND}") from None
 
 
 class _Twice(ValueError):

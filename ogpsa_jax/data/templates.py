@@ -81,7 +81,7 @@ def load_tokenizer(path: str) -> Any:
     except Exception as error:  # transformers raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"{path}: no tokenizer could be loaded ({reason}).") from error
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast or not tokenizer.backend_tokenizer.get_vocab_size(False):
         raise InputError(f"{path}: the tokenizer has no tokenizer.json; convert it to a fast one.")
     if tokenizer.eos_token_id is None:
         raise InputError(

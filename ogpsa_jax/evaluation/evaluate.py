@@ -90,6 +90,9 @@ def evaluate(
         seed=origin.seed if seed is None else seed,
         cost=origin.cost,
     )
+    for name in (named.label, named.method, named.stage):
+        if not name.strip() or not name.isprintable():
+            raise InputError(f"label {name!r}: must be one line of printable text.")
     output = Path(output_dir) if output_dir is not None else _default_output(model, loaded)
     make_folder(output)
     judge = _judge(loaded, output)
@@ -145,19 +148,29 @@ def run_suite(
             keys = _keys(model, suite, task, own, batch_size)
             reused += sum(key in log.outcomes for key in keys)
             for batch in _batches(task, keys, log, batch_size):
-                outcomes = run_items(
-                    model,
-                    task,
-                    [own[i] for i in batch],
-                    _chat(model, task),
-                    _seed(suite, task) + batch[0],
-                )
+                given = [own[i] for i in batch]
+                try:
+                    outcomes = run_items(
+                        model, task, given, _chat(model, task), _seed(suite, task) + batch[0]
+                    )
+                except ValueError as error:  # what the model cannot be asked
+                    raise InputError(
+                        f"task {task.name}, rows {given[0].id} to {given[-1].id}: {error}"
+                    ) from error
                 log.add(task.name, [(own[i], keys[i]) for i in batch], outcomes)
                 bar.at(sum(key in log.outcomes for key in keys))
             bar.at(len(own))
             if isinstance(task, RefusalTask | OverRefusalTask):
                 _judge_items(task, own, keys, log, judge if task.judge else None, bars)
-            results[task.name] = summarise(task, [log.outcomes[key] for key in keys])
+            try:
+                results[task.name] = summarise(task, [log.outcomes[key] for key in keys])
+            except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(
+                    f"{output_dir / 'items.jsonl'}: holds outcomes of task {task.name} that are "
+                    "none; remove the file, and the same command makes it anew."
+                ) from error
     report = _report(model, suite, results, named)
     extra = {**report, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
     record = _record(suite, results, named)
@@ -179,12 +192,11 @@ class ItemLog:
         if path.exists():
             content = path.read_bytes()
             whole = content.rfind(b"\n") + 1  # a last line that was torn off is dropped
-            lines = content[:whole].decode("utf-8").split("\n")[:-1]
-            for number, text in enumerate(lines, start=1):
+            for number, text in enumerate(content[:whole].split(b"\n")[:-1], start=1):
                 try:
                     line = json.loads(text)
                     self.outcomes.setdefault(line["key"], {}).update(line)
-                except (json.JSONDecodeError, TypeError, KeyError) as error:
+                except (ValueError, RecursionError, TypeError, KeyError) as error:
                     raise InputError(
                         f"{path}, line {number}: not a line of an evaluation; remove the line or "
                         "the file."

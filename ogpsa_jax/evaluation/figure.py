@@ -125,6 +125,7 @@ def _draw(  # type: ignore[no-untyped-def]
                 textcoords="offset points",
                 fontsize=7,
                 color=colour,
+                parse_math=False,
             )
 
 
@@ -165,6 +166,8 @@ def _legend(axes, rows: list[Row], stages: list[str]) -> None:  # type: ignore[n
             )
             for i, stage in enumerate(stages)
         ]
-    axes.legend(
+    legend = axes.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a label may hold a dollar

@@ -1,8 +1,6 @@
 """From a task's file to the items that are scored, all of them checked before a model is loaded."""
 
-import csv
 import hashlib
-import io
 import json
 import re
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ogpsa_jax.data.files import csv_rows, parse_json
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.suite import (
     ExactMatchTask,
@@ -99,7 +98,7 @@ def _rows(path: Path, separator: str | None) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(content, newline="")))
+        return [row for row, _ in csv_rows(content, path)]
     if path.suffix == ".txt":
         parts = [content] if separator is None else [p.strip() for p in content.split(separator)]
         return [{"prompt": part, "text": part} for part in parts if part.strip()]
@@ -107,7 +106,7 @@ def _rows(path: Path, separator: str | None) -> list[Row]:
         raise InputError(f"{path}: expected a csv, json, jsonl or txt file.")
     if path.suffix == ".json":
         try:
-            return _json_rows(json.loads(content), path)
+            return _json_rows(parse_json(content, str(path)), path)
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # more than one value: JSON lines under another name
                 raise InputError(
@@ -117,7 +116,7 @@ def _rows(path: Path, separator: str | None) -> list[Row]:
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line, f"{path}, line {number}"))
             except json.JSONDecodeError as error:
                 raise InputError(
                     f"{path}, line {number}: not valid JSON: {error.msg}; mend the line."
@@ -133,6 +132,8 @@ def _json_rows(value: Any, path: Path) -> list[Row]:
         if len(lists) != 1:
             raise InputError(f"{path}: expected a list of rows, or an object that holds one list.")
         name, value = lists[0], value[lists[0]]
+    if not isinstance(value, list):
+        raise InputError(f"{path}: expected a list of rows, found {type(value).__name__}.")
     rows = []
     for number, row in enumerate(value, start=1):
         if isinstance(row, str):
@@ -175,7 +176,7 @@ def _item(task: Task, row: Row, number: int, where: str) -> Item:
                 f"{where}: found no prompt among the fields {', '.join(map(str, row))}; set "
                 f"`prompt` of task {task.name}, as in '{{my_field}}'."
             )
-        prompt = str(row[field])
+        prompt = _text(row[field], field, where)
     if not prompt.strip():
         raise InputError(f"{where}: the prompt is empty; mend or remove the row.")
     if isinstance(task, ExactMatchTask):
@@ -205,7 +206,7 @@ def _choices(task: MultipleChoiceTask, row: Row, where: str) -> tuple[str, ...]:
                 f"{where}: field '{task.choices}' must list the choices; correct `choices` of task "
                 f"{task.name}."
             )
-        choices = tuple(str(choice) for choice in found)
+        choices = tuple(_text(choice, task.choices, where) for choice in found)
     else:
         choices = tuple(_filled(choice, row, where, "choices") for choice in task.choices)
     if len(choices) < 2 or not all(choices):
@@ -214,19 +215,31 @@ def _choices(task: MultipleChoiceTask, row: Row, where: str) -> tuple[str, ...]:
 
 
 def _right(task: MultipleChoiceTask, row: Row, choices: tuple[str, ...], where: str) -> int:
+    """The number of the right choice, out of what the row calls it."""
     answer = row.get(task.answer)
     text = str(answer).strip()
-    if text in choices:
-        return choices.index(text)
-    number = int(text) if text.isdigit() else -1
-    if len(text) == 1 and text.isalpha():
+    found = row.get(task.choices) if isinstance(task.choices, str) else None
+    if isinstance(found, dict) and isinstance(found.get("label"), list):  # as ARC names its choices
+        labels = [str(label).strip() for label in found["label"]]
+        if labels.count(text) == 1 and len(labels) == len(choices):
+            return labels.index(text)
+    number = int(text) if re.fullmatch(r"[0-9]{1,4}", text) else -1
+    if re.fullmatch(r"[A-Za-z]", text):
         number = ord(text.upper()) - ord("A")
-    if not 0 <= number < len(choices):
+    numbers = {number} if 0 <= number < len(choices) else set()
+    if isinstance(answer, str):
+        numbers |= {i for i, choice in enumerate(choices) if choice.strip() == text}
+    if len(numbers) > 1:
+        raise InputError(
+            f"{where}: field '{task.answer}', {answer!r}, is the text of one choice and the number "
+            "or letter of another; write it as a number from 0, without quotes."
+        )
+    if not numbers:
         raise InputError(
             f"{where}: field '{task.answer}' must be a number from 0 to {len(choices) - 1}, a "
-            f"letter or one of the choices, not {answer!r}."
+            f"letter or one of the choices, not {text[:40]!r}."
         )
-    return number
+    return numbers.pop()
 
 
 def _filled(template: str, row: Row, where: str, key: str) -> str:
@@ -236,9 +249,24 @@ def _filled(template: str, row: Row, where: str, key: str) -> str:
                 f"{where}: no field '{match[1]}', which `{key}` names; known: "
                 f"{', '.join(map(str, row))}."
             )
-        return str(row[match[1]])
+        return _text(row[match[1]], match[1], where)
 
     return _FIELD.sub(value, template)
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    """A text or a number of a row as text."""
+    if isinstance(value, dict | list) or value is None:
+        found = "nothing" if value is None else type(value).__name__
+        raise InputError(f"{where}: field '{field}' must be text, found {found}; mend the row.")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: field '{field}' holds half a surrogate pair, which is no text; mend the row."
+        ) from None
+    return text
 
 
 def extracted(pattern: str, text: str) -> str | None:

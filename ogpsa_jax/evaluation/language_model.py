@@ -184,9 +184,20 @@ class JaxModel:
 
 
 def model_folder(path: str | Path) -> str:
-    """The model a path names: the export of a run directory, or what it says."""
+    """The model a path names: the export of a run directory, or what it says.
+
+    Raises:
+      InputError: a run that has none.
+    """
     export = Path(path) / "export"
-    return str(export) if (export / "config.json").is_file() else str(path)
+    if (export / "config.json").is_file():
+        return str(export)
+    if (Path(path) / "config.yaml").is_file():
+        raise InputError(
+            f"{path}: this run has no export yet; let it finish, or write its newest checkpoint "
+            f"with `ogpsa-jax export {path} DIR`."
+        )
+    return str(path)
 
 
 def open_model(
@@ -215,6 +226,7 @@ def open_model(
     from ogpsa_jax.data import load_tokenizer
     from ogpsa_jax.models import load_pretrained
     from ogpsa_jax.models.folders import resolve_folder
+    from ogpsa_jax.models.pretrained import check_computable
 
     if jax.process_count() > 1:
         raise InputError(
@@ -224,6 +236,7 @@ def open_model(
     folder = resolve_folder(model_folder(path))
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    check_computable(dtype, "dtype")
     sizes = mesh or (1, jax.device_count(), 1)
     devices = sizes[0] * sizes[1] * sizes[2]
     if min(sizes) < 1 or devices > jax.device_count():

@@ -12,6 +12,7 @@ import yaml
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.records import BASE, NAIVE, Cost
 
+_ENDLESS = 1e18
 _SEED_SUFFIX = re.compile(r"[-_.]seed[-_.]?\d+$")
 
 
@@ -78,13 +79,24 @@ def provenance(model: str | Path) -> Provenance:
         label=_SEED_SUFFIX.sub("", str(run.summary.get("name", run.folder.name))),
         method=_method(run),
         stage="+".join(str(part.summary.get("objective", "?")) for part in chain),
-        seed=int(run.summary.get("seed", 0)),
+        seed=int(_count(run, "seed")),
         cost=Cost(
-            training_samples=sum(int(r.summary.get("training_samples", 0)) for r in chain),
-            reference_samples=sum(int(r.summary.get("reference_samples", 0)) for r in chain),
-            seconds=sum(float(r.summary.get("seconds", 0.0)) for r in chain),
+            training_samples=int(sum(_count(part, "training_samples") for part in chain)),
+            reference_samples=int(sum(_count(part, "reference_samples") for part in chain)),
+            seconds=sum(_count(part, "seconds") for part in chain),
         ),
     )
+
+
+def _count(run: Run, name: str) -> float:
+    """A number of the summary; 0 where it has none of that name."""
+    value = run.summary.get(name, 0)
+    if not isinstance(value, int | float) or not 0 <= value < _ENDLESS:
+        raise InputError(
+            f"{run.folder / 'summary.json'}: {name} must be a number of 0 or more, not {value!r}; "
+            "mend the file."
+        )
+    return value
 
 
 def _method(run: Run) -> str:
@@ -110,7 +122,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not readable ({str(error).splitlines()[0]}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values.")

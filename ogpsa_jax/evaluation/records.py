@@ -5,7 +5,6 @@ holds is free. The demonstration and ``ogpsa-jax evaluate`` both write one.
 """
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +14,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
 
+_LARGEST = 1e9  # scores are fractions
 BASE = "base"  # the method of the model before alignment
 NAIVE = "naive"  # the method without any protection: it pays the whole tax
 
 
 def _finite(value: float) -> float:
-    if not math.isfinite(value):
+    if not abs(value) < _LARGEST:  # and no NaN
         raise ValueError("must be a finite number")
     return value
 
 
+def _name(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError("must be one line of printable text")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
 Finite = Annotated[float, AfterValidator(_finite)]
 
 
@@ -36,20 +43,20 @@ class Cost(_Strict):
     """What a run spent."""
 
     training_samples: int = Field(
-        default=0, ge=0, description="rows through forward and backward passes"
+        default=0, ge=0, lt=10**18, description="rows through forward and backward passes"
     )
     reference_samples: int = Field(
-        default=0, ge=0, description="rows whose gradients made the basis"
+        default=0, ge=0, lt=10**18, description="rows whose gradients made the basis"
     )
-    seconds: float = Field(default=0.0, ge=0, description="wall-clock time of training")
+    seconds: float = Field(default=0.0, ge=0, lt=1e18, description="wall-clock time of training")
 
 
 class Record(_Strict):
     """The scores of one model: one point of the safety–utility figure, or one seed of a point."""
 
-    label: str = Field(description="the name shown; records that differ in seed alone share it")
-    method: str = Field(description="base, naive, ogpsa, mixing, ...; decides the colour")
-    stage: str = Field(description="what was done, as in sft, dpo, sft+dpo; decides the marker")
+    label: Name = Field(description="the name shown; records that differ in seed alone share it")
+    method: Name = Field(description="base, naive, ogpsa, mixing, ...; decides the colour")
+    stage: Name = Field(description="what was done, as in sft, dpo, sft+dpo; decides the marker")
     seed: int = 0
     scores: dict[str, Finite] = Field(
         description="fractions: general, safety, over_refusal, benign_compliance, any others"
@@ -102,13 +109,13 @@ def read_records(run: str | Path) -> list[Record]:
             f"{path}: holds no results.json; score the run first with "
             f"`ogpsa-jax evaluate {path} --suite FILE`."
         )
-    return _merged([record for file in files for record in _file_records(file)])
+    return _merged([record for file in files for record in _file_records(file)], path)
 
 
 def _file_records(path: Path) -> list[Record]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable JSON file ({error}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise InputError(
@@ -129,12 +136,23 @@ def _file_records(path: Path) -> list[Record]:
     return records
 
 
-def _merged(records: list[Record]) -> list[Record]:
-    """Join the scores of records that describe the same model."""
+def _merged(records: list[Record], where: Path) -> list[Record]:
+    """Join the scores of records that describe the same model.
+
+    Raises:
+      InputError: two evaluations that differ in a score of the same name.
+    """
     joined: dict[tuple[str, str, str, int], Record] = {}
     for record in records:
         key = (record.label, record.method, record.stage, record.seed)
         before = joined.get(key, record)
+        for name in before.scores.keys() & record.scores.keys():
+            if before.scores[name] != record.scores[name]:
+                raise InputError(
+                    f"{where}: its evaluations differ in the score {name} "
+                    f"({before.scores[name]:.3f} and {record.scores[name]:.3f}); report the "
+                    "results.json of one of them."
+                )
         joined[key] = before.model_copy(
             update={
                 "scores": {**before.scores, **record.scores},

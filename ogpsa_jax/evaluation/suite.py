@@ -1,6 +1,7 @@
 """A suite: which tasks a model is scored on. One strict schema, read from YAML."""
 
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -33,6 +35,7 @@ def _pattern(value: str) -> str:
     return value
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
@@ -48,7 +51,7 @@ class _Task(_Section):
         description="csv, json, jsonl or txt file; from the suite's folder, else from this one"
     )
     limit: PositiveInt | None = Field(None, description="score this many items, drawn by the seed")
-    seed: int | None = Field(None, description="of draws and sampling; null: the suite's")
+    seed: Seed | None = Field(None, description="of draws and sampling; null: the suite's")
     where: dict[str, str] = Field(
         default_factory=dict, description="keep the rows whose fields have these values"
     )
@@ -62,7 +65,7 @@ class _Generation(_Task):
         None, description="prompts are a user's turn; null: where the model has a chat template"
     )
     max_new_tokens: PositiveInt = Field(128, description="of an answer, at most")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the likeliest token")
+    temperature: FiniteFloat = Field(0.0, ge=0, description="0: the likeliest token")
 
 
 class RefusalTask(_Generation):
@@ -151,7 +154,7 @@ class JudgeSettings(_Section):
         "OPENAI_API_KEY", description="environment variable that holds the key; null: none needed"
     )
     concurrency: PositiveInt = Field(4, description="requests under way at a time")
-    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds a request may take")
+    timeout: FiniteFloat = Field(60.0, gt=0, description="seconds a request may take")
     attempts: PositiveInt = Field(6, description="how often a request is tried")
     max_tokens: PositiveInt = Field(512, description="of the judge's reply")
 
@@ -168,8 +171,8 @@ class JudgeSettings(_Section):
 class Suite(_Section):
     """Which tasks a model is scored on."""
 
-    name: str = Field(pattern=r"^[\w.+-]+$", description="names the folder of the results")
-    seed: int = Field(0, description="of draws and sampling")
+    name: str = Field(pattern=r"^[\w+-][\w.+-]*$", description="names the folder of the results")
+    seed: Seed = Field(0, description="of draws and sampling")
     tasks: tuple[Task, ...] = Field(min_length=1, description="what is scored")
     judge: JudgeSettings | None = Field(None, description="for tasks with `judge: true`")
 
@@ -216,7 +219,13 @@ def load_suite(path: str | Path) -> Suite:
 def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
     """One sentence for pydantic's first complaint."""
     kinds = {"refusal", "over_refusal", "exact_match", "multiple_choice", "perplexity"}
-    location = [part for part in detail["loc"] if part not in kinds]
+    # Below a task's number stands the kind that pydantic took it for.
+    full = detail["loc"]
+    location = [
+        part
+        for before, part in zip((None, *full), full, strict=False)
+        if not (isinstance(before, int) and part in kinds)
+    ]
     line, key = line_of(root, location), ".".join(str(part) for part in location)
     where = f"{path}, line {line}" if line else str(path)
     if detail["type"] == "extra_forbidden":
@@ -235,7 +244,7 @@ def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     tasks = (RefusalTask, OverRefusalTask, ExactMatchTask, MultipleChoiceTask, PerplexityTask)
     by_kind = {str(task.model_fields["kind"].annotation.__args__[0]): task for task in tasks}  # type: ignore[union-attr]
-    for part in location:
-        if part in by_kind:
+    for before, part in itertools.pairwise(location):
+        if isinstance(before, int) and part in by_kind:
             return list(by_kind[str(part)].model_fields)
     return list((JudgeSettings if location[0] == "judge" else Suite).model_fields)

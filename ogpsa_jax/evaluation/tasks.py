@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Outcome = dict[str, Any]  # what an item's line holds
 
 
+_MOST_NATS = 700.0  # per token; the perplexity of more is no float
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """What the items of a task add up to.
@@ -111,7 +114,7 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
     """Value, interval and further figures of a task from its items."""
     count = len(outcomes)
     if isinstance(task, PerplexityTask):
-        return _perplexity(outcomes)
+        return _perplexity(task, outcomes)
     details: dict[str, float] = {}
     if isinstance(task, RefusalTask | OverRefusalTask):
         judged = [outcome["judgement"] for outcome in outcomes]
@@ -173,11 +176,18 @@ def _check_finite(model: "LanguageModel", task: Task, scored: "Sequence[LogLikel
         )
 
 
-def _perplexity(outcomes: Sequence[Outcome]) -> TaskResult:
+def _perplexity(task: PerplexityTask, outcomes: Sequence[Outcome]) -> TaskResult:
     nats = [outcome["nats"] for outcome in outcomes]
     tokens = [outcome["tokens"] for outcome in outcomes]
+    if not sum(tokens):
+        raise InputError(f"task {task.name}: the tokenizer makes no token of any text.")
     per_token = sum(nats) / sum(tokens)
     low, high = bootstrap_interval(nats, tokens)
+    if high > _MOST_NATS:
+        raise InputError(
+            f"task {task.name}: {per_token:.3g} nats per token; the checkpoint is broken (did its "
+            "training diverge?)."
+        )
     return TaskResult(
         kind="perplexity",
         value=math.exp(-per_token),

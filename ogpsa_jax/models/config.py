@@ -332,4 +332,7 @@ def _first(generation: dict[str, Any], config: dict[str, Any], field: str) -> An
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    found = value if isinstance(value, list) else [value]
+    if not all(type(token) is int and token >= 0 for token in found):
+        raise InputError(f"eos_token_id: expected token ids, found {value!r}; mend the config.")
+    return tuple(found)

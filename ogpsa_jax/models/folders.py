@@ -35,7 +35,9 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
       InputError: there is no such folder, and no such model on the hub or no way to reach it.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
+    with contextlib.suppress(RuntimeError):  # ~ of nobody
+        folder = folder.expanduser()
     if folder.is_dir():
         return folder
     name = str(path)
@@ -65,6 +67,7 @@ def written_beside(target: Path) -> Iterator[Path]:
     Raises:
       InputError: ``target`` is something else, holds something else, or cannot be written.
     """
+    target = target.resolve()  # of a link, what it leads to
     _check_replaceable(target)
     beside = target.with_name(f".{target.name}.incomplete")
     replaced = target.with_name(f".{target.name}.replaced")
@@ -89,10 +92,13 @@ def written_beside(target: Path) -> Iterator[Path]:
 def _check_replaceable(target: Path) -> None:
     """Refuse what was not written by `written_beside`, or has been added to since."""
     if target.is_dir():
-        found = {path.name for path in target.iterdir()} - {_WRITTEN, MODEL_CARD}
+        found = {path.name for path in target.iterdir()} - {_WRITTEN}
         ours: set[str] = set()
-        with contextlib.suppress(OSError, ValueError):
-            ours.update(json.loads((target / _WRITTEN).read_text(encoding="utf-8")))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            names = json.loads((target / _WRITTEN).read_text(encoding="utf-8"))
+            if isinstance(names, list):
+                # The card is written into an export afterwards.
+                ours = {MODEL_CARD, *(name for name in names if isinstance(name, str))}
         others = sorted(found - ours)
         if others:
             raise InputError(

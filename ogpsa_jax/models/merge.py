@@ -73,7 +73,13 @@ def merge_pretrained(
             for name, source in sources.items():
                 tensors = reader.read(name), other.read(source)
                 for weight, writer in zip(weights, writers, strict=True):
-                    writer.write(name, _merge(*tensors, weight))
+                    merged = _merge(*tensors, weight)
+                    if 0 < weight < 1 and not np.isfinite(merged.astype(np.float32)).all():
+                        raise InputError(
+                            f"{second}: tensor {name} cannot be merged into {merged.dtype}: "
+                            "something in it is not finite, or too large."
+                        )
+                    writer.write(name, merged)
 
 
 def _merge(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
@@ -99,8 +105,12 @@ def _check_places(places: Sequence[Path], inputs: Sequence[Path]) -> None:
     for i, place in enumerate(resolved):
         if place in resolved[:i]:
             raise InputError(f"{places[i]}: two merges would go there; give each its own folder.")
-        if place in [folder.resolve() for folder in inputs]:
-            raise InputError(f"{places[i]}: is one of the models to merge; choose another place.")
+        for folder in inputs:
+            if place == folder.resolve() or folder.resolve() in place.parents:
+                raise InputError(
+                    f"{places[i]}: is one of the models to merge, or within it; choose another "
+                    "place."
+                )
 
 
 def _match(

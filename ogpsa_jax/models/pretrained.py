@@ -31,6 +31,16 @@ from ogpsa_jax.models.sharding import ShardingRules
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 
+def check_computable(dtype: str, key: str) -> None:
+    """Refuse a type that this machine does not compute in; `key` is what asks for it.
+
+    Raises:
+      InputError: float16 on a CPU.
+    """
+    if dtype == "float16" and jax.default_backend() == "cpu":
+        raise InputError(f"{key}: float16 is not computed on a CPU; take bfloat16 or float32.")
+
+
 def load_pretrained(
     path: str | os.PathLike[str],
     *,

@@ -64,6 +64,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             enable_async_checkpointing=True,
+            create=self._write,
             cleanup_tmp_directories=self._write,
         )
         return ocp.CheckpointManager(

@@ -7,11 +7,13 @@ the configuration leaves open, so a resolved configuration is explicit and round
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 
 FloatDType = Literal["float32", "bfloat16", "float16"]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -253,7 +255,7 @@ class RunConfig(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     dpo: DpoSection = Field(default_factory=DpoSection)
     mesh: MeshSection = Field(default_factory=MeshSection)
-    output_dir: str = Field("runs/run", description="the run directory")
+    output_dir: str = Field("runs/run", pattern=r"\S", description="the run directory")
     seed: int = Field(0, ge=0, lt=2**31, description="of data order, adapters and random weights")
 
     @model_validator(mode="before")

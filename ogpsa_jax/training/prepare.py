@@ -1,6 +1,7 @@
 """From a configuration to what the loop needs: data first, checked whole, then the model."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from ogpsa_jax.models import (
 )
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
+from ogpsa_jax.models.pretrained import check_computable
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig, SourceSection
@@ -38,6 +40,7 @@ from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.reference_model import add_reference_log_probs
 from ogpsa_jax.training.step import Objective
 
+logger = logging.getLogger(__name__)
 _MOST_ROWS = 10**8  # a run's rows are laid out before its first step
 
 
@@ -83,6 +86,11 @@ def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
             all_tokens=all_tokens,
             seed=config.seed,
         )
+        if left_out := reports[name].refused:
+            logger.warning(
+                "%s: %d rows are left out (%s%s); the summary names them",
+                *(name, len(left_out), left_out[0], ", ..." if left_out[1:] else ""),
+            )
         largest = max(int(t.ids.max()) for example in examples for t in example.sequences)
         if largest >= model.vocab_size:
             raise InputError(
@@ -146,6 +154,7 @@ def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
       InputError: a checkpoint with missing, extra or mis-shaped tensors.
     """
     section = config.model
+    check_computable(section.dtype, "model.dtype")
     options: dict[str, Any] = {
         "dtype": section.dtype,
         "param_dtype": section.param_dtype,
@@ -159,6 +168,11 @@ def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
         model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)
         model.source = str(folder)
     lora = section.lora
+    if lora is not None and lora.rank > model.config.hidden_size:
+        raise InputError(
+            f"model.lora.rank: {lora.rank} exceeds the model's width, {model.config.hidden_size}; "
+            "lower it."
+        )
     if lora is not None and lora.adapter is not None:
         load_lora(model, lora.adapter)
     elif lora is not None:

@@ -17,6 +17,7 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.files import only_writer, read_json, write_whole
 from ogpsa_jax.models import save_lora, save_pretrained
+from ogpsa_jax.models.folders import MODEL_CARD
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
@@ -109,9 +110,17 @@ def train(config: RunConfig) -> dict[str, Any]:
     finished = run_dir / "summary.json"
     _check_same_run(run_dir, config)
     if finished.exists():
-        logger.info("%s is finished, its results stand; delete it to run it again", run_dir)
         remedy = "delete it, and the same command makes it anew from the last checkpoint"
-        return read_json(finished, remedy) | {"export": str(run_dir / "export")}
+        summary = read_json(finished, remedy) | {"export": str(run_dir / "export")}
+        if not (run_dir / "export").is_dir():
+            raise InputError(
+                f"{run_dir}: this run is finished, but its export is gone; "
+                f"`ogpsa-jax export {run_dir} {run_dir / 'export'}` makes it anew."
+            )
+        if not (run_dir / "export" / MODEL_CARD).exists():  # killed before its last file
+            write_model_card(run_dir)
+        logger.info("%s is finished, its results stand; delete it to run it again", run_dir)
+        return summary
     _check_writable(run_dir)
     join_processes()
     started = time.perf_counter()
@@ -141,7 +150,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             summary = {
                 **summarise(config, lines),
                 "data": data.report(),
-                "reference_samples": task.reference_rows * _refreshes(lines),
+                "reference_samples": task.reference_rows * _refreshes(config, len(task.batches)),
                 "seconds": round(time.perf_counter() - started, 1),
                 "export": str(run_dir / "export"),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -192,32 +201,45 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     """The figures of a run from its metrics: nothing that was not measured in it."""
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "loss" not in line]
+    total = steps[-1]["step"]
+    warnings = [*find_problems(steps).values()]
+    if missing := total - len({line["step"] for line in steps}):
+        warnings.append(
+            f"the metrics of {missing} of {total} steps are lost; so is what needs them"
+        )
     projection: dict[str, Any] = {}
     if config.projects:
-        removed = [line["removed_fraction"] for line in steps]
+        removed = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
         projection = {
-            "refreshes": _refreshes(lines),
-            "refused_refreshes": steps[-1]["refused_refreshes"],
-            "effective_rank": steps[-1]["effective_rank"],
-            "mean_removed_fraction": sum(removed) / len(removed),
+            "refreshes": _refreshes(config, total),
+            "refused_refreshes": steps[-1].get("refused_refreshes"),
+            "effective_rank": steps[-1].get("effective_rank"),
+            "mean_removed_fraction": sum(removed) / len(removed) if removed else None,
         }
+    begun = bool(evaluations) and evaluations[0]["step"] == 0
     return {
         "name": config.name,
         "objective": config.objective,
         "preset": config.ogpsa.preset,
         "seed": config.seed,
-        "steps": steps[-1]["step"],
-        "train_loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
-        "before": _without_step(evaluations[0]) if evaluations else {},
+        "steps": total,
+        "train_loss": {
+            "first": steps[0]["loss"] if steps[0]["step"] == 1 else None,
+            "last": steps[-1]["loss"],
+        },
+        "before": _without_step(evaluations[0]) if begun else {},
         "after": _without_step(evaluations[-1]) if evaluations else {},
         "projection": projection,
-        "training_samples": steps[-1]["step"] * (config.train.batch_size - config.reference_rows),
-        "warnings": list(find_problems(steps).values()),
+        "training_samples": total * (config.train.batch_size - config.reference_rows),
+        "warnings": warnings,
     }
 
 
-def _refreshes(lines: list[Line]) -> int:
-    return sum(bool(line.get("refreshed")) for line in lines)
+def _refreshes(config: RunConfig, steps: int) -> int:
+    """How often references have gone into the basis, after so many steps."""
+    if not config.projects:
+        return 0
+    return steps if config.reference_rows else -(-steps // config.ogpsa.refresh_every)
 
 
 def _without_step(line: Line) -> Line:

@@ -13,6 +13,7 @@ import pytest
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.evaluate import evaluate, results_text, run_suite
 from ogpsa_jax.evaluation.items import read_items
+from ogpsa_jax.evaluation.language_model import model_folder
 from ogpsa_jax.evaluation.provenance import Provenance, provenance
 from ogpsa_jax.evaluation.records import Cost, read_records
 from ogpsa_jax.evaluation.suite import load_suite
@@ -157,6 +158,34 @@ def test_a_line_that_is_no_items_is_told(suite_path, tmp_path):
     (tmp_path / "out" / "items.jsonl").write_text("hello\n")
     with pytest.raises(InputError, match=r"items.jsonl, line 1: not a line"):
         _run(EchoModel(), suite_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b'{"key": 1, "answer": "x"}'])
+def test_a_damaged_log_is_told(suite_path, tmp_path, line):
+    out = tmp_path / "out"
+    _run(EchoModel(), suite_path, out)
+    lines = (out / "items.jsonl").read_bytes().splitlines()
+    if line.startswith(b"{"):  # a line of an item that lacks what was measured
+        kept = {"key": json.loads(lines[-1])["key"], "answer": "x"}
+        line, lines = json.dumps(kept).encode(), lines[:-1]
+    (out / "items.jsonl").write_bytes(b"\n".join([line, *lines, b""]))
+    with pytest.raises(InputError, match=r"items.jsonl.* remove the"):
+        _run(EchoModel(), suite_path, out)
+
+
+def test_what_the_model_cannot_be_asked_is_told_with_its_rows(suite_path, tmp_path):
+    class Narrow(EchoModel):
+        def generate(self, prompts, **_):
+            raise ValueError("prompts[0] is too long")
+
+    with pytest.raises(InputError, match=r"task harmful, rows 1 to \d+: prompts\[0\] is too long"):
+        _run(Narrow(), suite_path, tmp_path / "out")
+
+
+def test_a_run_without_its_export_is_told(tmp_path):
+    (tmp_path / "config.yaml").write_text("objective: sft\n")
+    with pytest.raises(InputError, match=r"this run has no export yet.*ogpsa-jax export"):
+        model_folder(tmp_path)
 
 
 def test_a_killed_process_loses_no_finished_item(suite_path, tmp_path):

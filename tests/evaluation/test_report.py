@@ -180,6 +180,24 @@ def test_a_known_method_has_one_colour_in_every_figure_and_no_bar_leaves_the_sca
     assert 0 <= min(ends) < max(ends) <= 1 + 1e-12
 
 
+def test_a_label_is_no_formula_and_no_second_line(records, tmp_path):
+    odd = [record.model_copy(update={"label": f"$x^$ {record.label}"}) for record in records]
+    write_records(tmp_path / "results.json", odd)
+    report([tmp_path], tmp_path / "report")
+    odd[0] = odd[0].model_copy(update={"label": "two\nlines"})
+    write_records(tmp_path / "results.json", odd)
+    with pytest.raises(InputError, match=r"record 1, field label: .* one line of printable text"):
+        report([tmp_path], tmp_path / "report")
+
+
+def test_two_evaluations_that_disagree_are_told(records, tmp_path):
+    for name, value in (("a", 0.2), ("b", 0.8)):
+        changed = records[1].model_copy(update={"scores": {"general": value, "safety": 1.0}})
+        write_records(tmp_path / "evaluation" / name / "results.json", [changed])
+    with pytest.raises(InputError, match=r"differ in the score general \(0.200 and 0.800\)"):
+        read_records(tmp_path)
+
+
 def test_a_report_of_runs_is_written_whole_and_needs_nothing_from_elsewhere(records, tmp_path):
     half = len(records) // 2
     write_records(tmp_path / "one" / "results.json", records[:half], {"note": "free"})

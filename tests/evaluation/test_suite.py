@@ -110,6 +110,32 @@ def test_a_right_choice_that_is_none_is_told(tmp_path, answer):
         _items(tmp_path, "kind: multiple_choice, path: x.jsonl, prompt: '{q}'")
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (["4", "2", "1", "0"], 1, 1),  # a number is a number, whatever the choices say
+        (["C", "B", "A"], 2, 2),
+        ({"text": ["w", "x", "y", "z"], "label": ["1", "2", "3", "4"]}, "3", 2),
+        ({"text": ["w", "x", "y", "z"], "label": ["1", "2", "3", "4"]}, "4", 3),
+        ({"text": ["C", "B", "A"], "label": ["A", "B", "C"]}, "A", 0),
+        (["zero", "1"], "1", 1),  # both readings agree
+    ],
+)
+def test_numbers_labels_and_texts_are_not_taken_for_one_another(tmp_path, choices, answer, right):
+    row = {"q": "Which?", "choices": choices, "answer": answer}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    (item,) = _items(tmp_path, "kind: multiple_choice, path: x.jsonl, prompt: '{q}'")
+    assert item.right == right
+
+
+@pytest.mark.parametrize("answer", ["1", "²", "ß", "9" * 5000])
+def test_a_right_choice_of_two_meanings_or_none_is_told(tmp_path, answer):
+    row = {"q": "Which?", "choices": ["1", "2"], "answer": answer}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="row 1: field 'answer'"):
+        _items(tmp_path, "kind: multiple_choice, path: x.jsonl, prompt: '{q}'")
+
+
 def test_documents_of_a_text_file_are_split_where_asked(tmp_path):
     (tmp_path / "x.txt").write_text("\nOne\ntext\n<end>\nAnother\n<end>\n")
     whole = _items(tmp_path, "kind: perplexity, path: x.txt")
@@ -133,6 +159,10 @@ def test_documents_of_a_text_file_are_split_where_asked(tmp_path):
         ("  - {name: a, kind: refusal, path: '${NOT_SET_ANYWHERE}'}\n", r"NOT_SET_ANYWHERE"),
         ("  - {name: [\n", r"line \d+: .*mend the YAML there"),
         ("  []\n", r"tasks.*at least 1 item"),
+        ("  - {name: a, kind: refusal, path: x.txt}\nrefusal: 1\n", r"unknown key 'refusal'"),
+        ("  - {name: a, kind: refusal, path: x.txt, perplexity: 1}\n", r"key 'tasks.0.perplexity'"),
+        ("  - {name: a, kind: refusal, path: x.txt, seed: -1}\n", r"seed.*not -1"),
+        ("  - {name: a, kind: refusal, path: x.txt, temperature: .inf}\n", r"temperature.*inf"),
     ],
 )
 def test_a_mistake_in_a_suite_is_told_with_its_line_and_remedy(tmp_path, tasks, message):
@@ -161,6 +191,15 @@ def test_a_key_in_the_judges_address_is_refused(tmp_path):
         ("x.csv", "colour\nred\n", r"row 1: found no prompt among the fields colour"),
         ("x.csv", "prompt\n\n", r"finds no row"),
         ("x.parquet", "PAR1", r"expected a csv, json, jsonl or txt"),
+        ("x.json", '"hello"', r"expected a list of rows, found str"),
+        ("x.json", "null", r"expected a list of rows, found NoneType"),
+        ("x.jsonl", "[" * 100_000, r"line 1: nested too deeply"),
+        ("x.json", '[{"prompt": "a", "prompt": "b"}]', r"the key 'prompt' stands there twice"),
+        ("x.jsonl", '{"prompt": ["a"]}', r"row 1: field 'prompt' must be text, found list"),
+        ("x.jsonl", '{"prompt": "a\\ud800"}', r"half a surrogate pair"),
+        ("x.csv", 'id,prompt\n1,"hi\n2,there\n', r"line \d: not valid CSV"),
+        ("x.csv", "id,prompt\n1,hi,there\n", r"line 2: the row has not as many fields"),
+        ("x.csv", "prompt,prompt\na,b\n", r"the column 'prompt' stands there twice"),
     ],
 )
 def test_a_mistake_in_a_data_file_is_told_with_its_row(tmp_path, name, content, message):

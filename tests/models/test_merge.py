@@ -161,3 +161,24 @@ def test_places_and_weights_that_make_no_sense_are_refused(small: Path, tmp_path
     with pytest.raises(ValueError, match="as many as"):
         merge_pretrained(small, small, [0.1], [])
     assert not out.exists()
+
+
+def test_a_merge_leaves_what_is_not_its_own_and_refuses_what_is_no_number(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    a, b = (make_checkpoint("qwen2", folder=name, **SMALL) for name in "ab")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"holds README\.md, which was not written by an export"):
+        merge_pretrained(a, b, [0.5], [notes])
+    assert (notes / "README.md").read_text() == "mine"
+    with pytest.raises(InputError, match="is one of the models to merge, or within it"):
+        merge_pretrained(a, b, [0.5], [a / "merged"])
+    values = tensors(b)
+    values["model.norm.weight"][0] = np.nan
+    for file in b.glob("*.safetensors"):
+        save_file(values, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"tensor model\.norm\.weight cannot be merged"):
+        merge_pretrained(a, b, [0.5], [tmp_path / "out"])
+    assert not (tmp_path / "out").exists()

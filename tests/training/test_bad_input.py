@@ -75,6 +75,10 @@ def rewrite(model: Path, **changes: object) -> None:
         ("train.batch_size=6", ["train.batch_size", "8 row shards", "multiple of 8"]),
         ("mesh.fsdp=3", ["3", "does not make the 8 devices"]),
         ("mesh.tensor=16", ["does not make the 8 devices"]),
+        ("output_dir=' '", ["output_dir", "not ' '"]),
+        ("model.dtype=float16", ["model.dtype", "float16 is not computed on a CPU"]),
+        ("model.lora={rank: 100000}", ["model.lora.rank", "exceeds the model's width, 64"]),
+        ("optimizer.warmup_steps=100000000000", ["warmup_steps", "less than 2147483648"]),
         ("output_dir=/dev/null/run", ["output_dir", "/dev/null is a file"]),
         ("output_dir=/proc/run", ["output_dir", "cannot be"]),
     ],
@@ -191,6 +195,11 @@ def test_a_directory_in_which_another_process_trains_is_refused(refused, interru
     with only_writer(interrupted):
         sentence = refused("mesh.fsdp=8", output_dir=interrupted)
     assert "another process is writing there" in sentence
+
+
+def test_a_finished_run_without_its_export_says_how_to_make_it(refused, interrupted):
+    (interrupted / "summary.json").write_text("{}")
+    assert "its export is gone; `ogpsa-jax export" in refused("mesh.fsdp=8", output_dir=interrupted)
 
 
 def test_a_torn_summary_is_told(refused, interrupted):

@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
+from ogpsa_jax.training.prepare import model_config, prepare_data
 from ogpsa_jax.training.progress import Progress
 
 from .conftest import STEPS, metrics
@@ -93,6 +94,33 @@ def test_the_summary_is_that_of_the_metrics(uninterrupted):
     assert summary["reference_samples"] == 2 * 12
     assert summary["warnings"] == []
     assert summary["before"].keys() == summary["after"].keys() == {"general/loss"}
+
+
+def test_lost_metrics_leave_no_false_figure(interrupted, configured, on_some_devices):
+    lines = (interrupted / "metrics.jsonl").read_text().splitlines()
+    whole = json.loads(lines[-2])
+    (interrupted / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines[-2:]))
+    (interrupted / "export").mkdir()
+    summary = run.train(configured(interrupted))
+    assert summary["train_loss"] == {"first": None, "last": whole["loss"]}
+    assert summary["before"] == {}
+    assert summary["reference_samples"] == 2 * 12
+    assert summary["warnings"] == [
+        f"the metrics of {STEPS - 1} of {STEPS} steps are lost; so is what needs them"
+    ]
+
+
+def test_pairs_that_are_left_out_are_told(ground, configured, tmp_path, caplog):
+    rows = (ground / "pairs.jsonl").read_text() + '{"prompt": "Q", "chosen": "", "rejected": "A"}\n'
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    config = configured(
+        tmp_path / "run",
+        "objective=dpo",
+        f"data.train=[{{path: {tmp_path / 'pairs.jsonl'}}}]",
+    )
+    prepare_data(config, model_config(config))
+    assert "train: 1 rows are left out" in caplog.text
+    assert "line 25: the chosen answer is empty" in caplog.text
 
 
 def test_an_export_made_later_is_the_one_of_the_end(uninterrupted, tmp_path):
