@@ -111,9 +111,9 @@ class Checkpoints:
             torn.append(step)
         self._put_aside(torn)
         if torn:
+            remedy = "run the same command again to start" if self._write else "train again"
             raise InputError(
-                f"{self._folder}: every checkpoint is torn; run the same "
-                "command again to start from the beginning."
+                f"{self._folder}: every checkpoint is torn; {remedy} from the beginning."
             )
         return None
 
