@@ -180,6 +180,9 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").exists():
         raise InputError(f"{run_dir}: holds no config.yaml; give a run directory.")
+    place = Path(target).resolve()
+    if (run_dir / "checkpoints").resolve() in (place, *place.parents):
+        raise InputError(f"{target}: is among the run's checkpoints; choose another place.")
     config = load_config(run_dir / "config.yaml")
     mesh = make_mesh(MeshSection())  # whatever devices are here: it may have been trained on others
     network = Network.of(prepare_model(config, mesh), trained_parameters(config))

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
+from ogpsa_jax.errors import InputError
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
@@ -131,6 +132,12 @@ def test_an_export_made_later_is_the_one_of_the_end(uninterrupted, tmp_path):
     for name in names:
         first, second = (uninterrupted / "export" / name, tmp_path / "later" / name)
         assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_an_export_among_the_checkpoints_is_refused(uninterrupted):
+    with pytest.raises(InputError, match="is among the run's checkpoints"):
+        run.export_checkpoint(uninterrupted, uninterrupted / "checkpoints" / "9")
+    assert not (uninterrupted / "checkpoints" / "9").exists()
 
 
 def test_the_written_configuration_is_that_of_the_run(uninterrupted, configured):
