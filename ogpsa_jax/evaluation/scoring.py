@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ogpsa_jax.models import Decoder
+from ogpsa_jax.models.generation import rows_multiple
 
 # Tokens whose logits exist at a time, per row; lengths are rounded up to a multiple of it.
 _CHUNK = 32
@@ -108,15 +109,6 @@ def rolling_windows(
         end = min(start + max_length, len(tokens))
         pairs.append((list(tokens[end - max_length - 1 : start]), list(tokens[start:end])))
     return pairs
-
-
-def rows_multiple(model: Decoder) -> int:
-    """Over how many shards the mesh spreads the rows of a batch."""
-    mesh, axes = model.placement.mesh, model.placement.rules.batch
-    if mesh is None or axes is None:
-        return 1
-    names = (axes,) if isinstance(axes, str) else axes
-    return int(np.prod([mesh.shape.get(name, 1) for name in names], dtype=int))
 
 
 def _batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:

@@ -83,7 +83,7 @@ def generate(
     if not rows:
         return []
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
-    tokens, valid = _pad_left(rows, _row_multiple(model))
+    tokens, valid = _pad_left(rows, rows_multiple(model))
     graphdef, state = nnx.split(model)
     added, counts = _generate(
         graphdef,
@@ -124,7 +124,7 @@ def _rows(
     return rows
 
 
-def _row_multiple(model: Decoder) -> int:
+def rows_multiple(model: Decoder) -> int:
     """Over how many shards the mesh spreads the rows of a batch."""
     mesh, axes = model.placement.mesh, model.placement.rules.batch
     if mesh is None or axes is None:
