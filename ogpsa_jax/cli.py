@@ -21,31 +21,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except InputError as error:
-        print(f"ogpsa-jax: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except ModuleNotFoundError as error:
-        print(
-            f"ogpsa-jax: the package {error.name} is not installed; install ogpsa_jax with its "
-            "extra [train], or [eval] for judges and the harness.",
-            file=sys.stderr,
+        return _refuse(
+            f"the package {error.name} is not installed; install ogpsa_jax with its extra [train], "
+            "or [eval] for judges and the harness."
         )
-        return 2
-    except OSError as error:  # what no room has a better sentence for
+    # What no room has a better sentence for.
+    except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"ogpsa-jax: {place}{error.strerror or error}", file=sys.stderr)
-        return 2
-    except (RecursionError, MemoryError) as error:
-        reason = "nested without end" if isinstance(error, RecursionError) else "memory ran out"
-        print(
-            f"ogpsa-jax: {reason}; look at the file or the sizes that were given", file=sys.stderr
-        )
-        return 2
+        return _refuse(f"{place}{error.strerror or error}.")
+    except RecursionError:
+        return _refuse("a file is nested without end; mend it.")
+    except MemoryError:
+        return _refuse("memory ran out; lower the sizes that were given.")
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        return _refuse("a path holds a null character; mend it.")
     except KeyboardInterrupt:
         print(
             "ogpsa-jax: interrupted; the same command goes on from what it saved", file=sys.stderr
         )
         return 130
     return 0
+
+
+def _refuse(sentence: str) -> int:
+    print(f"ogpsa-jax: {sentence}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

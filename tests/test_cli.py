@@ -27,6 +27,12 @@ TINY = "configs/models/tiny"
         (["evaluate", "no-such-model", "--suite", "no-such.yaml"], "no-such.yaml"),
         (["report", "no-such-run"], "no-such-run"),
         (["export", "no-such-run", "somewhere"], "give a run directory"),
+        (["report", "x" * 300], "File name too long"),
+        (["train", "configs/smoke-sft.yaml", "train=&a {steps: *a}"], "nested without end"),
+        (
+            ["train", "configs/smoke-sft.yaml", 'data.template="\\0"', "train.batch_size=16"],
+            "a null character",
+        ),
         (["merge", "no-such-a", "no-such-b", "--weight", "0.5", "--out", "o"], "no-such-a"),
     ],
 )
