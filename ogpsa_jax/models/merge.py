@@ -139,6 +139,8 @@ def _match(
                 f"{other.file(source)}: tensor {source} has shape {list(other.shape(source))}, but "
                 f"{list(reader.shape(name))} in {first}."
             )
+        if not reader.shape(name):
+            raise InputError(f"{reader.file(name)}: tensor {name} is a single number, no weight.")
         other.dtype(source)
         sources[name] = source
     for name in _weights(other):

@@ -182,3 +182,8 @@ def test_a_merge_leaves_what_is_not_its_own_and_refuses_what_is_no_number(
     with pytest.raises(InputError, match=r"tensor model\.norm\.weight cannot be merged"):
         merge_pretrained(a, b, [0.5], [tmp_path / "out"])
     assert not (tmp_path / "out").exists()
+    values["model.norm.weight"] = np.array(1.0, np.float32)
+    for file in [*a.glob("*.safetensors"), *b.glob("*.safetensors")]:
+        save_file(values, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"tensor model\.norm\.weight is a single number"):
+        merge_pretrained(a, b, [0.5], [tmp_path / "out"])
