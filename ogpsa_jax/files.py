@@ -170,23 +170,25 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object that this package once wrote whole.
+def read_json(path: Path, remedy: str = "mend the file") -> dict[str, Any]:
+    """An object from a JSON file.
 
     Args:
       path: the file.
-      remedy: what to do where it is not whole any more, for the message.
+      remedy: what to do where it is not as it must be, for the message.
 
     Raises:
-      InputError: it is not readable, or no object.
+      InputError: the file is missing, is not JSON, or holds no object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise InputError(f"{path}: cannot be read ({error}); {remedy}.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds no object; {remedy}.")
-    return found
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: the file is missing; {remedy}.") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise InputError(f"{path}: cannot be read as JSON ({error}); {remedy}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}.")
+    return value
 
 
 def write_whole(path: Path, text: str) -> None:

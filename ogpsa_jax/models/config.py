@@ -5,12 +5,12 @@ they differ in biases, query/key norms, tied embeddings and the kind of rotary e
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import read_json
 
 RopeType = Literal["default", "linear", "llama3"]
 
@@ -158,25 +158,6 @@ def _flags(model_type: str, attention_bias: bool) -> dict[str, bool]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-      InputError: the file is missing, is not JSON, or holds no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: the file is missing; a Hugging Face model folder needs it."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
 def read_config(folder: Path) -> DecoderConfig:
     """The architecture described by a Hugging Face folder.
 
@@ -189,7 +170,7 @@ def read_config(folder: Path) -> DecoderConfig:
       InputError: a file is missing or malformed, or asks for something the decoder does not have.
     """
     path = folder / "config.json"
-    raw = read_json(path)
+    raw = read_json(path, "a Hugging Face model folder needs it whole")
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     return _Reader(path, raw).decoder_config(generation)

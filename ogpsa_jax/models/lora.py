@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.models.config import read_json
+from ogpsa_jax.files import read_json
 from ogpsa_jax.models.decoder import Decoder
 from ogpsa_jax.models.folders import written_beside
 from ogpsa_jax.models.layers import Adapter, LoraParam, merged_kernel

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.models.config import DecoderConfig, read_config, read_json
+from ogpsa_jax.files import read_json
+from ogpsa_jax.models.config import DecoderConfig, read_config
 from ogpsa_jax.models.decoder import Decoder, Remat
 from ogpsa_jax.models.folders import copy_companions, resolve_folder, written_beside
 from ogpsa_jax.models.layers import AttentionKind, merged_kernel

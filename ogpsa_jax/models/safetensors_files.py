@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.models.config import read_json
+from ogpsa_jax.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
