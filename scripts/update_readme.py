@@ -17,7 +17,11 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation import markdown_table, read_records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STAGES = ("stories260k-sft", "stories260k-dpo")
+STAGES = {
+    "SFT": "stories260k-sft.json",
+    "SFT, then DPO": "stories260k-dpo.json",
+    "DPO alone": "dpo-alone/stories260k-dpo.json",
+}
 
 
 def replaced(text: str, name: str, content: str) -> str:
@@ -48,10 +52,9 @@ def main() -> int:
             assets.mkdir(parents=True, exist_ok=True)
             demo_figure(read_records(arguments.demo)).savefig(assets / "pareto.png")
         if arguments.stories:
-            files = [arguments.stories / f"{stage}.json" for stage in STAGES]
             parts = [
-                f"{stage}:\n\n{table(json.loads(file.read_text()))}"
-                for stage, file in zip(STAGES, files, strict=True)
+                f"{stage}:\n\n{table(json.loads((arguments.stories / name).read_text()))}"
+                for stage, name in STAGES.items()
             ]
             text = replaced(text, "stories", "\n\n".join(parts))
     except (InputError, OSError) as error:

@@ -18,6 +18,7 @@ from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
     Leaves,
+    as_stored,
     combine,
     gram,
     orthonormalised,
@@ -104,7 +105,7 @@ def with_subspace(
 ) -> OgpsaState:
     """As :func:`with_basis`, from stacked orthonormal float32 leaves ``[k, ...]``."""
     own = state.directions()[0]
-    basis = [leaf.astype(old.dtype) for leaf, old in zip(basis, own, strict=True)]
+    basis = as_stored(basis, [old.dtype for old in own])
     squares = gram(basis, state.settings.groups)
     # Directions that orthonormalising dropped have no energy either.
     present = jnp.diagonal(squares, axis1=-2, axis2=-1) > 0

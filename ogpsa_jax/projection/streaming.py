@@ -15,6 +15,7 @@ from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
     Leaves,
     Shrunk,
+    as_stored,
     combine,
     multiply,
     orthonormalised,
@@ -95,7 +96,7 @@ def _windowed(
 ) -> OgpsaState:
     """The newest first, then the `window` − 1 before it, then zeros."""
     directions, rest = state.directions(), state.settings.rank - window
-    newest = [x.astype(old.dtype) for x, old in zip(vector, directions[0], strict=True)]
+    newest = as_stored(vector, [old.dtype for old in directions[0]])
     older = [
         [jnp.where(kept > 0, x, jnp.zeros_like(x)) for x in d] for d in directions[: window - 1]
     ]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.groups import Group
+from ogpsa_jax.projection.groups import Group, stacks
 
 Leaves = Sequence[jax.Array]
 _TINY = 2.0**-112  # its inverse, over the root of the smallest `rank_tol`, is still a float32
@@ -116,7 +116,7 @@ def combine(
         factors = jnp.moveaxis(weights[group.rows], 0, -1)  # [m, k, rows]
         for place, axis in zip(group.leaves, group.axes, strict=True):
             leaf = vectors[place]
-            if axis is None and len(leaf) > 8:
+            if axis is None and _stacks(leaf):
                 out[place] = jax.lax.dot_general(
                     factors[:, :, 0],
                     _stack(leaf),
@@ -136,7 +136,7 @@ def _weighted_sum(factors: jax.Array, leaf: Leaves | jax.Array) -> jax.Array:
     copies of the leaf.
     """
     total = factors[0] * leaf[0][None].astype(jnp.float32)
-    if len(leaf) > 8:  # many terms, unrolled, would compile slowly
+    if _stacks(leaf):  # many terms, unrolled, would compile slowly
         stack = _stack(leaf)
         return jax.lax.fori_loop(
             1, len(leaf), lambda i, total: total + factors[i] * stack[i][None], total
@@ -146,10 +146,28 @@ def _weighted_sum(factors: jax.Array, leaf: Leaves | jax.Array) -> jax.Array:
     return total
 
 
+def _stacks(leaf: Leaves | jax.Array) -> bool:
+    """Whether a leaf's vectors are used as one array: many that already are, or would be small."""
+    return len(leaf) > 8 if isinstance(leaf, jax.Array) else stacks(leaf)
+
+
 def _stack(leaf: Leaves | jax.Array) -> jax.Array:
     if isinstance(leaf, jax.Array):
         return leaf.astype(jnp.float32)
     return jnp.stack([x.astype(jnp.float32) for x in leaf])
+
+
+def as_stored(leaves: Leaves, dtypes: Sequence[jnp.dtype]) -> list[jax.Array]:
+    """Round to the dtypes that the basis is stored in.
+
+    Behind a barrier: where XLA sees that the rounded is widened again, it may leave both out, and
+    the Gram matrix would be that of other vectors than those stored (it does so on GPUs).
+    """
+    rounded = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+    return [
+        new if new.dtype == old.dtype else jax.lax.optimization_barrier(new)
+        for new, old in zip(rounded, leaves, strict=True)
+    ]
 
 
 def eigen(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -87,17 +87,15 @@ def test_a_zero_reference_adds_no_direction(rng):
         assert np.all(np.asarray(state.rank_used) == 1)
 
 
-def test_a_push_holds_no_more_than_rank_plus_one_copies(rng):
-    params = {f"w{i}": jnp.zeros((512, 64)) for i in range(8)}
-    size = sum(leaf.nbytes for leaf in params.values())
-    for rank in (2, 4):
-        tx = ogpsa_project(rank)
-        state = jax.eval_shape(tx.init, params)
-        push = jax.jit(push_reference, donate_argnums=0)
-        memory = push.lower(state, params).compile().memory_analysis()
-        # Beside the state, which is updated in place, and the reference that comes in; the Gram
-        # matrices of 8 leaves take the rest.
-        assert memory.temp_size_in_bytes <= (rank + 1) * size + 2**14
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_a_push_holds_no_more_than_rank_plus_one_copies(rank):
+    params = {f"w{i}": jax.ShapeDtypeStruct((4096, 4096), jnp.float32) for i in range(12)}
+    size = sum(4 * leaf.size for leaf in params.values())
+    state = jax.eval_shape(ogpsa_project(rank).init, params)
+    push = jax.jit(push_reference, donate_argnums=0)
+    memory = push.lower(state, params).compile().memory_analysis()
+    # Beside the state, which is updated in place, and the reference that comes in.
+    assert memory.temp_size_in_bytes <= (rank + 1) * size
 
 
 def test_a_window_below_one_is_refused(rng):
