@@ -225,6 +225,7 @@ def open_model(
 
     from ogpsa_jax.data import load_tokenizer
     from ogpsa_jax.models import load_pretrained
+    from ogpsa_jax.models.config import read_config
     from ogpsa_jax.models.folders import resolve_folder
     from ogpsa_jax.models.pretrained import check_computable
 
@@ -250,6 +251,7 @@ def open_model(
         placed = jax.make_mesh(
             sizes, ("data", "fsdp", "tensor"), automatic, devices=jax.devices()[:devices]
         )
+    read_config(folder)  # so that a mistake in it is not told as the tokenizer's, who reads it too
     tokenizer = load_tokenizer(str(folder))
     model = load_pretrained(folder, dtype=dtype, param_dtype=dtype, mesh=placed)
     return JaxModel(

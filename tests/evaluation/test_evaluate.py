@@ -285,6 +285,14 @@ def test_bad_input_is_told_before_a_model_is_loaded(tmp_path, suite_path):
         evaluate("./no-model", suite_path, tmp_path / "out", progress=False)
 
 
+def test_a_mistake_in_the_models_config_is_told_by_its_field(tiny_folder, tmp_path, suite_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(InputError, match=r"config.json: hidden_size is 'wide', but a positive"):
+        evaluate(tmp_path / "model", suite_path, tmp_path / "out", progress=False)
+
+
 def test_stages_of_a_pipeline_are_told_and_their_costs_added(tmp_path):
     for name, base, objective, preset in (
         ("sft", "hub/base", "sft", "paper"),
