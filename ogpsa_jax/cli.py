@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--template", help="chat template: built-in name or jinja file")
     evaluate.add_argument("--label", help="how reports call the model")
+    evaluate.add_argument(
+        "--method",
+        help="what reports take it for: base, naive, merge, mixing, ...; default: by its run",
+    )
+    evaluate.add_argument("--stage", help="as in reports: sft, sft+dpo, ...; default: by run")
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser(
@@ -176,8 +181,8 @@ def _train(parsed: argparse.Namespace) -> None:
     if parsed.keys:
         print("\n".join(schema_lines()))
         return
-    overrides = [item for item in parsed.config if "=" in item]
-    paths = [Path(item) for item in parsed.config if "=" not in item]
+    overrides = [item for item in parsed.config if "=" in item and not Path(item).is_file()]
+    paths = [Path(item) for item in parsed.config if item not in overrides]
     if not paths:
         raise InputError(
             "train: name at least one configuration file, as in configs/smoke-sft.yaml."
@@ -211,6 +216,8 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         mesh=None if parsed.mesh is None else tuple(parsed.mesh),
         template=parsed.template,
         label=parsed.label,
+        method=parsed.method,
+        stage=parsed.stage,
     )
     print(results_text(results))
 

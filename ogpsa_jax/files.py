@@ -194,7 +194,7 @@ def read_json(path: Path, remedy: str = "mend the file") -> dict[str, Any]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that even after a crash the old or the new one is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

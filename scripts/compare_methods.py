@@ -59,15 +59,17 @@ def run(
             configs,
             [*overrides, *METHODS[method]],
             output_dirs=[f"{out}/{config.stem}-{method}" for config in configs],
-            stage_overrides=[mixing(config) if method == "mixing" else [] for config in configs],
+            stage_overrides=[
+                mixing(config, overrides) if method == "mixing" else [] for config in configs
+            ],
         )
         for method in methods
     }
 
 
-def mixing(path: Path) -> list[str]:
+def mixing(path: Path, overrides: list[str]) -> list[str]:
     """The reference sets as further training sources, half of all rows."""
-    config = load_config(path)
+    config = load_config(path, overrides)
     if config.objective == "dpo":
         return []
     own, general = config.data.train, config.references.sets
@@ -86,7 +88,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     befores = {method: summary["before"] for method, summary in summaries.items()}
     first = next(iter(befores.values()))
     names = [name for name in first if not name.endswith(_LEFT_OUT)]
-    rows = [["", *names, "reference samples", "squared norm removed"]]
+    rows = [["", *names, "reference rows", "squared norm removed"]]
     same = all(before == first for before in befores.values())
     for method, before in ({"before": first} if same else befores).items():
         label = method if same else f"{method}, before"  # each from its own stage before

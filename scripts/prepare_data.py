@@ -30,6 +30,7 @@ import numpy as np
 from ogpsa_jax.data import DataSource, Record, read_records, split_by_prompt
 from ogpsa_jax.data.records import Kind
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import make_folder
 
 
 def read(source: DataSource, kind: Kind) -> list[Record]:
@@ -131,7 +132,7 @@ def prepare_data(
         "ultrafeedback_dpo": general,
         "halueval_sft": draw(read(halueval, "sft"), reference_rows, seed, halueval.path),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     manifest = {
         "seed": seed,
         "held_out": held_out,
@@ -157,6 +158,13 @@ def size(text: str) -> int | None:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A number to draw from."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, found {text!r}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--held-out", type=float, default=0.05, help="share of the safety prompts held out (0.05)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of every draw (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of every draw (0)")
     parsed = parser.parse_args(arguments)
     chosen = {}
     for name, (hub, split) in sources.items():

@@ -1,7 +1,8 @@
-"""Batches by step: packed, shuffled anew each epoch, sharded over processes, resumable at once.
+"""Batches by step: packed, shuffled anew each epoch, resumable at once.
 
 The batch of a step is a function of (data, settings, step) alone, so the position in the data is
-the step, and neither the number of processes nor an interruption changes what is seen.
+the step, and neither the number of processes (each makes the whole batch, and puts its devices'
+rows on them) nor an interruption changes what is seen.
 """
 
 import itertools
@@ -34,8 +35,6 @@ class TrainBatches:
         epochs: float = 1.0,
         steps: int | None = None,
         weights: Sequence[float] = (1.0,),
-        process_index: int = 0,
-        process_count: int = 1,
     ) -> None:
         """Lay out every row of the run.
 
@@ -52,16 +51,14 @@ class TrainBatches:
             example once. Otherwise they are the proportions of examples, exact to within one at
             every point of the run (0.8 and 0.2: every fifth is of the second source); an epoch is
             one pass over the first source, the others start again when they are exhausted.
-          process_index: which process this is.
-          process_count: how many there are; divides `micro_batch_size`.
 
         Raises:
           ValueError: sizes that do not divide, weights that do not fit, pairs to be packed.
         """
-        if batch_size % micro_batch_size or micro_batch_size % process_count:
+        if batch_size % micro_batch_size:
             raise ValueError(
                 f"batch_size ({batch_size}) must be a multiple of micro_batch_size "
-                f"({micro_batch_size}), and that of process_count ({process_count})"
+                f"({micro_batch_size})"
             )
         if packing and len(examples[0].sequences) > 1:
             raise ValueError("packing must be False for pairs")
@@ -70,7 +67,6 @@ class TrainBatches:
             raise ValueError(f"max_length is {max_length}, but an example has {longest} tokens")
         self._examples = examples
         self._shape = (batch_size // micro_batch_size, micro_batch_size)
-        self._process = (process_index, process_count)
         order = _order(examples, weights, seed, epochs if steps is None else None)
         if packing:
             self.length = max_length
@@ -86,7 +82,7 @@ class TrainBatches:
         return self._steps
 
     def batch(self, step: int) -> Batch:
-        """The batch of a 0-based step, this process's part of it.
+        """The batch of a 0-based step.
 
         Returns:
           Arrays ``[micro-batches, rows, T]`` or, for pairs, ``[micro-batches, rows, 2, T]``. A last
@@ -98,18 +94,13 @@ class TrainBatches:
         if not 0 <= step < self._steps:
             raise IndexError(f"step must lie between 0 and {self._steps - 1}, found {step}")
         count, rows = self._shape
-        index, processes = self._process
         first = step * count * rows
         chosen = self._rows[first : first + count * rows]
         chosen += [[]] * (count * rows - len(chosen))
-        share = rows // processes
-        mine = [
-            chosen[micro * rows + index * share + i] for micro in range(count) for i in range(share)
-        ]
-        documents = [[self._examples[i] for i in row] for row in mine]
+        documents = [[self._examples[i] for i in row] for row in chosen]
         arrays = _stacked(documents, self.length, like=self._examples[0])
         return {
-            name: array.reshape(count, share, *array.shape[1:]) for name, array in arrays.items()
+            name: array.reshape(count, rows, *array.shape[1:]) for name, array in arrays.items()
         }
 
 

@@ -161,6 +161,14 @@ class ChatTemplate:
             for (ids, learnt), (_, where) in zip(found, conversations, strict=True)
         ]
 
+    def stop_tokens(self) -> tuple[int, ...]:
+        """What ends an answer under this template, and what ends a document."""
+        eos = int(self.tokenizer.eos_token_id)
+        if self.source is None:
+            return (eos,)
+        ids, _ = self.encode([Message("user", "a"), Message("assistant", "b")], "template")
+        return tuple(dict.fromkeys((next(i for i in reversed(ids) if i in self._stops), eos)))
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the assistant starts to speak."""
         text = self.render(messages, generation_prompt=True)

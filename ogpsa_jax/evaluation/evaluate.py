@@ -31,7 +31,7 @@ from ogpsa_jax.evaluation.suite import (
 )
 from ogpsa_jax.evaluation.tables import HEADLINE
 from ogpsa_jax.evaluation.tasks import Outcome, TaskResult, run_items, summarise
-from ogpsa_jax.files import make_folder
+from ogpsa_jax.files import make_folder, only_writer, read_json
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.judge import Judge
@@ -94,13 +94,23 @@ def evaluate(
         if not name.strip() or not name.isprintable():
             raise InputError(f"label {name!r}: must be one line of printable text.")
     output = Path(output_dir) if output_dir is not None else _default_output(model, loaded)
-    make_folder(output)
-    judge = _judge(loaded, output)
-    opened = open_model(model, dtype=dtype, mesh=mesh, template=template, batch_size=batch_size)
-    results = run_suite(
-        opened, loaded, items, output, named, judge=judge, batch_size=batch_size, progress=progress
-    )
     run = find_run(model)
+    if run is None and output_dir is None:
+        _check_own_results(output, model)
+    make_folder(output)
+    with only_writer(output):
+        judge = _judge(loaded, output)
+        opened = open_model(model, dtype=dtype, mesh=mesh, template=template, batch_size=batch_size)
+        results = run_suite(
+            opened,
+            loaded,
+            items,
+            output,
+            named,
+            judge=judge,
+            batch_size=batch_size,
+            progress=progress,
+        )
     if run is not None and output_dir is None and (run.folder / "export").is_dir():
         write_model_card(run.folder)  # with the scores
     return results
@@ -245,6 +255,18 @@ def _default_output(model: str | Path, suite: Suite) -> Path:
         return run.folder / "evaluation" / suite.name
     name = str(model).strip("/").replace("/", "--") if not Path(model).exists() else None
     return Path("evaluations") / (name or Path(model).resolve().name) / suite.name
+
+
+def _check_own_results(output: Path, model: str | Path) -> None:
+    """Refuse to replace the results of another folder of the same name."""
+    if not (output / "results.json").exists():
+        return
+    other = str(read_json(output / "results.json", "remove it").get("model"))
+    if Path(other).resolve() != Path(model).resolve():
+        raise InputError(
+            f"{output}: holds the results of {other}, a folder of the same name; give --out "
+            "another place for these."
+        )
 
 
 def _judge(suite: Suite, output: Path) -> "Judge | None":

@@ -219,7 +219,7 @@ def _read_cache(path: Path) -> Cache:
     """Verdicts of earlier runs; a torn line, and what is no verdict, is left out."""
     if not path.is_file():
         return {}
-    content = path.read_text(encoding="utf-8")
+    content = path.read_text(encoding="utf-8", errors="replace")
     if content and not content.endswith("\n"):  # torn: what is appended starts a line of its own
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")

@@ -120,6 +120,8 @@ def _data_rows(chain: Sequence[Run]) -> list[list[str]]:
             "training": _part(stage.config, "data").get("train") or [],
             "references": _part(stage.config, "references").get("sets") or [],
         }
+        if stage.summary.get("preset", "off") == "off":
+            del sections["references"]  # named perhaps, but not used
         for use, sources in sections.items():
             for source in sources:
                 count = source.get("samples") or source.get("split") or "all"

@@ -13,6 +13,7 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.records import BASE, NAIVE, Cost
 
 _ENDLESS = 1e18
+_RULES = {"conflict": "a-gem", "none": "replay alone", "inplane": "in-span component alone"}
 _SEED_SUFFIX = re.compile(r"[-_.]seed[-_.]?\d+$")
 
 
@@ -52,7 +53,7 @@ def find_run(model: str | Path) -> Run | None:
       InputError: the run's files cannot be read.
     """
     path = Path(model)
-    for folder in (path, path.parent):
+    for folder in (path, path.parent) if path.name == "export" else (path,):
         config, summary = folder / "config.yaml", folder / "summary.json"
         if config.is_file() and summary.is_file():
             return Run(folder, _mapping(config), _mapping(summary))
@@ -69,7 +70,8 @@ def provenance(model: str | Path) -> Provenance:
 
     The label is the run's name without ``-seed3`` at its end, so that seeds of one setting are one
     row of the table. A model without a run is taken for one before alignment. A run without
-    projection is naive, or ``lora`` where it trained adapters.
+    projection is naive, unless it trained adapters (``lora``) or on its reference sets
+    (``mixing``); one with it is called by its preset, rule or placement.
     """
     run = find_run(model)
     if run is None:
@@ -101,10 +103,21 @@ def _count(run: Run, name: str) -> float:
 
 def _method(run: Run) -> str:
     preset = str(run.summary.get("preset", "off"))
+    model, ogpsa, data, references = (
+        section if isinstance(section := run.config.get(name), dict) else {}
+        for name in ("model", "ogpsa", "data", "references")
+    )
     if preset != "off":
-        return f"ogpsa-{preset}"
-    model = run.config.get("model")
-    return "lora" if isinstance(model, dict) and model.get("lora") else NAIVE
+        rule = ogpsa.get("rule", "orthogonal")
+        if rule in _RULES:
+            return _RULES[rule]
+        placement = ogpsa.get("placement", "gradient")
+        return f"ogpsa-{preset}" if placement == "gradient" else f"{placement} placement"
+    if model.get("lora"):
+        return "lora"
+    general = {source.get("path") for source in references.get("sets") or []}
+    mixed = any(source.get("path") in general for source in data.get("train") or [])
+    return "mixing" if mixed else NAIVE
 
 
 def _backwards(run: Run) -> Iterator[Run]:

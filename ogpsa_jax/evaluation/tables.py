@@ -126,6 +126,9 @@ def _tax_removed(
     bases, naives = scored(BASE, None), scored(NAIVE, row.stage)
     if not bases or not naives:
         return None, f"no {'base' if not bases else 'naive'} run to compare with"
+    if len({other.label for other in bases}) > 1:
+        names = " and ".join(dict.fromkeys(other.label for other in bases))
+        return None, f"{names} all count as the model before alignment"
     if matched_safety is not None:
         naives = [naive for naive in naives if naive.mean["safety"] >= matched_safety]
         if not naives:

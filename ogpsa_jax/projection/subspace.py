@@ -165,7 +165,7 @@ def as_stored(leaves: Leaves, dtypes: Sequence[jnp.dtype]) -> list[jax.Array]:
     """
     rounded = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     return [
-        new if new.dtype == old.dtype else jax.lax.optimization_barrier(new)
+        new if new.dtype == old.dtype else jax.lax.optimization_barrier(new)  # type: ignore[no-untyped-call]
         for new, old in zip(rounded, leaves, strict=True)
     ]
 

@@ -20,7 +20,7 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
     """Compare what the run is given with ``inputs.json``; write that where it is missing.
 
     Of the data every token counts, and whether it is learnt, which is all that files, template and
-    tokenizer come to. Of the model's weights, samples of every file.
+    tokenizer come to. Of a model's weights, samples of every file.
 
     Args:
       run_dir: the run directory, which exists.
@@ -35,8 +35,11 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
         "data.train": digest(data.train),
         **{f"references.sets.{i}": digest(rows) for i, rows in enumerate(data.references)},
         **{f"data.eval.{name}": digest(rows) for name, rows in data.evaluations.items()},
-        "model.path": _model_digest(config),
+        "model.path": _model_digest(str(config.model.path), config.model.initial_weights),
     }
+    reference_model = config.dpo.reference_model
+    if config.objective == "dpo" and reference_model not in ("initial", "none"):
+        now["dpo.reference_model"] = _model_digest(reference_model)
     if not path.exists():
         if jax.process_index() == 0:
             write_whole(path, json.dumps(now, indent=1) + "\n")
@@ -50,11 +53,11 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
             )
 
 
-def _model_digest(config: RunConfig) -> str:
+def _model_digest(path_or_id: str, weights: str = "pretrained") -> str:
     found = hashlib.blake2b(digest_size=20)
-    folder = resolve_folder(str(config.model.path))
+    folder = resolve_folder(path_or_id)
     files = [folder / "config.json"]
-    if config.model.initial_weights == "pretrained":
+    if weights == "pretrained":
         files += sorted(folder.glob("*.safetensors"))
     for path in files:
         size = path.stat().st_size

@@ -43,7 +43,7 @@ class Batches(Protocol):
         """Optimizer steps in total."""
 
     def batch(self, step: int) -> HostBatch:
-        """Arrays [micro-batches, rows of this process, ...] of 0-based `step`."""
+        """Arrays [micro-batches, rows, ...] of 0-based `step`."""
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,9 @@ def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
         )
     if lora is not None and lora.adapter is not None:
         load_lora(model, lora.adapter)
+        for linear in model.linears().values():
+            if linear.lora is not None:
+                linear.lora.dropout = lora.dropout
     elif lora is not None:
         add_lora(
             model,

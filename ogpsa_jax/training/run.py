@@ -16,11 +16,12 @@ from jax.experimental import multihost_utils
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.files import only_writer, read_json, write_whole
-from ogpsa_jax.models import save_lora, save_pretrained
+from ogpsa_jax.models import save_lora
 from ogpsa_jax.models.folders import MODEL_CARD
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
+from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
@@ -76,10 +77,10 @@ def train_stages(
             own.append(f"model.path={Path(configs[-1].output_dir) / 'export'}")
             own.append("model.initial_weights=pretrained")
         configs.append(load_config(path, [*overrides, *own]))
-    names = [config.output_dir for config in configs]
-    if len(set(names)) < len(names):
+    places = [Path(config.output_dir) for config in configs]
+    if twice := [place for place in places if places.count(place) > 1]:
         raise InputError(
-            f"output_dir: two stages write to the same directory ({names[0]}); set it in the "
+            f"output_dir: two stages write to the same directory ({twice[0]}); set it in the "
             "configuration files, not for all stages at once."
         )
     for config in configs[1:]:
@@ -137,7 +138,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         check_same_inputs(run_dir, config, data)
         network, lines = fit(network, task, config, mesh, run_dir)
         model = network.model()
-        save_pretrained(model, run_dir / "export")
+        export(config, model, run_dir / "export")
         if config.model.lora is not None:
             save_lora(model, run_dir / "adapter")
         if jax.process_index() == 0:
@@ -194,7 +195,7 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
     if found is None:
         raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
     step, state = found
-    save_pretrained(network._replace(trained=state.params).model(), target)
+    export(config, network._replace(trained=state.params).model(), target)
     if (run_dir / "summary.json").exists():
         write_model_card(run_dir, target)
     return step

@@ -18,6 +18,7 @@ from ogpsa_jax.evaluation.provenance import Provenance, provenance
 from ogpsa_jax.evaluation.records import Cost, read_records
 from ogpsa_jax.evaluation.suite import load_suite
 from ogpsa_jax.evaluation.tasks import normalised
+from ogpsa_jax.files import only_writer
 from tests.evaluation.fakes import EchoModel
 
 NAMED = Provenance("echo", "base", "base", 0, Cost())
@@ -308,6 +309,46 @@ def test_stages_of_a_pipeline_are_told_and_their_costs_added(tmp_path):
     assert (found.label, found.method, found.stage) == ("dpo", "ogpsa-paper", "sft+dpo")
     assert found.cost == Cost(training_samples=20, reference_samples=8, seconds=4.0)
     assert provenance("hub/base").method == "base"
+    # A checkpoint that somebody put beside the export is another model.
+    (tmp_path / "dpo" / "step-40").mkdir()
+    assert provenance(tmp_path / "dpo" / "step-40").method == "base"
+
+
+@pytest.mark.parametrize(
+    ("preset", "config", "method"),
+    [
+        ("off", {"data": {"train": [{"path": "safe"}]}}, "naive"),
+        ("off", {"data": {"train": [{"path": "safe"}, {"path": "general"}]}}, "mixing"),
+        ("off", {"model": {"lora": {"rank": 8}}}, "lora"),
+        ("recommended", {}, "ogpsa-recommended"),
+        ("recommended", {"ogpsa": {"rule": "conflict"}}, "a-gem"),
+        ("recommended", {"ogpsa": {"rule": "none"}}, "replay alone"),
+        ("paper", {"ogpsa": {"placement": "update"}}, "update placement"),
+    ],
+)
+def test_the_method_is_what_the_configuration_says(preset, config, method, tmp_path):
+    references = {"references": {"sets": [{"path": "general"}]}}
+    (tmp_path / "config.yaml").write_text(json.dumps({**references, **config}))
+    (tmp_path / "summary.json").write_text(json.dumps({"name": "run", "preset": preset}))
+    assert provenance(tmp_path).method == method
+
+
+def test_a_folder_of_the_same_name_does_not_replace_the_results(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("red green\n")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("name: small\ntasks:\n  - {name: text, kind: perplexity, path: text.txt}\n")
+    for name in ("a", "b"):
+        shutil.copytree(tiny_folder, tmp_path / name / "0.5")
+    evaluate("a/0.5", suite, progress=False)
+    evaluate(tmp_path / "a" / "0.5", suite, progress=False)
+    with pytest.raises(InputError, match=r"results of .*a/0.5, a folder of the same name; give --"):
+        evaluate("b/0.5", suite, progress=False)
+    with (
+        only_writer(tmp_path / "evaluations" / "0.5" / "small"),
+        pytest.raises(InputError, match="another process is writing there"),
+    ):
+        evaluate("a/0.5", suite, progress=False)
 
 
 def test_a_diverged_model_is_told(suite_path, tmp_path):

@@ -107,6 +107,15 @@ def test_without_a_base_or_naive_run_the_share_is_left_out(records):
     assert _row(aggregate([records[0], *free]), "ogpsa").tax_note == "naive pays no tax"
 
 
+def test_two_models_before_alignment_give_no_share(records):
+    other = next(record for record in records if record.method == "base")
+    records = [other.model_copy(update={"label": "merged"}), *records]
+    rows = [row for row in aggregate(records) if row.method.startswith("ogpsa")]
+    assert rows
+    assert all(row.tax_removed is None for row in rows)
+    assert all("merged" in row.tax_note and other.label in row.tax_note for row in rows)
+
+
 def test_all_forms_of_the_table_show_the_same_cells(records):
     text, markdown = text_table(records), markdown_table(records)
     page = html_page("Title <b>", [("Scores", table_html(records))])

@@ -6,17 +6,23 @@ import shutil
 import struct
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
+from ogpsa_jax.data import BUILT_IN, load_tokenizer
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import run
+from ogpsa_jax.training.config import MeshSection
 from ogpsa_jax.training.config_file import load_config
+from ogpsa_jax.training.export import export
+from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
-from ogpsa_jax.training.prepare import model_config, prepare_data
+from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
 from ogpsa_jax.training.progress import Progress
 
 from .conftest import STEPS, metrics
@@ -132,6 +138,34 @@ def test_an_export_made_later_is_the_one_of_the_end(uninterrupted, tmp_path):
     for name in names:
         first, second = (uninterrupted / "export" / name, tmp_path / "later" / name)
         assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_an_export_brings_the_template_and_the_stop_tokens_of_the_training(
+    ground, configured, tmp_path
+):
+    shutil.copytree(ground / "model", tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | {"eos_token_id": 5, "bos_token_id": 0}))
+    shutil.copytree(tmp_path / "model", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text("{}")
+    config = configured(
+        tmp_path / "run",
+        f"model.path={tmp_path / 'model'}",
+        f"model.tokenizer={tmp_path / 'tokenizer'}",
+        "data.template=alpaca",
+    )
+    model = prepare_model(config, make_mesh(MeshSection(fsdp=jax.device_count())))
+    export(config, model, tmp_path / "out")
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    assert tokenizer.chat_template == BUILT_IN["alpaca"]
+    assert (tmp_path / "out" / "added_tokens.json").exists()
+    assert read_config(tmp_path / "out").eos_token_ids == (5, tokenizer.eos_token_id)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 0
+    weights = [load_file(tmp_path / f / "model.safetensors") for f in ("model", "out")]
+    for name, tensor in weights[0].items():
+        np.testing.assert_array_equal(weights[1][name], tensor)
 
 
 def test_an_export_among_the_checkpoints_is_refused(uninterrupted):
