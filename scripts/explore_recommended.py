@@ -57,8 +57,8 @@ AXES: dict[str, list[Method]] = {
     "replay": [
         varied("replay 0", replay_weight=0.0),
         varied("replay 0, momentum projected", replay_weight=0.0, project_momentum=True),
-        varied("replay 1", replay_weight=1.0),
-        varied("replay 0.5, no projection", rule="none"),
+        varied("replay 0.5", replay_weight=0.5),
+        varied("replay 1, no projection", rule="none"),
     ],
     "rank": [
         varied("rank 1, window 1", rank=1, window=1),
@@ -80,10 +80,10 @@ AXES: dict[str, list[Method]] = {
     "scarce": [
         scarce(MIXING_METHOD),
         scarce(RECOMMENDED_METHOD),
-        varied(f"replay 0.5, no projection, {SCARCE} samples", rule="none", general=SCARCE),
+        varied(f"replay 1, no projection, {SCARCE} samples", rule="none", general=SCARCE),
         varied(f"rank 1, window 1, {SCARCE} samples", rank=1, window=1, general=SCARCE),
         varied(f"rank 10, window 64, {SCARCE} samples", rank=10, general=SCARCE),
-        varied(f"replay 1, {SCARCE} samples", replay_weight=1.0, general=SCARCE),
+        varied(f"replay 0.5, {SCARCE} samples", replay_weight=0.5, general=SCARCE),
     ],
 }
 

@@ -169,7 +169,7 @@ PAPER_METHOD: Final = Method(
 RECOMMENDED_METHOD: Final = Method(
     "OGPSA, recommended",
     RECOMMENDED,
-    "references ride in every batch, and are trained on as well with weight 0.5",
+    "references ride in every batch, and are trained on as well",
     ogpsa={"preset": "recommended"},
     in_step=RECOMMENDED_IN_STEP,
 )
@@ -188,7 +188,7 @@ REPLAY_METHOD: Final = Method(
     "replay alone",
     "the recommended setting without its projection",
     ogpsa={"preset": "recommended", "rank": 1, "project_momentum": False, "rule": "none"},
-    in_step={"share": 0.5, "window": 1, "replay_weight": 0.5},
+    in_step={"share": 0.5, "window": 1, "replay_weight": 1.0},
 )
 REPROJECTED_METHOD: Final = Method(
     "momentum re-projected",

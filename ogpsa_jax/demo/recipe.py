@@ -47,11 +47,11 @@ class Pretraining:
 
     tasks: tuple[str, ...] = GENERAL_TASKS
     facts: int = FACTS
-    items: int = 40_000
-    steps: int = 800
-    rows: int = 24
+    items: int = 100_000
+    steps: int = 2400
+    rows: int = 12
     row_length: int = 96
-    learning_rate: float = 6e-3
+    learning_rate: float = 4e-3
     width: int = 64
     layers: int = 3
 

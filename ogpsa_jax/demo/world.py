@@ -211,7 +211,7 @@ _TASKS: Final[dict[str, Callable[[np.random.Generator], tuple[str, str]]]] = {
 GENERAL_TASKS: Final = (*_TASKS, "facts")
 # Of the tasks in pre-training: what is harder to learn comes more often.
 PRETRAINING_SHARES: Final = dict.fromkeys([*GENERAL_TASKS, "benign", "harmful"], 1.0) | {
-    "add": 3.0,
+    "add": 6.0,
     "facts": 3.0,
     "max": 2.0,
     "sort": 1.5,

@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Preset recommended, unless the configuration has a word on it (or projects updates, into which
 # nothing can be replayed): references that ride in every batch cost no extra samples.
-RECOMMENDED_IN_STEP: dict[str, Any] = {"share": 0.5, "window": 64, "replay_weight": 0.5}
+RECOMMENDED_IN_STEP: dict[str, Any] = {"share": 0.5, "window": 64, "replay_weight": 1.0}
 # With references that are also trained on, projecting the first moment would take out again what
 # they put in.
 RECOMMENDED_WITH_REPLAY: dict[str, Any] = {"rank": 4, "project_momentum": False}
@@ -126,7 +126,7 @@ class InStepSection(Section):
         64, description="reference gradients the basis remembers; 1: this batch's mean only"
     )
     replay_weight: NonNegativeFloat = Field(
-        0.5, description="weight with which reference rows are trained on as well"
+        1.0, description="weight with which reference rows are trained on as well"
     )
 
 
@@ -278,7 +278,7 @@ class RunConfig(Section):
             if preset == "recommended" and ogpsa.get("placement", "gradient") == "gradient":
                 references = {"in_step": RECOMMENDED_IN_STEP, **references}
                 in_step = references["in_step"]
-                if isinstance(in_step, dict) and in_step.get("replay_weight", 0.5):
+                if isinstance(in_step, dict) and in_step.get("replay_weight", 1.0):
                     defaults |= RECOMMENDED_WITH_REPLAY
         return {**raw, "ogpsa": {**defaults, **ogpsa}, "references": references}
 
