@@ -101,32 +101,6 @@ def test_each_epoch_has_an_order_of_its_own(rng: random.Random) -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_processes_together_see_what_one_sees(packing: bool, rng: random.Random) -> None:
-    examples = examples_of(random_lengths(rng, 37, 20))
-    settings = {
-        "batch_size": 16,
-        "micro_batch_size": 8,
-        "max_length": 32,
-        "packing": packing,
-        "seed": rng.randrange(2**31),
-        "epochs": 2,
-    }
-    whole = TrainBatches(examples, **settings)
-    for count in (2, 4, 8):
-        parts = [
-            TrainBatches(examples, **settings, process_index=i, process_count=count)
-            for i in range(count)
-        ]
-        for step in range(len(whole)):
-            expected = whole.batch(step)
-            found = [part.batch(step) for part in parts]
-            for name, array in expected.items():
-                np.testing.assert_array_equal(
-                    np.concatenate([batch[name] for batch in found], axis=1), array
-                )
-
-
 def test_the_size_of_the_micro_batches_does_not_change_a_step(rng: random.Random) -> None:
     examples = examples_of(random_lengths(rng, 50, 20))
     seed = rng.randrange(2**31)
@@ -238,29 +212,6 @@ def test_proportions_are_exact_at_every_point(
         assert max(seen) - min(seen) <= 1  # the others start again only when they are exhausted
 
 
-def test_processes_agree_on_shapes_though_one_has_only_empty_rows(rng: random.Random) -> None:
-    plain = examples_of(random_lengths(rng, 9, 20), width=2)
-    examples = [Example(e.sequences, 0, reference_logps=(-1.0, -2.0)) for e in plain]
-    found = [
-        TrainBatches(
-            examples,
-            batch_size=8,
-            micro_batch_size=8,
-            max_length=32,
-            packing=False,
-            seed=0,
-            process_index=index,
-            process_count=4,
-        ).batch(1)
-        for index in range(4)
-    ]
-    shapes = [{name: array.shape for name, array in batch.items()} for batch in found]
-    assert shapes == [shapes[0]] * 4
-    assert shapes[0]["input_ids"] == (1, 2, 2, 32)
-    assert shapes[0]["reference_logps"] == (1, 2, 2)
-    assert [bool(batch["segment_ids"].any()) for batch in found] == [True, False, False, False]
-
-
 def test_there_is_no_batch_beyond_the_last_step() -> None:
     batches = TrainBatches(
         examples_of([4] * 5),
@@ -313,7 +264,6 @@ def test_fixed_batches_hold_all_rows_in_order(rng: random.Random) -> None:
     ("settings", "says"),
     [
         ({"batch_size": 6}, "batch_size"),
-        ({"process_count": 3}, "process_count"),
         ({"max_length": 4}, "max_length is 4, but an example has 5 tokens"),
         ({"weights": [1.0, -1.0]}, "weights"),
         ({"weights": [1.0]}, "weights"),
