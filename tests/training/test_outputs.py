@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from ogpsa_jax.data import BUILT_IN, load_tokenizer
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.models import save_lora
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config import MeshSection
@@ -166,6 +167,16 @@ def test_an_export_brings_the_template_and_the_stop_tokens_of_the_training(
     weights = [load_file(tmp_path / f / "model.safetensors") for f in ("model", "out")]
     for name, tensor in weights[0].items():
         np.testing.assert_array_equal(weights[1][name], tensor)
+
+
+def test_the_dropout_of_the_configuration_holds_with_an_adapter(configured, tmp_path):
+    mesh = make_mesh(MeshSection(fsdp=jax.device_count()))
+    fresh = configured(tmp_path / "run", "model.lora={rank: 2, dropout: 0.1}")
+    save_lora(prepare_model(fresh, mesh), tmp_path / "adapter")
+    lora = f"model.lora={{adapter: {tmp_path / 'adapter'}, dropout: 0.3}}"
+    model = prepare_model(configured(tmp_path / "run", lora), mesh)
+    adapters = [linear.lora for linear in model.linears().values()]
+    assert [(adapter.rank, adapter.dropout) for adapter in adapters] == [(2, 0.3)] * 7
 
 
 def test_an_export_among_the_checkpoints_is_refused(uninterrupted):

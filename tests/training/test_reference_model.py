@@ -20,6 +20,7 @@ from ogpsa_jax.models import Decoder, load_pretrained, save_pretrained
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import reference_model
 from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.inputs import check_same_inputs
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.prepare import model_config, prepare_data
 from ogpsa_jax.training.reference_model import add_reference_log_probs
@@ -321,3 +322,19 @@ def test_log_probabilities_are_those_of_transformers(run: Run) -> None:
     others = run.log_probs()
     np.testing.assert_allclose(others, by_transformers(run.folder / "other", examples), atol=1e-3)
     assert np.abs(others - ours).max() > 1
+
+
+def test_a_run_does_not_go_on_with_another_reference_model(run: Run, model_folder: Path) -> None:
+    other = run.folder / "other"
+    shutil.copytree(model_folder, other)
+    run.settings["dpo"] = {"reference_model": str(other)}
+    config = run.config()
+    run.examples(config)
+    data = prepare_data(config, model_config(config))
+    check_same_inputs(run.folder, config, data)
+    check_same_inputs(run.folder, config, data)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"what dpo.reference_model names has changed"):
+        check_same_inputs(run.folder, config, data)
