@@ -1,9 +1,9 @@
 """What `preset: recommended` should be: one setting varied at a time, in the demonstration's world.
 
-python scripts/explore_recommended.py --out runs/demo --seeds 1 [--axis momentum replay ...]
+python scripts/explore_recommended.py --out runs/demo --worlds 0 [--axis momentum replay ...]
 
 Pre-trained weights are shared with `ogpsa-jax demo` where `--out` is the same; finished runs are
-kept. Prints a table in Markdown, and with `--write FILE` puts it between the file's markers.
+kept. Prints a Markdown table, and with `--write FILE` puts it between the markers of `--section`.
 """
 
 import argparse
@@ -88,21 +88,21 @@ AXES: dict[str, list[Method]] = {
 }
 
 
-def explored(out: Path, seeds: int, axes: list[str]) -> Iterator[Record]:
-    """One record per setting and seed, SFT alone, in the worlds of the thorough demonstration."""
+def explored(out: Path, worlds: list[int], axes: list[str]) -> Iterator[Record]:
+    """One record per setting and world, SFT alone, as the thorough demonstration does it."""
     recipe = RECIPES["thorough"]
     stage, mesh = recipe.stages[0], one_device()
-    for world_seed, seed in recipe.seeds[:seeds]:
-        world = World(world_seed, recipe.pretraining.tasks, recipe.pretraining.facts)
+    for seed in worlds:
+        world = World(seed, recipe.pretraining.tasks, recipe.pretraining.facts)
         exam = Exam(world)
-        name = f"pretraining-{world_seed}-{key(recipe.pretraining, world_seed)}"
+        name = f"pretraining-{seed}-{key(recipe.pretraining, seed)}"
         base = pretrain(recipe.pretraining, world, mesh, out / "runs" / name)
         scores, spread, _ = exam.score(base)
         yield Record(
             label="before", method=BASE, stage=BASE, seed=seed, scores=scores, spread=spread
         )
         for method in (method for axis in axes for method in AXES[axis]):
-            run_dir = out / "explored" / key(recipe.pretraining, world_seed, method, stage, seed)
+            run_dir = out / "explored" / key(recipe.pretraining, seed, method, stage, seed)
             done = align(base, world, method, stage, seed, mesh, run_dir)
             scores, spread, _ = exam.score(done.network)
             cost = Cost(
@@ -124,19 +124,21 @@ def explored(out: Path, seeds: int, axes: list[str]) -> Iterator[Record]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--seeds", type=int, default=1, choices=(1, 2, 3))
+    parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1, 2], help="their seeds")
     parser.add_argument("--axis", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--write", type=Path, help="Markdown file with the markers")
+    parser.add_argument("--section", default="explored", help="the name in the markers")
     arguments = parser.parse_args()
     records = []
-    for record in explored(arguments.out, arguments.seeds, arguments.axis):
+    for record in explored(arguments.out, arguments.worlds, arguments.axis):
         print(record.seed, record.label, record.scores, file=sys.stderr, flush=True)
         records.append(record)
     write_records(arguments.out / "explored" / "results.json", records)
     table = markdown_table(records, MATCHED_SAFETY)
     print(table)
     if arguments.write:
-        pattern = re.compile(r"(<!-- BEGIN explored -->\n).*?(<!-- END explored -->)", re.DOTALL)
+        begin, end = (f"<!-- {which} {arguments.section} -->" for which in ("BEGIN", "END"))
+        pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
         text = arguments.write.read_text(encoding="utf-8")
         text = pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
         arguments.write.write_text(text, encoding="utf-8")
