@@ -44,7 +44,7 @@ def pareto_figure(
       ValueError: no record has both scores.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     rows = [row for row in aggregate(records) if {"general", "safety"} <= row.mean.keys()]
     if not rows:
@@ -64,7 +64,8 @@ def pareto_figure(
     axes.set_xlabel("general score")
     axes.set_ylabel("safety score")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+        axis.set_major_formatter(PercentFormatter(xmax=1.0))
+        axis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
     axes.margins(0.08)
     axes.grid(color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
