@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,7 +182,7 @@ def _train(parsed: argparse.Namespace) -> None:
     if parsed.keys:
         print("\n".join(schema_lines()))
         return
-    overrides = [item for item in parsed.config if "=" in item and not Path(item).is_file()]
+    overrides = [item for item in parsed.config if "=" in item and not os.path.isfile(item)]
     paths = [Path(item) for item in parsed.config if item not in overrides]
     if not paths:
         raise InputError(
