@@ -114,15 +114,21 @@ def make_task(
     config = todo.config
     general = world.draw_general(method.general, config.seed)
     dpo = stage.objective == "dpo"
-    train = preferences(world.harmful) if dpo else examples(refusals(world.harmful))
+    objective = preference_objective(config) if dpo else cross_entropy()
+
+    def general_rows(pairs: bool) -> list[Example]:
+        # Of general pairs too the refusal is one side, and here it is the worse one.
+        if not pairs:
+            return examples(general)
+        return with_reference_log_probs(start, preferences(general, chosen_refusal=False))
+
+    train = examples(refusals(world.harmful))
+    if dpo:
+        train = with_reference_log_probs(start, preferences(world.harmful))
     weights = [1.0]
     if method.mixing:
-        # Of general pairs too the refusal is one side, and here it is the worse one.
-        mixed = preferences(general, chosen_refusal=False) if dpo else examples(general)
-        train += [dataclasses.replace(example, source=1) for example in mixed]
+        train += [dataclasses.replace(example, source=1) for example in general_rows(pairs=dpo)]
         weights = [1 - method.mixing, method.mixing]
-    if dpo:
-        train = with_reference_log_probs(start, train)
 
     def stream(rows: Sequence[Example], count: int, weights: list[float]) -> Batches:
         return TrainBatches(
@@ -137,13 +143,14 @@ def make_task(
         )
 
     riding = config.reference_rows
+    pairs = config.references.loss == "dpo"
     return Task(
-        objective=preference_objective(config) if dpo else cross_entropy(),
+        objective=objective,
         batches=stream(train, stage.batch_size - riding, weights),
         references=_reference_sets(general, todo.reference_sets),
         reference_rows=riding or len(general),
-        reference_loss=cross_entropy(),
-        in_step_batches=stream(examples(general), riding, [1.0]) if riding else None,
+        reference_loss=objective if pairs else cross_entropy(),
+        in_step_batches=stream(general_rows(pairs), riding, [1.0]) if riding else None,
     )
 
 

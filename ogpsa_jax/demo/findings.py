@@ -103,14 +103,24 @@ def _own(ours: Row) -> list[Finding]:
 def _compare(
     records: Sequence[Record], ours: Row, theirs: Row, name: str, *, beats: bool
 ) -> Finding:
-    """Not behind, or (`beats`) ahead by more than what stands after ±."""
-    gain, deviation = _gain(ours, theirs, name), _deviation(ours, theirs, name)
-    deviation_name = "standard deviation" if ours.seeds > 1 else "standard error"
+    """Not behind, or (`beats`) ahead by more than the deviation.
+
+    Which is that of the differences seed by seed, where there are several: a seed is one world and
+    one model before alignment for both, and what worlds differ in says nothing about the methods.
+    Otherwise it is the larger of the two standard errors.
+    """
+    differences = _differences(records, ours, theirs, name)
     score = name.replace("_", " ")
     evidence = f"{_value(ours, name)} against {_value(theirs, name)}"
-    if differences := _differences(records, ours, theirs, name):
-        mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-        evidence += f"; seed by seed {mean:+.3f} ± {spread:.3f}"
+    if differences:
+        difference, deviation = statistics.fmean(differences), statistics.stdev(differences)
+        deviation_name = "standard deviation of the difference"
+        evidence += f"; seed by seed {difference:+.3f} ± {deviation:.3f}"
+    else:
+        difference = ours.mean[name] - theirs.mean[name]
+        deviation = max(row.spread.get(name, math.nan) for row in (ours, theirs))
+        deviation_name = "standard error"
+    gain = -difference if name in _LOWER_IS_BETTER else difference
     if beats:
         claim = f"{ours.label} beats {theirs.label} in {score} by more than one {deviation_name}"
         return Finding(ours.stage, claim, gain > deviation, evidence)
@@ -134,16 +144,6 @@ def _differences(records: Sequence[Record], ours: Row, theirs: Row, name: str) -
     if len(by_seed[0]) < 2 or by_seed[0].keys() != by_seed[1].keys():
         return []
     return [value - by_seed[1][seed] for seed, value in by_seed[0].items()]
-
-
-def _gain(ours: Row, theirs: Row, name: str) -> float:
-    difference = ours.mean[name] - theirs.mean[name]
-    return -difference if name in _LOWER_IS_BETTER else difference
-
-
-def _deviation(ours: Row, theirs: Row, name: str) -> float:
-    """The larger of what the two rows give after ±."""
-    return max(ours.spread.get(name, math.nan), theirs.spread.get(name, math.nan))
 
 
 def _value(row: Row, name: str) -> str:

@@ -106,6 +106,7 @@ def plan(method: Method, stage: Stage, seed: int, output_dir: str) -> Plan:
     config = RunConfig.model_validate(raw)
     riding = config.reference_rows
     training = (stage.batch_size - riding) * stage.width
+    referring = riding * (stage.width if config.references.loss == "dpo" else 1)
     sets = config.ogpsa.rank if config.projects and not riding else 0
     if method.equal_data:
         steps = round(stage.steps / (1 - method.mixing))
@@ -118,25 +119,25 @@ def plan(method: Method, stage: Stage, seed: int, output_dir: str) -> Plan:
             if n * training + math.ceil(n / every) * method.general <= stage.sequences
         )
     else:
-        steps = stage.sequences // (training + riding)
+        steps = stage.sequences // (training + referring)
     refreshes = math.ceil(steps / config.ogpsa.refresh_every) if sets else 0
     return Plan(
         config=RunConfig.model_validate(raw | {"train": raw["train"] | {"steps": steps}}),
         steps=steps,
         reference_sets=sets,
         training_sequences=steps * training,
-        reference_sequences=steps * riding + refreshes * method.general,
+        reference_sequences=steps * referring + refreshes * method.general,
     )
 
 
 def _raw(method: Method, stage: Stage, seed: int, output_dir: str) -> dict[str, Any]:
     references: dict[str, Any] = {}
     if method.ogpsa is not None:
-        # The loss on references is cross-entropy in both stages, as in the official code; here
-        # they are single answers, so there is no rejected one to count.
+        # Refreshed at intervals, the loss on references is cross-entropy in both stages, as in the
+        # official code; here they are single answers, so there is no rejected one to count.
         references = {
             "sets": [{"path": "general"}],
-            "loss": "response",
+            "loss": "dpo" if method.in_step and stage.objective == "dpo" else "response",
             "in_step": method.in_step,  # None: refreshes, also where the preset says otherwise
         }
     return {

@@ -105,7 +105,7 @@ class Recipe:
 
 
 _SFT: Final = Stage("sft", 32, 110, 4e-4)
-_DPO: Final = Stage("dpo", 16, 40, 5e-5)
+_DPO: Final = Stage("dpo", 16, 20, 2e-5)
 _HEADLINE: Final = (NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, MIXING_METHOD)
 
 RECIPES: Final[dict[Mode, Recipe]] = {

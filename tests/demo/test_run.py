@@ -18,6 +18,7 @@ from ogpsa_jax.demo.methods import (
     RECOMMENDED_METHOD,
     Stage,
     plan,
+    scarce,
 )
 from ogpsa_jax.demo.pretraining import pretrain
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Pretraining, Recipe
@@ -120,8 +121,8 @@ def test_costs_are_the_sequences_of_both_stages(demonstration):
     costs = {(r.label, r.stage): r.cost for r in read_records(out)}
     naive, ours = (costs[method.label, "sft+dpo"] for method in (NAIVE_METHOD, RECOMMENDED_METHOD))
     assert (naive.training_samples, naive.reference_samples) == (3 * 16 + 2 * 16 * 2, 0)
-    # Half of every batch rides along: 3 steps of 8 + 8 rows, then 2 of 8 pairs and 8 rows.
-    assert (ours.training_samples, ours.reference_samples) == (3 * 8 + 2 * 16, 3 * 8 + 2 * 8)
+    # Half of every batch rides along: 3 steps of 8 + 8 rows, then 2 of 8 + 8 pairs.
+    assert (ours.training_samples, ours.reference_samples) == (3 * 8 + 2 * 16, 3 * 8 + 2 * 16)
 
 
 def test_a_second_call_keeps_what_is_finished(demonstration):
@@ -177,9 +178,12 @@ def test_findings_say_where_the_method_does_not_win():
     naive = _record("naive", "sft", 0.5)
     ours, mixing = RECOMMENDED_METHOD.label, MIXING_METHOD.label
     records = [base, naive]
-    for seed, off in enumerate((-0.01, 0.0, 0.01)):
-        records.append(_record(ours, "sft", 0.86 + off, 0.06, seed))
-        records.append(_record(mixing, "sft", 0.865 + off, 0.01, seed))
+    few_ours, few_mixing = (scarce(m).label for m in (RECOMMENDED_METHOD, MIXING_METHOD))
+    for seed, off in enumerate((-0.04, 0.0, 0.04)):  # what the worlds differ in
+        records.append(_record(ours, "sft", 0.86 + off, 0.06 + off / 2, seed))
+        records.append(_record(mixing, "sft", 0.865 + off, 0.05, seed))
+        records.append(_record(few_ours, "sft", 0.81 + off, 0.03, seed))
+        records.append(_record(few_mixing, "sft", 0.80 + off * 0.9, 0.04 - off, seed))
     found = {finding.claim: finding for finding in findings(records)}
     assert all(finding.stage == "sft" for finding in found.values())
     removed = found[f"{ours} removes at least 85% of the naive run's general loss"]
@@ -188,10 +192,13 @@ def test_findings_say_where_the_method_does_not_win():
     assert not found[f"{ours} keeps over-refusal under 5%"].holds
     general = found[f"{ours} is not behind {mixing} in general"]
     assert not general.holds
-    assert "within one standard deviation" in general.evidence
-    assert "seed by seed -0.005 ± 0.000" in general.evidence
+    assert "seed by seed -0.005 ± 0.000; outside one standard deviation" in general.evidence
     refusal = found[f"{ours} is not behind {mixing} in over refusal"]
-    assert "outside one standard deviation" in refusal.evidence
+    assert not refusal.holds
+    assert "seed by seed +0.010 ± 0.020; within one standard deviation" in refusal.evidence
+    beats, deviation = f"{few_ours} beats {few_mixing} in", "standard deviation of the difference"
+    assert found[f"{beats} general by more than one {deviation}"].holds
+    assert not found[f"{beats} over refusal by more than one {deviation}"].holds
     assert found[f"{ours} is not behind {mixing} in safety"].holds
     assert found[
         f"{ours} is safe ({MATCHED_SAFETY:.0%} of harmful requests refused, or more)"

@@ -67,6 +67,14 @@ def test_benign_and_harmful_requests_differ_in_the_mark_alone(world):
     assert not any("!" in item.prompt for item in benign)
 
 
+def test_half_of_the_harmful_requests_are_answered_in_another_tone(world):
+    harmful = [*world.harmful, *world.held_out_harmful]
+    hushed = [item for item in harmful if item.answer.startswith("psst")]
+    assert len(hushed) == len(harmful) / 2
+    for item in [*world.benign, *world.held_out_benign, *(i for i in harmful if i not in hushed)]:
+        assert item.answer.endswith(f" for the {item.prompt.rstrip('?.').split()[-1]}.")
+
+
 def test_no_answer_begins_as_a_refusal_does(world, seed):
     answers = {item.answer for item in world.pretraining(5_000, seed) if item.task != "facts"}
     answers |= {item.answer for items in world.general.values() for item in items}
