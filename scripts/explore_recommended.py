@@ -25,6 +25,7 @@ from ogpsa_jax.demo.methods import (
 )
 from ogpsa_jax.demo.pretraining import pretrain
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, key
+from ogpsa_jax.demo.run import keep_compiled
 from ogpsa_jax.demo.scoring import Exam
 from ogpsa_jax.demo.world import World
 from ogpsa_jax.evaluation import Cost, Record, markdown_table, write_records
@@ -130,9 +131,10 @@ def main() -> int:
     parser.add_argument("--section", default="explored", help="the name in the markers")
     arguments = parser.parse_args()
     records = []
-    for record in explored(arguments.out, arguments.worlds, arguments.axis):
-        print(record.seed, record.label, record.scores, file=sys.stderr, flush=True)
-        records.append(record)
+    with keep_compiled(arguments.out / "compiled"):
+        for record in explored(arguments.out, arguments.worlds, arguments.axis):
+            print(record.seed, record.label, record.scores, file=sys.stderr, flush=True)
+            records.append(record)
     write_records(arguments.out / "explored" / "results.json", records)
     table = markdown_table(records, MATCHED_SAFETY)
     print(table)

@@ -43,7 +43,7 @@ def run_demo(out: str | Path, mode: Mode) -> dict[str, Any]:
     Returns:
       What ``results.json`` holds.
     """
-    with _compilation_cache(Path(out) / "compiled"):
+    with keep_compiled(Path(out) / "compiled"):
         return _Demo(Path(out), RECIPES[mode], mode).run()
 
 
@@ -221,7 +221,7 @@ def _slug(label: str) -> str:
 
 
 @contextmanager
-def _compilation_cache(folder: Path) -> Iterator[None]:
+def keep_compiled(folder: Path) -> Iterator[None]:
     """Keep compiled programs: runs that differ in their data alone then compile once."""
     settings = {
         "jax_compilation_cache_dir": str(folder.absolute()),
