@@ -22,7 +22,7 @@ ABLATIONS = frozenset(method.label for recipe in RECIPES.values() for method in 
 
 
 def demo_figure(records: Sequence[Record]) -> "Figure":
-    """Safety against general score of every method that went through all stages."""
+    """What every method that went through all stages came to."""
     return pareto_figure(
         [record for record in records if record.label not in ABLATIONS],
         "A small model, aligned by each method",
@@ -44,11 +44,15 @@ def demo_page(records: Sequence[Record], extra: Mapping[str, Any]) -> str:
     sections = [
         (
             "The trade-off",
-            figure_html(demo_figure(records), "Safety score against general score, by method")
+            figure_html(
+                demo_figure(records),
+                "Safety, and harmless requests answered, against general score, by method",
+            )
             + _paragraph(
-                "Right is better (general ability kept), up is better (harmful requests refused). "
-                f"Above the dashed line, {MATCHED_SAFETY:.0%}, methods are compared at matched "
-                "safety. The line of merges goes from the model before alignment to the naive one. "
+                "Right is better (general ability kept), up is better: harmful requests refused, "
+                f"harmless ones answered. Above the dashed line, {MATCHED_SAFETY:.0%}, methods are "
+                "compared at matched safety. The line of merges goes from the model before "
+                "alignment to the naive one. "
                 "Settings that were tried in one stage only are in the table."
             ),
         ),

@@ -1,4 +1,4 @@
-"""The safety–utility figure: safety against general score, as in the paper."""
+"""The safety–utility figure: safety against general score, as in the paper, and helpfulness."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,15 +22,22 @@ _FIXED_COLOURS = {
 }
 _COLOURS = ("#56B4E9", "#8B5E00", "#5B4EA3", "#7A9A01", "#7F7F7F")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
+_ON_TOP = "ogpsa-recommended"  # drawn over the others where they meet
+# What the second picture shows, if all have it: the score, its name, and where is better.
+_SECOND = (
+    ("benign_compliance", "harmless requests answered", "better ↗"),
+    ("over_refusal", "harmless requests refused", "better ↘"),
+)
 
 
 def pareto_figure(
     records: Sequence[Record], title: str | None = None, matched_safety: float | None = None
 ) -> "Figure":
-    """Safety (upwards) against general score (to the right); up and right is better.
+    """Safety against general score, and beside it what became of harmless requests.
 
     A colour is a method, a marker a stage. Settings of one method at one stage (weights of a merge,
-    say) are joined by a line. Bars are the spread that the table gives.
+    say) are joined by a line. Bars are the spread that the table gives. The second picture is there
+    if all records have benign compliance, or all over-refusal.
 
     Args:
       records: of any runs; those without a general or a safety score are left out.
@@ -49,39 +56,42 @@ def pareto_figure(
     rows = [row for row in aggregate(records) if {"general", "safety"} <= row.mean.keys()]
     if not rows:
         raise ValueError("records must hold a general and a safety score, none of them does")
-    figure = Figure(figsize=(8.2, 4.8), dpi=160, layout="constrained")
-    axes = figure.subplots()
+    pictures = [("safety", "safety score", "better ↗")]
+    pictures += [each for each in _SECOND if all(each[0] in row.mean for row in rows)][:1]
+    figure = Figure(figsize=(3.6 + 4.6 * len(pictures), 4.8), dpi=160, layout="constrained")
     stages = list(dict.fromkeys(row.stage for row in rows if row.method != BASE))
-    for method, colour in _colours(rows).items():
-        for stage in dict.fromkeys(row.stage for row in rows if row.method == method):
-            series = [row for row in rows if (row.method, row.stage) == (method, stage)]
-            marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
-            above = method != BASE and stages.index(stage) % 2 == 1
-            _draw(axes, series, colour, marker, above)
-    _legend(axes, rows, stages)
+    panels = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for axes, (score, name, better) in zip(panels, pictures, strict=True):
+        for method, colour in _colours(rows).items():
+            for stage in dict.fromkeys(row.stage for row in rows if row.method == method):
+                series = [row for row in rows if (row.method, row.stage) == (method, stage)]
+                marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
+                above = method != BASE and stages.index(stage) % 2 == 1
+                _draw(axes, series, score, colour, marker, above)
+        axes.set_xlabel("general score")
+        axes.set_ylabel(name)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(xmax=1.0))
+            axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+        axes.margins(0.08)
+        axes.grid(color="#E4E4E4", linewidth=0.7)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.annotate(
+            better,
+            (1, 1),
+            xycoords="axes fraction",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#666666",
+        )
+    _legend(panels[-1], rows, stages)
     if matched_safety is not None:
-        axes.axhline(matched_safety, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
-    axes.set_xlabel("general score")
-    axes.set_ylabel("safety score")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(xmax=1.0))
-        axis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
-    axes.margins(0.08)
-    axes.grid(color="#E4E4E4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.annotate(
-        "better ↗",
-        (1, 1),
-        xycoords="axes fraction",
-        ha="right",
-        va="bottom",
-        fontsize=8,
-        color="#666666",
-    )
+        panels[0].axhline(matched_safety, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
     if title:
-        axes.set_title(title, loc="left", fontsize=11)
+        panels[0].set_title(title, loc="left", fontsize=11)
     return figure
 
 
@@ -93,19 +103,20 @@ def _colours(rows: list[Row]) -> dict[str, str]:
 
 
 def _draw(  # type: ignore[no-untyped-def]
-    axes, series: list[Row], colour: str, marker: str, above: bool
+    axes, series: list[Row], score: str, colour: str, marker: str, above: bool
 ) -> None:
-    """Points of one method and stage; `above`: their labels stand above them."""
+    """A score of one method and stage; `above`: the labels stand above the points."""
     series = sorted(series, key=lambda row: row.mean["general"])
     x = [row.mean["general"] for row in series]
-    y = [row.mean["safety"] for row in series]
+    y = [row.mean[score] for row in series]
+    front = 0.5 * (series[0].method == _ON_TOP)
     if len(series) > 1:
         axes.plot(x, y, color=colour, linewidth=1, alpha=0.6, zorder=2)
     axes.errorbar(
         x,
         y,
         xerr=_within_scale(x, [row.spread.get("general", 0.0) for row in series]),
-        yerr=_within_scale(y, [row.spread.get("safety", 0.0) for row in series]),
+        yerr=_within_scale(y, [row.spread.get(score, 0.0) for row in series]),
         fmt=marker,
         color=colour,
         markersize=11 if marker == "*" else 7,
@@ -113,7 +124,7 @@ def _draw(  # type: ignore[no-untyped-def]
         markeredgewidth=0.8,
         elinewidth=0.9,
         alpha=0.95,
-        zorder=3,
+        zorder=3 + front,
     )
     if len(series) > 1:
         shared = _shared_words([row.label for row in series])

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c; background: #fff;
-       max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+       max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
+p { max-width: 52rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 img { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: right;
+th, td { padding: .35rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right;
          vertical-align: top; }
 th { border-bottom: 2px solid #999; }
 th:nth-child(-n+2), td:nth-child(-n+2), table.text th, table.text td { text-align: left; }

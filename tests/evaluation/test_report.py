@@ -138,18 +138,39 @@ def test_all_forms_of_the_table_show_the_same_cells(records):
 def test_the_figure_puts_every_row_at_its_scores(records):
     figure = pareto_figure(records, "A title")
     (axes,) = figure.axes
-    drawn_points = {
-        (round(float(x), 9), round(float(y), 9))
-        for line in axes.lines
-        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
-    }
     for row in aggregate(records):
-        assert (round(row.mean["general"], 9), round(row.mean["safety"], 9)) in drawn_points
+        assert (round(row.mean["general"], 9), round(row.mean["safety"], 9)) in _points(axes)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[:4] == ["before", "naive run", "ogpsa run", "merge run"]
     assert "stage: sft+dpo" in labels
     with pytest.raises(ValueError, match="general and a safety score"):
         pareto_figure([records[0].model_copy(update={"scores": {"general": 1.0}})])
+
+
+def _points(axes):
+    return {
+        (round(float(x), 9), round(float(y), 9))
+        for line in axes.lines
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    }
+
+
+def test_beside_safety_stands_what_became_of_harmless_requests(records):
+    _, second = pareto_figure(records[1:]).axes
+    assert second.get_ylabel() == "harmless requests refused"
+    for row in aggregate(records[1:]):
+        assert (round(row.mean["general"], 9), round(row.mean["over_refusal"], 9)) in _points(
+            second
+        )
+    answered = [
+        record.model_copy(
+            update={"scores": {**record.scores, "benign_compliance": record.seed / 4}}
+        )
+        for record in records
+    ]
+    _, second = pareto_figure(answered).axes
+    assert second.get_ylabel() == "harmless requests answered"
+    assert {y for _, y in _points(second)} == {0.0, 0.25}  # the base, and the mean of three seeds
 
 
 def test_the_figure_tells_settings_apart_and_draws_the_level_of_safety(records):
@@ -169,8 +190,8 @@ def test_a_known_method_has_one_colour_in_every_figure_and_no_bar_leaves_the_sca
             record.model_copy(update={"method": method, "label": method, "spread": {"safety": 0.4}})
             for method, record in zip(methods, records[1:], strict=False)
         ]
-        (axes,) = pareto_figure(rows).axes
-        legend = axes.get_legend()
+        axes, second = pareto_figure(rows).axes
+        legend = second.get_legend()
         colours = [handle.get_color() for handle in legend.legend_handles]
         texts = [text.get_text() for text in legend.get_texts()]
         return axes, dict(zip(texts, colours, strict=True))
