@@ -3,7 +3,8 @@
 python scripts/explore_recommended.py --out runs/demo --worlds 0 [--axis momentum replay ...]
 
 Pre-trained weights are shared with `ogpsa-jax demo` where `--out` is the same; finished runs are
-kept. Prints a Markdown table, and with `--write FILE` puts it between the markers of `--section`.
+kept. Prints a Markdown table and which claims hold; `--write FILE` puts the table between the
+markers of `--section`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ogpsa_jax.demo.align import align, one_device
+from ogpsa_jax.demo.findings import findings, findings_text
 from ogpsa_jax.demo.methods import (
     MIXING_METHOD,
     NAIVE_METHOD,
@@ -137,7 +139,7 @@ def main() -> int:
             records.append(record)
     write_records(arguments.out / "explored" / "results.json", records)
     table = markdown_table(records, MATCHED_SAFETY)
-    print(table)
+    print(f"{table}\n\n{findings_text(findings(records))}")
     if arguments.write:
         begin, end = (f"<!-- {which} {arguments.section} -->" for which in ("BEGIN", "END"))
         pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
