@@ -93,7 +93,8 @@ def test_logits_and_gradients_equal_torch(
     theirs = {name: relative_error(results[torch.float32][name], exact[name]) for name in exact}
     worst = max(errors, key=errors.__getitem__)
     print(f"{worst}: {errors[worst]:.1e}; torch float32: {max(theirs.values()):.1e}")
-    # A key bias hardly matters to a softmax: its gradient nearly cancels, in torch as well.
-    assert sum(error > TOLERANCE for error in theirs.values()) <= 2
     for name, error in errors.items():
-        assert error <= max(TOLERANCE, 2 * theirs[name]), name
+        # A key bias hardly matters to a softmax: its gradient nearly cancels, in torch as well.
+        cancels = name.endswith("k_proj.bias")
+        assert error <= (max(TOLERANCE, 2 * theirs[name]) if cancels else TOLERANCE), name
+        assert cancels or theirs[name] <= TOLERANCE, name
