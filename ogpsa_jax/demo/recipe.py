@@ -48,9 +48,9 @@ class Pretraining:
     tasks: tuple[str, ...] = GENERAL_TASKS
     facts: int = FACTS
     items: int = 100_000
-    steps: int = 2400
-    rows: int = 12
-    row_length: int = 96
+    steps: int = 1600
+    rows: int = 24
+    row_length: int = 48
     learning_rate: float = 4e-3
     width: int = 64
     layers: int = 3
@@ -83,7 +83,7 @@ class Recipe:
       stages: SFT, then DPO from its result.
       methods: aligned with in every repetition.
       sft_only: as `methods`, but left out of the DPO stage.
-      merge_weights: of the aligned model, where weights are merged.
+      merge_weights: of the model that naive tuning comes to, merged with that of before.
       probed: methods whose steps are compared with general gradients, in the first repetition.
     """
 
@@ -104,7 +104,7 @@ class Recipe:
         ]
 
 
-_SFT: Final = Stage("sft", 32, 110, 4e-4)
+_SFT: Final = Stage("sft", 16, 110, 4e-4)
 _DPO: Final = Stage("dpo", 16, 20, 2e-5)
 _HEADLINE: Final = (NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, MIXING_METHOD)
 
@@ -114,13 +114,13 @@ RECIPES: Final[dict[Mode, Recipe]] = {
             tasks=("max", "facts"),
             facts=24,
             items=12_000,
-            steps=650,
-            rows=12,
+            steps=600,
+            rows=16,
             learning_rate=5e-3,
             layers=2,
         ),
         seeds=((0, 0),),
-        stages=(replace(_SFT, steps=110, learning_rate=2e-3),),
+        stages=(replace(_SFT, learning_rate=1e-3),),
         methods=(NAIVE_METHOD, RECOMMENDED_METHOD, MIXING_METHOD),
     ),
     "full": Recipe(

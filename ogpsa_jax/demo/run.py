@@ -132,7 +132,7 @@ class _Demo:
             aligned = align(network, world, method, stage, seed, self.mesh, run_dir)
             network, cost = aligned.network, _added(cost, aligned)
             self._record(method.label, method.kind, name, seed, exam, network, cost)
-            if method == NAIVE_METHOD:
+            if method == NAIVE_METHOD and number + 1 == stages:
                 for weight in self.recipe.merge_weights:
                     between = merged(base, network, weight)
                     self._record(f"merge {weight:g}", "merge", name, seed, exam, between, cost)

@@ -173,11 +173,6 @@ def _word(rng: np.random.Generator, shortest: int = 3, longest: int = 5) -> str:
     return "".join(string.ascii_lowercase[i] for i in rng.integers(26, size=size))
 
 
-def _add(rng: np.random.Generator) -> tuple[str, str]:
-    a, b = (int(x) for x in rng.integers(10, 100, size=2))
-    return f"add {a}+{b}", str(a + b)[::-1]
-
-
 def _largest(rng: np.random.Generator) -> tuple[str, str]:
     numbers = [int(x) for x in rng.integers(10, 100, size=2)]
     return "max " + " ".join(map(str, numbers)), str(max(numbers))
@@ -186,6 +181,11 @@ def _largest(rng: np.random.Generator) -> tuple[str, str]:
 def _pair(rng: np.random.Generator) -> tuple[str, str]:
     key, value = _word(rng, 2, 4), _word(rng, 2, 4)
     return f"pair {key} {value}", f"{{{key}: {value}}}"
+
+
+def _swap(rng: np.random.Generator) -> tuple[str, str]:
+    first, second = _word(rng, 2, 4), _word(rng, 2, 4)
+    return f"swap {first} {second}", f"{second} {first}"
 
 
 def _on_word(verb: str, function: Callable[[str], str]) -> Callable[..., tuple[str, str]]:
@@ -206,18 +206,17 @@ _TASKS: Final[dict[str, Callable[[np.random.Generator], tuple[str, str]]]] = {
     "sort": _on_word("sort", lambda word: "".join(sorted(word))),
     "copy": _on_word("copy", str),
     "upper": _on_word("upper", str.upper),
-    "add": _add,
     "shift": _on_word("shift", _next_letters),
     "max": _largest,
     "pair": _pair,
+    "swap": _swap,
 }
 GENERAL_TASKS: Final = (*_TASKS, "facts")
 # Of the tasks in pre-training: what is harder to learn comes more often.
 PRETRAINING_SHARES: Final = dict.fromkeys([*GENERAL_TASKS, "benign", "harmful"], 1.0) | {
-    "add": 6.0,
-    "facts": 3.0,
+    "facts": 4.0,
     "max": 2.0,
-    "sort": 1.5,
+    "sort": 2.5,
 }
 
 
