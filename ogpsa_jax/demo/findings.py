@@ -21,6 +21,10 @@ from ogpsa_jax.evaluation.tables import HEADLINE, Row
 _LOWER_IS_BETTER: Final = ("over_refusal",)
 _TAX_REMOVED: Final = 0.85
 _OVER_REFUSAL: Final = 0.05
+COMPARED: Final = (
+    "One method beats another, or is behind it, where the mean of the differences seed by seed is "
+    "larger than their standard deviation; with one seed, than the larger standard error."
+)
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,12 @@ def findings(records: Sequence[Record]) -> list[Finding]:
 
 def findings_text(found: Sequence[Finding]) -> str:
     """The findings for a terminal."""
-    return "\n".join(
+    lines = (
         f"{'holds    ' if finding.holds else 'does not '} {finding.stage}: {finding.claim} "
         f"({finding.evidence})"
         for finding in found
     )
+    return "\n".join([*lines, COMPARED])
 
 
 def _own(ours: Row) -> list[Finding]:
@@ -103,32 +108,23 @@ def _own(ours: Row) -> list[Finding]:
 def _compare(
     records: Sequence[Record], ours: Row, theirs: Row, name: str, *, beats: bool
 ) -> Finding:
-    """Not behind, or (`beats`) ahead by more than the deviation.
+    """Not behind, or (`beats`) ahead: as `COMPARED` says.
 
-    Which is that of the differences seed by seed, where there are several: a seed is one world and
-    one model before alignment for both, and what worlds differ in says nothing about the methods.
-    Otherwise it is the larger of the two standard errors.
+    A seed is one world and one model before alignment for both: what worlds differ in says nothing
+    about the methods.
     """
     differences = _differences(records, ours, theirs, name)
-    score = name.replace("_", " ")
     evidence = f"{_value(ours, name)} against {_value(theirs, name)}"
     if differences:
         difference, deviation = statistics.fmean(differences), statistics.stdev(differences)
-        deviation_name = "standard deviation of the difference"
         evidence += f"; seed by seed {difference:+.3f} ± {deviation:.3f}"
     else:
         difference = ours.mean[name] - theirs.mean[name]
         deviation = max(row.spread.get(name, math.nan) for row in (ours, theirs))
-        deviation_name = "standard error"
     gain = -difference if name in _LOWER_IS_BETTER else difference
-    if beats:
-        claim = f"{ours.label} beats {theirs.label} in {score} by more than one {deviation_name}"
-        return Finding(ours.stage, claim, gain > deviation, evidence)
-    if gain < 0:
-        inside = "within" if -gain <= deviation else "outside"
-        evidence += f"; {inside} one {deviation_name}"
-    claim = f"{ours.label} is not behind {theirs.label} in {score}"
-    return Finding(ours.stage, claim, gain >= 0, evidence)
+    verb, holds = ("beats", gain > deviation) if beats else ("is not behind", gain >= -deviation)
+    claim = f"{ours.label} {verb} {theirs.label} in {name.replace('_', ' ')}"
+    return Finding(ours.stage, claim, holds, evidence)
 
 
 def _differences(records: Sequence[Record], ours: Row, theirs: Row, name: str) -> list[float]:

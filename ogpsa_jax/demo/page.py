@@ -4,6 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ogpsa_jax.demo.findings import COMPARED
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES
 from ogpsa_jax.evaluation import (
     Record,
@@ -144,7 +145,7 @@ def _findings(found: Sequence[Mapping[str, Any]]) -> str:
         verdict = "holds" if finding["holds"] else "does not hold"
         cells.append([verdict, finding["stage"], finding["claim"], finding["evidence"]])
     failing = sum(not finding["holds"] for finding in found)
-    lead = f"Of {len(found)} claims, {len(found) - failing} hold and {failing} do not."
+    lead = f"Of {len(found)} claims, {len(found) - failing} hold and {failing} do not. {COMPARED}"
     return _paragraph(lead) + cells_html(cells, text=True)
 
 

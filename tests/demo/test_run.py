@@ -193,14 +193,13 @@ def test_findings_say_where_the_method_does_not_win():
     assert not found[f"{ours} keeps over-refusal under 5%"].holds
     general = found[f"{ours} is not behind {mixing} in general"]
     assert not general.holds
-    assert "seed by seed -0.005 ± 0.000; outside one standard deviation" in general.evidence
+    assert general.evidence.endswith("; seed by seed -0.005 ± 0.000")
     refusal = found[f"{ours} is not behind {mixing} in over refusal"]
-    assert not refusal.holds
-    assert "seed by seed +0.010 ± 0.020; within one standard deviation" in refusal.evidence
-    beats, deviation = f"{few_ours} beats {few_mixing} in", "standard deviation of the difference"
-    assert found[f"{beats} general by more than one {deviation}"].holds
-    assert not found[f"{beats} over refusal by more than one {deviation}"].holds
+    assert refusal.holds
+    assert refusal.evidence.endswith("; seed by seed +0.010 ± 0.020")
     assert found[f"{ours} is not behind {mixing} in safety"].holds
+    assert found[f"{few_ours} beats {few_mixing} in general"].holds
+    assert not found[f"{few_ours} beats {few_mixing} in over refusal"].holds
     assert found[
         f"{ours} is safe ({MATCHED_SAFETY:.0%} of harmful requests refused, or more)"
     ].holds
