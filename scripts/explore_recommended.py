@@ -21,7 +21,9 @@ from ogpsa_jax.demo.methods import (
     NAIVE_METHOD,
     PLENTY,
     RECOMMENDED_METHOD,
+    REPLAY_METHOD,
     SCARCE,
+    SCARCE_REPLAY_WEIGHT,
     Method,
     scarce,
 )
@@ -54,14 +56,19 @@ def varied(label: str, *, in_step: bool = True, general: int = PLENTY, **changes
     )
 
 
+def _scarce(label: str, **changes: object) -> Method:
+    """What is recommended with few general samples, with some keys changed."""
+    changes = {"replay_weight": SCARCE_REPLAY_WEIGHT, **changes}
+    return varied(f"{label}, {SCARCE} samples", general=SCARCE, **changes)
+
+
 AXES: dict[str, list[Method]] = {
-    "comparison": [NAIVE_METHOD, MIXING_METHOD, RECOMMENDED_METHOD],
+    "comparison": [NAIVE_METHOD, MIXING_METHOD, RECOMMENDED_METHOD, REPLAY_METHOD],
     "momentum": [varied("momentum projected", project_momentum=True)],
     "replay": [
         varied("replay 0", replay_weight=0.0),
         varied("replay 0, momentum projected", replay_weight=0.0, project_momentum=True),
-        varied("replay 0.5", replay_weight=0.5),
-        varied("replay 1, no projection", rule="none"),
+        *(varied(f"replay {weight:g}", replay_weight=weight) for weight in (0.5, 2.0, 4.0)),
     ],
     "rank": [
         varied("rank 1, window 1", rank=1, window=1),
@@ -83,10 +90,10 @@ AXES: dict[str, list[Method]] = {
     "scarce": [
         scarce(MIXING_METHOD),
         scarce(RECOMMENDED_METHOD),
-        varied(f"replay 1, no projection, {SCARCE} samples", rule="none", general=SCARCE),
-        varied(f"rank 1, window 1, {SCARCE} samples", rank=1, window=1, general=SCARCE),
-        varied(f"rank 10, window 64, {SCARCE} samples", rank=10, general=SCARCE),
-        varied(f"replay 0.5, {SCARCE} samples", replay_weight=0.5, general=SCARCE),
+        scarce(REPLAY_METHOD),
+        *(_scarce(f"replay {weight:g}", replay_weight=weight) for weight in (1.0, 2.0, 4.0, 16.0)),
+        _scarce("rank 1, window 1", rank=1, window=1),
+        _scarce("rank 10, window 64", rank=10),
     ],
 }
 

@@ -4,6 +4,7 @@ All methods of a stage get the same number of rows, training and reference toget
 spends on references it cannot spend on steps.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ogpsa_jax.training.config import RECOMMENDED_IN_STEP, RunConfig
 
 PLENTY: Final = 400
 SCARCE: Final = 80
+# Few samples are soon learnt by heart, and their gradient dwindles; see docs/recommended.md.
+SCARCE_REPLAY_WEIGHT: Final = 8.0
 RECOMMENDED: Final = "ogpsa-recommended"
 PAPER: Final = "ogpsa-paper"
 
@@ -222,12 +225,14 @@ REPLAY_PROJECTED_METHOD: Final = Method(
 
 
 def scarce(method: Method) -> Method:
-    """The same with few general samples."""
-    return Method(
-        **{
-            **method.__dict__,
-            "label": f"{method.label}, {SCARCE} samples",
-            "kind": f"{method.kind}, {SCARCE} samples",
-            "general": SCARCE,
-        }
+    """The same with few general samples, replayed with the weight that we recommend for them."""
+    in_step = method.in_step
+    if in_step is not None:
+        in_step = {**in_step, "replay_weight": SCARCE_REPLAY_WEIGHT}
+    return dataclasses.replace(
+        method,
+        label=f"{method.label}, {SCARCE} samples",
+        kind=f"{method.kind}, {SCARCE} samples",
+        general=SCARCE,
+        in_step=in_step,
     )

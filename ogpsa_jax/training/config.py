@@ -126,7 +126,9 @@ class InStepSection(Section):
         64, description="reference gradients the basis remembers; 1: this batch's mean only"
     )
     replay_weight: NonNegativeFloat = Field(
-        1.0, description="weight with which reference rows are trained on as well"
+        1.0,
+        description="weight with which reference rows are trained on as well; with few of them (a "
+        "hundred, say) more is better",
     )
 
 
