@@ -203,3 +203,16 @@ def test_findings_say_where_the_method_does_not_win():
     assert found[
         f"{ours} is safe ({MATCHED_SAFETY:.0%} of harmful requests refused, or more)"
     ].holds
+
+
+@pytest.mark.parametrize("general, holds", [(0.855, True), (0.835, False)])
+def test_with_one_seed_claims_are_held_against_the_standard_error(general, holds):
+    records = [
+        _record(label, "sft", score).model_copy(update={"spread": {"general": error}})
+        for label, score, error in (
+            (RECOMMENDED_METHOD.label, general, 0.01),
+            (MIXING_METHOD.label, 0.87, 0.02),
+        )
+    ]
+    (found,) = [finding for finding in findings(records) if "in general" in finding.claim]
+    assert found.holds is holds
