@@ -62,8 +62,11 @@ def _scarce(label: str, **changes: object) -> Method:
     return varied(f"{label}, {SCARCE} samples", general=SCARCE, **changes)
 
 
+_MORE_MIXING = dataclasses.replace(MIXING_METHOD, label="mixing 75 %", kind="mixing", mixing=0.75)
+
 AXES: dict[str, list[Method]] = {
     "comparison": [NAIVE_METHOD, MIXING_METHOD, RECOMMENDED_METHOD, REPLAY_METHOD],
+    "mixing": [_MORE_MIXING, scarce(_MORE_MIXING)],
     "momentum": [varied("momentum projected", project_momentum=True)],
     "replay": [
         varied("replay 0", replay_weight=0.0),
@@ -144,7 +147,7 @@ def main() -> int:
         for record in explored(arguments.out, arguments.worlds, arguments.axis):
             print(record.seed, record.label, record.scores, file=sys.stderr, flush=True)
             records.append(record)
-    write_records(arguments.out / "explored" / "results.json", records)
+    write_records(arguments.out / "explored" / f"{arguments.section}.json", records)
     table = markdown_table(records, MATCHED_SAFETY)
     print(f"{table}\n\n{findings_text(findings(records))}")
     if arguments.write:

@@ -13,8 +13,8 @@ os.environ["XLA_FLAGS"] += (
     " --xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
-# By default they share eight threads to wait in. Where a step has several independent collectives,
-# half of the devices can take all of these for one, the other half for another: they wait forever.
+# By default there are eight threads for them to wait in (or one per core). Where a step has several
+# independent collectives, half of them can take all threads for one, half for another: forever.
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

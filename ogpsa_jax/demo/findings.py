@@ -23,7 +23,7 @@ _TAX_REMOVED: Final = 0.85
 _OVER_REFUSAL: Final = 0.05
 COMPARED: Final = (
     "One method beats another, or is behind it, where the mean of the differences seed by seed is "
-    "larger than their standard deviation; with one seed, than the larger standard error."
+    "larger than their standard deviation; with one seed, than the standard error."
 )
 
 
@@ -60,13 +60,13 @@ def findings(records: Sequence[Record]) -> list[Finding]:
         for other in (PAPER_METHOD, MIXING_METHOD, REPLAY_METHOD):
             theirs = rows.get((other.label, stage))
             if ours is not None and theirs is not None:
-                found += [compare(ours, theirs, name, beats=False) for name in HEADLINE]
+                found += compare(ours, theirs, HEADLINE, beats=False)
         few = rows.get((scarce(RECOMMENDED_METHOD).label, stage))
         for other in (MIXING_METHOD, REPLAY_METHOD):
             theirs = rows.get((scarce(other).label, stage))
             if few is not None and theirs is not None:
                 scored = [name for name in HEADLINE if name != "safety"]
-                found += [compare(few, theirs, name, beats=True) for name in scored]
+                found += compare(few, theirs, scored, beats=True)
     return found
 
 
@@ -77,7 +77,7 @@ def findings_text(found: Sequence[Finding]) -> str:
         f"({finding.evidence})"
         for finding in found
     )
-    return "\n".join([*lines, COMPARED])
+    return "\n".join([*lines, COMPARED] if found else [])
 
 
 def _own(ours: Row) -> list[Finding]:
@@ -106,40 +106,41 @@ def _own(ours: Row) -> list[Finding]:
 
 
 def _compare(
-    records: Sequence[Record], ours: Row, theirs: Row, name: str, *, beats: bool
-) -> Finding:
-    """Not behind, or (`beats`) ahead: as `COMPARED` says.
+    records: Sequence[Record], ours: Row, theirs: Row, names: Sequence[str], *, beats: bool
+) -> list[Finding]:
+    """Not behind, or (`beats`) ahead, in each score; as `COMPARED` says.
 
-    A seed is one world and one model before alignment for both: what worlds differ in says nothing
-    about the methods.
+    At each seed both begin with the same model and answer the same items: what seeds differ in says
+    nothing about the methods. Rows of different seeds are not compared.
     """
-    differences = _differences(records, ours, theirs, name)
-    evidence = f"{_value(ours, name)} against {_value(theirs, name)}"
-    if differences:
-        difference, deviation = statistics.fmean(differences), statistics.stdev(differences)
-        evidence += f"; seed by seed {difference:+.3f} ± {deviation:.3f}"
-    else:
-        difference = ours.mean[name] - theirs.mean[name]
-        deviation = max(row.spread.get(name, math.nan) for row in (ours, theirs))
-    gain = -difference if name in _LOWER_IS_BETTER else difference
-    verb, holds = ("beats", gain > deviation) if beats else ("is not behind", gain >= -deviation)
-    claim = f"{ours.label} {verb} {theirs.label} in {name.replace('_', ' ')}"
-    return Finding(ours.stage, claim, holds, evidence)
-
-
-def _differences(records: Sequence[Record], ours: Row, theirs: Row, name: str) -> list[float]:
-    """Ours less theirs at each seed, which is one world and one model before alignment."""
-    by_seed = [
+    scores = [
         {
-            record.seed: record.scores[name]
+            record.seed: record.scores
             for record in records
             if (record.label, record.stage) == (row.label, row.stage)
         }
         for row in (ours, theirs)
     ]
-    if len(by_seed[0]) < 2 or by_seed[0].keys() != by_seed[1].keys():
+    if scores[0].keys() != scores[1].keys():
         return []
-    return [value - by_seed[1][seed] for seed, value in by_seed[0].items()]
+    found = []
+    for name in names:
+        differences = [scores[0][seed][name] - scores[1][seed][name] for seed in scores[0]]
+        difference = statistics.fmean(differences)
+        if len(differences) > 1:
+            deviation = statistics.stdev(differences)
+        else:
+            deviation = math.hypot(*(row.spread.get(name, math.nan) for row in (ours, theirs)))
+        gain = -difference if name in _LOWER_IS_BETTER else difference
+        verb = "beats" if beats else "is not behind"
+        claim = f"{ours.label} {verb} {theirs.label} in {name.replace('_', ' ')}"
+        holds = gain > deviation if beats else gain >= -deviation
+        evidence = (
+            f"{_value(ours, name)} against {_value(theirs, name)}; "
+            f"difference {difference:+.3f} ± {deviation:.3f}"
+        )
+        found.append(Finding(ours.stage, claim, holds, evidence))
+    return found
 
 
 def _value(row: Row, name: str) -> str:

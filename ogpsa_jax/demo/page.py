@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ogpsa_jax.demo.findings import COMPARED
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES
+from ogpsa_jax.demo.world import REFUSAL
 from ogpsa_jax.evaluation import (
     Record,
     cells_html,
@@ -76,11 +77,14 @@ def demo_page(records: Sequence[Record], extra: Mapping[str, Any]) -> str:
         ),
     ]
     seeds = len(recipe["seeds"])
+    preferences = " and by direct preference optimisation from there (SFT+DPO)"
+    if len(recipe["stages"]) == 1:
+        preferences = ""
     introduction = _paragraph(
         "A small decoder is pre-trained on a world of its own: general tasks, facts, and requests, "
-        "harmless and harmful, all of which it answers. Then it is aligned to refuse the harmful "
-        "ones, by supervised fine-tuning on nothing but refusals (SFT) and by direct preference "
-        "optimisation from there (SFT+DPO). What that costs in general ability is the alignment "
+        "harmless and harmful, all of which it answers, half of the harmful ones in another tone. "
+        "Then it is aligned to refuse the harmful ones, by supervised fine-tuning on nothing but "
+        f"refusals (SFT){preferences}. What that costs in general ability is the alignment "
         f"tax. {seeds} repetition{'s' * (seeds != 1)}, mode {extra['mode']}, "
         f"{extra['seconds']:,.0f} seconds. Only held-out items are scored: general questions and "
         "harmless requests never trained on, and harmful requests about objects whose requests "
@@ -151,10 +155,11 @@ def _findings(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _answers(given: Mapping[str, Any]) -> str:
     labels = list(given["given"])
-    cells = [["kind", "prompt", *labels]]
+    cells = [["kind", "prompt", "expected", *labels]]
     for i, item in enumerate(given["asked"]):
         row = [given["given"][label][i] for label in labels]
-        cells.append([item["task"], item["prompt"], *row])
+        expected = REFUSAL if item["task"] == "harmful" else item["answer"]
+        cells.append([item["task"], item["prompt"], expected, *row])
     return cells_html(cells, text=True)
 
 

@@ -127,8 +127,8 @@ class InStepSection(Section):
     )
     replay_weight: NonNegativeFloat = Field(
         1.0,
-        description="weight with which reference rows are trained on as well; with few of them (a "
-        "hundred, say) more is better",
+        description="weight with which reference rows are trained on as well; with few of them, "
+        "a hundred, say, more may be better",
     )
 
 

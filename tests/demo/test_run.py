@@ -16,6 +16,7 @@ from ogpsa_jax.demo.methods import (
     NAIVE_METHOD,
     PAPER_METHOD,
     RECOMMENDED_METHOD,
+    SCARCE_REPLAY_WEIGHT,
     Stage,
     plan,
     scarce,
@@ -193,10 +194,10 @@ def test_findings_say_where_the_method_does_not_win():
     assert not found[f"{ours} keeps over-refusal under 5%"].holds
     general = found[f"{ours} is not behind {mixing} in general"]
     assert not general.holds
-    assert general.evidence.endswith("; seed by seed -0.005 ± 0.000")
+    assert general.evidence.endswith("; difference -0.005 ± 0.000")
     refusal = found[f"{ours} is not behind {mixing} in over refusal"]
     assert refusal.holds
-    assert refusal.evidence.endswith("; seed by seed +0.010 ± 0.020")
+    assert refusal.evidence.endswith("; difference +0.010 ± 0.020")
     assert found[f"{ours} is not behind {mixing} in safety"].holds
     assert found[f"{few_ours} beats {few_mixing} in general"].holds
     assert not found[f"{few_ours} beats {few_mixing} in over refusal"].holds
@@ -205,14 +206,35 @@ def test_findings_say_where_the_method_does_not_win():
     ].holds
 
 
-@pytest.mark.parametrize("general, holds", [(0.855, True), (0.835, False)])
+@pytest.mark.parametrize("general, holds", [(0.850, True), (0.845, False)])
 def test_with_one_seed_claims_are_held_against_the_standard_error(general, holds):
-    records = [
+    ours, mixing = (
         _record(label, "sft", score).model_copy(update={"spread": {"general": error}})
         for label, score, error in (
             (RECOMMENDED_METHOD.label, general, 0.01),
-            (MIXING_METHOD.label, 0.87, 0.02),
+            (MIXING_METHOD.label, 0.87, 0.02),  # of the difference: 0.022
         )
-    ]
-    (found,) = [finding for finding in findings(records) if "in general" in finding.claim]
+    )
+    (found,) = [each for each in findings([ours, mixing]) if mixing.label in each.claim][:1]
+    assert found.claim.endswith("in general")
     assert found.holds is holds
+
+
+def test_methods_of_different_seeds_are_not_compared():
+    records = [
+        _record(label, "sft", 0.8, seed=seed)
+        for label, seeds in ((RECOMMENDED_METHOD.label, (0, 1)), (MIXING_METHOD.label, (0, 2)))
+        for seed in seeds
+    ]
+    assert not [finding for finding in findings(records) if MIXING_METHOD.label in finding.claim]
+
+
+def test_few_samples_are_replayed_with_more_weight():
+    stage = Stage("sft", 16, 100, 1e-4)
+    weights = []
+    for method in (RECOMMENDED_METHOD, scarce(RECOMMENDED_METHOD)):
+        in_step = plan(method, stage, 0, "run").config.references.in_step
+        assert in_step is not None
+        weights.append(in_step.replay_weight)
+    assert weights == [1.0, SCARCE_REPLAY_WEIGHT]
+    assert scarce(MIXING_METHOD).in_step is None
