@@ -196,7 +196,7 @@ def test_findings_say_where_the_method_does_not_win():
     assert not general.holds
     assert general.evidence.endswith("; difference -0.005 ± 0.000")
     refusal = found[f"{ours} is not behind {mixing} in over refusal"]
-    assert refusal.holds
+    assert not refusal.holds
     assert refusal.evidence.endswith("; difference +0.010 ± 0.020")
     assert found[f"{ours} is not behind {mixing} in safety"].holds
     assert found[f"{few_ours} beats {few_mixing} in general"].holds
@@ -206,13 +206,15 @@ def test_findings_say_where_the_method_does_not_win():
     ].holds
 
 
-@pytest.mark.parametrize("general, holds", [(0.850, True), (0.845, False)])
-def test_with_one_seed_claims_are_held_against_the_standard_error(general, holds):
+@pytest.mark.parametrize("general, holds", [(0.890, False), (0.895, True)])
+def test_with_one_seed_a_lead_is_held_against_the_standard_error(general, holds):
     ours, mixing = (
-        _record(label, "sft", score).model_copy(update={"spread": {"general": error}})
-        for label, score, error in (
-            (RECOMMENDED_METHOD.label, general, 0.01),
-            (MIXING_METHOD.label, 0.87, 0.02),  # of the difference: 0.022
+        _record(scarce(method).label, "sft", score).model_copy(
+            update={"spread": {"general": error}}
+        )
+        for method, score, error in (
+            (RECOMMENDED_METHOD, general, 0.01),
+            (MIXING_METHOD, 0.87, 0.02),  # of the difference: 0.022
         )
     )
     (found,) = [each for each in findings([ours, mixing]) if mixing.label in each.claim][:1]
