@@ -188,7 +188,11 @@ class OptimizerSection(Section):
     """AdamW and its schedule."""
 
     name: Literal["adamw"] = Field("adamw", description="the optimizer")
-    learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
+    learning_rate: PositiveFloat = Field(
+        description="peak learning rate; no default fits all: the paper's runs of 7B and 8B models "
+        "use 1e-6, LoRA and smaller models need a higher one (from 3e-5 to 1e-3 in configs/), and "
+        "docs/rates.md says how to find it"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
     warmup_steps: NonNegativeInt = Field(0, description="linear warm-up")
     betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="AdamW's decay rates")
@@ -253,12 +257,20 @@ class RunConfig(Section):
     data: DataSection = Field(default_factory=DataSection)
     references: ReferencesSection = Field(default_factory=ReferencesSection)
     ogpsa: OgpsaSection = Field(default_factory=OgpsaSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    optimizer: OptimizerSection
     train: TrainSection = Field(default_factory=TrainSection)
     dpo: DpoSection = Field(default_factory=DpoSection)
     mesh: MeshSection = Field(default_factory=MeshSection)
     output_dir: str = Field("runs/run", pattern=r"\S", description="the run directory")
     seed: int = Field(0, ge=0, lt=2**31, description="of data order, adapters and random weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_missing_rate(cls, raw: Any) -> Any:
+        """Without the section `optimizer`, it is its `learning_rate` that is missing."""
+        if isinstance(raw, dict) and raw.get("optimizer") is None:
+            return {**raw, "optimizer": {}}
+        return raw
 
     @model_validator(mode="before")
     @classmethod

@@ -42,7 +42,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise InputError(_sentence(error.errors()[0], path, root, overridden)) from error
+        complaints = error.errors()
+        # A misspelt key is also a missing one: the unknown one says more.
+        unknown = [detail for detail in complaints if detail["type"] == "extra_forbidden"]
+        detail = (unknown or complaints)[0]
+        raise InputError(_sentence(detail, path, root, overridden)) from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -124,7 +128,7 @@ def _sentence(
     root: yaml.Node | None,
     overridden: dict[tuple[str | int, ...], str],
 ) -> str:
-    """One sentence for pydantic's first complaint."""
+    """One sentence for one of pydantic's complaints."""
     location = tuple(part for part in detail["loc"])
     key = ".".join(str(part) for part in location)
     override = next(
@@ -150,7 +154,9 @@ def _sentence(
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if detail["type"] == "missing":
-        return f"{where}: '{key}' is missing; add it."
+        section = _section_of(location)
+        meaning = section.model_fields[str(location[-1])].description
+        return f"{where}: '{key}' is missing; add it{f' ({meaning})' if meaning else ''}."
     given = detail["input"]
     shown = "" if isinstance(given, dict | list | BaseModel) else f", not {given!r}"
     subject = f"'{key}': " if key else ""
@@ -158,6 +164,11 @@ def _sentence(
 
 
 def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
+    return list(_section_of(location).model_fields)
+
+
+def _section_of(location: tuple[str | int, ...]) -> type[BaseModel]:
+    """The section that holds the key at `location`."""
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
@@ -165,4 +176,4 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
             continue
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
-    return list(model.model_fields)
+    return model

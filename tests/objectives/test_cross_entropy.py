@@ -105,7 +105,10 @@ def test_compiled_step_never_holds_the_logits_of_a_batch(draw_rows: Drawer) -> N
     model = Decoder(config, rngs=nnx.Rngs(0), remat="none")
     network = Network.of(model)
     optimizer = make_optimizer(
-        RunConfig.model_validate({"objective": "dpo", "ogpsa": {"preset": "off"}}), 10
+        RunConfig.model_validate(
+            {"objective": "dpo", "ogpsa": {"preset": "off"}, "optimizer": {"learning_rate": 1e-6}}
+        ),
+        10,
     )
     step = make_train_step(network.graphdef, partial(dpo_loss, chunk_size=chunk), optimizer)
     batch = draw_rows(rows, length, pairs=True, vocabulary=vocabulary)

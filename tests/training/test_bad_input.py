@@ -92,7 +92,8 @@ def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(refused, 
     second = tmp_path / "second.yaml"
     second.write_text(
         f"{{data: {{train: [{{path: {tmp_path / 'nowhere.jsonl'}}}], max_length: 128}}, "
-        f"ogpsa: {{preset: off}}, output_dir: {tmp_path / 'second'}}}\n"
+        f"ogpsa: {{preset: off}}, optimizer: {{learning_rate: 1e-3}}, "
+        f"output_dir: {tmp_path / 'second'}}}\n"
     )
     # The stage's own file names its directory; an override would name it for both.
     first = tmp_path / "first.yaml"

@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config, schema_lines
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = """\
 objective: sft
 model: {path: somewhere}
@@ -103,3 +105,22 @@ def test_every_key_is_documented():
     lines = list(schema_lines(RunConfig))
     assert len(lines) > 50
     assert not [line for line in lines if line.endswith(("None", ": "))]
+
+
+@pytest.mark.parametrize("section", ["", "optimizer: {schedule: linear}\n", "optimizer:\n"])
+def test_the_learning_rate_has_no_default(good, section):
+    good.write_text(GOOD.replace("optimizer:\n  learning_rate: 1e-4\n", section))
+    with pytest.raises(InputError) as raised:
+        load_config(good)
+    sentence = str(raised.value)
+    assert "'optimizer.learning_rate' is missing" in sentence
+    assert all(part in sentence for part in ("1e-6", "smaller models", "docs/rates.md"))
+    assert (ROOT / "docs/rates.md").exists()
+    assert "\n" not in sentence
+    assert load_config(good, ["optimizer.learning_rate=3e-5"]).optimizer.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_is_valid_and_sets_its_learning_rate(path):
+    assert load_config(path).optimizer.learning_rate > 0
+    assert yaml.safe_load(path.read_text())["optimizer"]["learning_rate"]

@@ -53,6 +53,7 @@ class Run:
             "model": {"path": str(folder / "model"), "dtype": "float32"},
             "data": {"train": [{"path": str(folder / "pairs.jsonl")}], "max_length": 256},
             "ogpsa": {"preset": "off"},
+            "optimizer": {"learning_rate": 1e-6},
             "train": {"micro_batch_size": 1, "batch_size": 8},
         }
         self.computed = 0
