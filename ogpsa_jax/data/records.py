@@ -36,10 +36,17 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `role` is system, user or assistant."""
+    """One turn.
+
+    Attributes:
+      role: system, user or assistant.
+      content: what is said.
+      learnt: False for an assistant's turn that is only context to the turns after it.
+    """
 
     role: str
     content: str
+    learnt: bool = True
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class ChatTemplate:
         """Where in the text each answer stands, from its first character to the next turn."""
         spans: list[tuple[int, int]] = []
         for i, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or not message.learnt:
                 continue
             start = self._start(messages, i, text, spans[-1][1] if spans else 0)
             upto = self.render(messages[: i + 1], where=where) if i + 1 < len(messages) else text

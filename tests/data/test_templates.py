@@ -310,3 +310,15 @@ def test_stops_are_isolated_from_text(make_tokenizer: Maker, rng: random.Random)
     starts = [i for i, token in enumerate(ids) if token == start]
     assert not any(learnt[i] for i in starts)
     assert sum(any(learnt[a:b]) for a, b in pairwise([*starts, len(ids)])) == 3
+
+
+def test_an_answer_that_is_context_is_not_learnt(make_tokenizer: Maker) -> None:
+    tokenizer = make_tokenizer(eos="<|im_end|>")
+    turns = [
+        Message("user", "q"),
+        Message("assistant", "context", learnt=False),
+        Message("user", "r"),
+        Message("assistant", "answer"),
+    ]
+    encoded = ChatTemplate(tokenizer, "qwen").encode(turns, "row")
+    assert learnt_parts(tokenizer, *encoded) == ["answer<|im_end|>\n"]
