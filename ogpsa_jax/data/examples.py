@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ogpsa_jax.data.records import DataSource, Kind, Message, Record
 from ogpsa_jax.data.templates import ChatTemplate, Encoded
 from ogpsa_jax.errors import InputError
 
+TooLong = Literal["refuse", "skip", "cut"]
 _CHUNK = 512  # records that are tokenised in one call
 _TOLD = 20  # refused rows that a report names
 
@@ -54,6 +55,8 @@ class DataReport:
       tokens: in all of them.
       learnt: tokens that are to be learnt.
       truncated: examples cut to the length limit.
+      cut_prompts: those of them whose prompt was cut, because it left no room for an answer.
+      lengths: tokens of every conversation before it was cut.
       skipped: rows that do not count because of what their format says of them.
       refused: pairs, and rows passed over in a draw, that were left out: place and reason.
     """
@@ -62,6 +65,8 @@ class DataReport:
     tokens: int = 0
     learnt: int = 0
     truncated: int = 0
+    cut_prompts: int = 0
+    lengths: list[int] = field(default_factory=list)
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
 
@@ -72,6 +77,7 @@ class DataReport:
             "tokens": self.tokens,
             "learnt_tokens": self.learnt,
             "truncated_rows": self.truncated,
+            "cut_prompts": self.cut_prompts,
             "skipped_rows": self.skipped,
             "refused_rows": len(self.refused),
         }
@@ -96,6 +102,7 @@ def prepare(
     kind: Kind,
     max_length: int,
     all_tokens: bool = False,
+    too_long: TooLong = "refuse",
     seed: int = 0,
 ) -> tuple[list[Example], DataReport]:
     """Read, validate and tokenise whole data sets.
@@ -107,12 +114,15 @@ def prepare(
       max_length: tokens a row may have; longer conversations are cut at the end and counted, longer
         plain text goes on in further rows.
       all_tokens: learn every token but the first, not only the assistant's.
+      too_long: what becomes of a row whose prompt alone fills `max_length`. refuse: an error, but a
+        draw of some samples passes over it; skip: it is left out and named; cut: tokens are taken
+        out of the prompt's middle until the answer has room, at most half of the row, so that the
+        template and both ends of what was asked stay (as LongBench does, 2308.14508).
       seed: of the draw where a source asks for some samples.
 
     Returns:
       The examples, source by source in file order, and the report. Pairs whose answers are equal or
-      empty, or whose prompt leaves no room for an answer, are left out and named in the report; so
-      are such rows for SFT where only some are drawn.
+      empty are left out and named in the report.
 
     Raises:
       InputError: see :func:`ogpsa_jax.data.reading.read_records`; a row with nothing left to learn;
@@ -120,7 +130,13 @@ def prepare(
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, found {max_length}")
-    tokenise = partial(_outcomes, template=template, max_length=max_length, all_tokens=all_tokens)
+    tokenise = partial(
+        _outcomes,
+        template=template,
+        max_length=max_length,
+        all_tokens=all_tokens,
+        cut_prompts=too_long == "cut",
+    )
     examples: list[Example] = []
     report = DataReport()
     for number, source in enumerate(sources):
@@ -130,16 +146,26 @@ def prepare(
         told = [outcome.problem for outcome in outcomes if outcome.problem]
         made = [outcome for outcome in outcomes if not outcome.problem]
         # A draw passes over what teaches nothing; who asks for all rows must not lose any unasked.
-        if told and (not made or (kind == "sft" and source.samples is None)):
-            others = and_others([problem.partition(": ")[0] for problem in told[1:]])
-            raise InputError(f"{told[0]}{others}; raise data.max_length, or mend or remove them.")
+        refused = [
+            outcome
+            for outcome in outcomes
+            if outcome.problem
+            and source.samples is None
+            and (too_long == "refuse" if outcome.too_long else kind == "sft")
+        ]
+        if told and not made:
+            refused = [outcome for outcome in outcomes if outcome.problem]
+        if refused:
+            raise InputError(_refusal(refused, too_long))
         report.refused += told
         if source.samples is not None and len(made) < source.samples:
             raise InputError(
                 f"{source.path}: {source.samples} samples asked for, but split '{source.split}' "
                 f"holds {len(made)} usable rows; ask for at most {len(made)}."
             )
-        report.truncated += sum(outcome.truncated for outcome in made)
+        report.truncated += sum(outcome.length > max_length for outcome in made)
+        report.cut_prompts += sum(outcome.cut_prompt for outcome in made)
+        report.lengths += [outcome.length for outcome in made if outcome.length]
         examples += [Example(tokens, number) for outcome in made for tokens in outcome.examples]
     report.rows = len(examples)
     for example in examples:
@@ -153,8 +179,21 @@ class _Outcome:
     """What a record gives: examples, or the reason why it gives none."""
 
     examples: tuple[tuple[Tokens, ...], ...] = ()
-    truncated: bool = False
+    length: int = 0  # of a conversation, before it was cut
+    cut_prompt: bool = False
     problem: str = ""
+    too_long: bool = False
+
+
+def _refusal(refused: Sequence[_Outcome], too_long: TooLong) -> str:
+    """One sentence for rows that end the run."""
+    first, *rest = (outcome.problem for outcome in refused)
+    others = and_others([problem.partition(": ")[0] for problem in rest])
+    remedy = "mend or remove them"
+    if any(outcome.too_long for outcome in refused):
+        choices = "data.too_long to " + ("skip or cut" if too_long == "refuse" else "cut")
+        remedy = f"raise data.max_length, set {choices}, or {remedy}"
+    return f"{first}{others}; {remedy}."
 
 
 def _drawn(
@@ -183,7 +222,12 @@ def _drawn(
 
 
 def _outcomes(
-    records: Sequence[Record], *, template: ChatTemplate, max_length: int, all_tokens: bool
+    records: Sequence[Record],
+    *,
+    template: ChatTemplate,
+    max_length: int,
+    all_tokens: bool,
+    cut_prompts: bool,
 ) -> list[_Outcome]:
     conversations = [
         (messages, record.where)
@@ -199,7 +243,7 @@ def _outcomes(
             outcomes.append(_Outcome(_pieces(template.encode_text(record.text), max_length)))
         else:
             sequences = [next(encoded) for _ in _conversations(record)]
-            outcomes.append(_cut(sequences, record.where, max_length, all_tokens))
+            outcomes.append(_cut(sequences, record.where, max_length, all_tokens, cut_prompts))
     return outcomes
 
 
@@ -212,18 +256,40 @@ def _conversations(record: Record) -> list[tuple[Message, ...]]:
     return [(*record.messages, Message("assistant", answer)) for answer in answers]
 
 
-def _cut(sequences: list[Encoded], where: str, max_length: int, all_tokens: bool) -> _Outcome:
-    tokens = []
+def _cut(
+    sequences: list[Encoded], where: str, max_length: int, all_tokens: bool, cut_prompts: bool
+) -> _Outcome:
+    whole = []
     for ids, learnt in sequences:
         flags = np.arange(len(ids)) > 0 if all_tokens else np.asarray(learnt, bool)
-        tokens.append(Tokens(np.asarray(ids[:max_length], np.int32), flags[:max_length]))
-    if not all(sequence.learnt[1:].any() for sequence in tokens):
-        return _Outcome(
-            problem=f"{where}: the prompt alone fills max_length ({max_length} tokens), so nothing "
-            "is left to learn"
-        )
+        whole.append(Tokens(np.asarray(ids, np.int32), flags))
+    tokens = [Tokens(t.ids[:max_length], t.learnt[:max_length]) for t in whole]
     longest = max(len(ids) for ids, _ in sequences)
-    return _Outcome((tuple(tokens),), truncated=longest > max_length)
+    if all(sequence.learnt[1:].any() for sequence in tokens):
+        return _Outcome((tuple(tokens),), longest)
+    if cut_prompts:
+        return _Outcome((_without_middle(whole, max_length),), longest, cut_prompt=True)
+    return _Outcome(
+        problem=f"{where}: the prompt alone fills data.max_length ({max_length} tokens), so "
+        "nothing is left to learn",
+        too_long=True,
+    )
+
+
+def _without_middle(whole: Sequence[Tokens], max_length: int) -> tuple[Tokens, ...]:
+    """Rows whose prompt is too long, with as much of it as leaves the answers room."""
+    starts = [int(np.argmax(tokens.learnt)) for tokens in whole]
+    answers = max(len(t.ids) - start for t, start in zip(whole, starts, strict=True))
+    kept = max_length - min(answers, max_length // 2)  # tokens of the prompt
+    found = []
+    for tokens, start in zip(whole, starts, strict=True):
+        order = np.arange(len(tokens.ids))
+        if start > kept:
+            head = kept // 2
+            order = np.concatenate([order[:head], order[start - (kept - head) :]])
+        order = order[:max_length]
+        found.append(Tokens(tokens.ids[order], tokens.learnt[order]))
+    return tuple(found)
 
 
 def _pieces(ids: list[int], max_length: int) -> tuple[tuple[Tokens, ...], ...]:

@@ -112,7 +112,12 @@ class DataSection(Section):
     template: str | None = Field(
         None, description="chat template: built-in name or jinja file; null: the tokenizer's"
     )
-    max_length: int = Field(2048, ge=2, description="tokens a row may have; longer are cut")
+    max_length: int = Field(2048, ge=2, description="tokens a row may have; longer answers are cut")
+    too_long: Literal["refuse", "skip", "cut"] = Field(
+        "refuse",
+        description="a row whose prompt alone fills max_length: refuse the run; skip the row; cut "
+        "the middle out of the prompt",
+    )
     packing: bool = Field(True, description="several documents a row, isolated (SFT only)")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,11 +34,12 @@ from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.pretrained import check_computable
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import RunConfig, SourceSection
+from ogpsa_jax.training.config import DataSection, RunConfig, SourceSection
 from ogpsa_jax.training.loop import Evaluation, Task
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.reference_model import add_reference_log_probs
 from ogpsa_jax.training.step import Objective
+from ogpsa_jax.training.verdict import judge_lengths
 
 logger = logging.getLogger(__name__)
 _MOST_ROWS = 10**8  # a run's rows are laid out before its first step
@@ -52,10 +53,38 @@ class RunData:
     references: list[list[Example]]
     evaluations: dict[str, list[Example]]
     reports: dict[str, DataReport]
+    warnings: list[str]
 
     def report(self) -> dict[str, dict[str, int]]:
         """Counts for the summary, by data set."""
         return {name: report.as_dict() for name, report in self.reports.items()}
+
+
+def data_warnings(reports: Mapping[str, DataReport], section: DataSection, limit: int) -> list[str]:
+    """What became of rows unasked, and what to set about it.
+
+    Args:
+      reports: by data set.
+      section: its settings.
+      limit: tokens that the model can read.
+    """
+    found = []
+    for name, report in reports.items():
+        if left_out := report.refused:
+            others = ", ..." if left_out[1:] else ""
+            found.append(
+                f"{name}: {len(left_out)} rows are left out ({left_out[0]}{others}); the summary "
+                "names them"
+            )
+        if report.cut_prompts:
+            found.append(
+                f"{name}: {report.cut_prompts} prompts leave no room for an answer in "
+                f"data.max_length ({section.max_length}), so their middle is cut out "
+                "(data.too_long: cut)"
+            )
+        if cut := judge_lengths(name, report.lengths, section.max_length, limit):
+            found.append(cut)
+    return found
 
 
 def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
@@ -84,13 +113,9 @@ def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
             kind="preference" if pairs else "sft",
             max_length=config.data.max_length,
             all_tokens=all_tokens,
+            too_long=config.data.too_long,
             seed=config.seed,
         )
-        if left_out := reports[name].refused:
-            logger.warning(
-                "%s: %d rows are left out (%s%s); the summary names them",
-                *(name, len(left_out), left_out[0], ", ..." if left_out[1:] else ""),
-            )
         largest = max(int(t.ids.max()) for example in examples for t in example.sequences)
         if largest >= model.vocab_size:
             raise InputError(
@@ -127,7 +152,10 @@ def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
         )
         for name, section in config.data.eval.items()
     }
-    return RunData(train, references, evaluations, reports)
+    warnings = data_warnings(reports, config.data, model.max_position_embeddings)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return RunData(train, references, evaluations, reports, warnings)
 
 
 def data_source(section: SourceSection) -> DataSource:

@@ -148,8 +148,9 @@ def train(config: RunConfig) -> dict[str, Any]:
                     f"nothing to sum up; the weights are in {run_dir / 'export'}."
                 )
             draw_curves(lines, run_dir / "curves.png")
-            summary = {
-                **summarise(config, lines),
+            summary = summarise(config, lines)
+            summary["warnings"] = data.warnings + summary["warnings"]
+            summary |= {
                 "data": data.report(),
                 "reference_samples": task.reference_rows * _refreshes(config, len(task.batches)),
                 "seconds": round(time.perf_counter() - started, 1),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ogpsa_jax.data import ChatTemplate, DataSource, Example, load_tokenizer, prepare
+from ogpsa_jax.data.records import Kind
 from ogpsa_jax.errors import InputError
 
 Maker = Callable[..., Any]
@@ -41,6 +42,7 @@ def test_answers_are_learnt_or_all_tokens_but_the_first(
         "tokens": 7,
         "learnt_tokens": 3,
         "truncated_rows": 0,
+        "cut_prompts": 0,
         "skipped_rows": 0,
         "refused_rows": 0,
     }
@@ -67,13 +69,57 @@ def test_prompt_that_fills_the_row_is_refused_by_name(
     rows = [{"prompt": "q" * n, "completion": "a"} for n in (1, 15, 2, 40)]
     source = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(
-        InputError, match=r"a\.jsonl, line 2: the prompt alone fills max_length \(16 .*line 4"
+        InputError,
+        match=r"a\.jsonl, line 2: the prompt alone fills data.max_length \(16 .*line 4.*; raise "
+        "data.max_length, set data.too_long to skip or cut, or mend or remove them",
     ):
         prepare([source], template, kind="sft", max_length=16)
     examples, _ = prepare(
         [DataSource(source.path, split="train[:3]")], template, kind="sft", max_length=17
     )
     assert [e.length for e in examples] == [4, 17, 5]
+
+
+ROWS_OF = {
+    "sft": lambda prompt: {"prompt": prompt, "completion": "a"},
+    "preference": lambda prompt: {"prompt": prompt, "chosen": "a", "rejected": "bcdef"},
+}
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_prompts_that_are_too_long_are_treated_alike_in_sft_and_in_pairs(
+    template: ChatTemplate, tmp_path: Path, kind: Kind
+) -> None:
+    prompts = ["q", "x" + "q" * 60 + "z", "r"]
+    source = write(tmp_path / "a.jsonl", [ROWS_OF[kind](prompt) for prompt in prompts])
+    with pytest.raises(InputError, match=r"line 2: .* data.too_long to skip or cut"):
+        prepare([source], template, kind=kind, max_length=16)
+    examples, report = prepare([source], template, kind=kind, max_length=16, too_long="skip")
+    assert report.rows == len(examples) == 2
+    assert report.truncated == report.cut_prompts == 0
+    assert [told.partition(": ")[0] for told in report.refused] == [f"{source.path}, line 2"]
+    examples, report = prepare([source], template, kind=kind, max_length=16, too_long="cut")
+    assert report.rows == 3
+    assert report.truncated == report.cut_prompts == 1
+    assert report.refused == []
+    # Both ends of the prompt stay, and every answer whole.
+    rows = [template.tokenizer.decode(tokens.ids) for tokens in examples[1].sequences]
+    if kind == "sft":
+        assert rows == ["x" + "q" * 11 + "z\na</s>"]
+        assert learnt(template, examples[1]) == ["a</s>"]
+    else:
+        assert rows == ["x" + "q" * 7 + "z\na</s>", "x" + "q" * 7 + "z\nbcdef</s>"]
+        assert learnt(template, examples[1]) == ["a</s>", "bcdef</s>"]
+
+
+def test_a_cut_prompt_leaves_a_long_answer_half_of_the_row(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "x" + "q" * 60 + "z", "completion": "abcdefghijklmnopqrstuvw"}]
+    source = write(tmp_path / "a.jsonl", rows)
+    [example], _ = prepare([source], template, kind="sft", max_length=16, too_long="cut")
+    assert example.length == 16
+    assert learnt(template, example) == ["abcdefgh"]
 
 
 def test_prompt_of_all_tokens_may_fill_the_row(template: ChatTemplate, tmp_path: Path) -> None:
@@ -107,7 +153,9 @@ def test_pairs_that_teach_nothing_are_left_out_and_named(
         {"prompt": "why", "chosen": "s" * 20, "rejected": "n" * 20},
     ]
     source = write(tmp_path / "a.jsonl", rows)
-    examples, report = prepare([source], template, kind="preference", max_length=16)
+    examples, report = prepare(
+        [source], template, kind="preference", max_length=16, too_long="skip"
+    )
     assert [learnt(template, e) for e in examples] == [
         ["so</s>", "no</s>"],
         ["s" * 12, "n" * 12],
@@ -116,7 +164,7 @@ def test_pairs_that_teach_nothing_are_left_out_and_named(
     assert [told.removeprefix(f"{source.path}, ") for told in report.refused] == [
         "line 2: chosen and rejected are equal",
         "line 3: the chosen answer is empty",
-        "line 4: the prompt alone fills max_length (16 tokens), so nothing is left to learn",
+        "line 4: the prompt alone fills data.max_length (16 tokens), so nothing is left to learn",
     ]
     assert report.as_dict()["refused"] == report.refused
 

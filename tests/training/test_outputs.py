@@ -118,6 +118,29 @@ def test_lost_metrics_leave_no_false_figure(interrupted, configured, on_some_dev
     ]
 
 
+def test_rows_that_are_cut_or_left_out_are_told_with_what_to_set(
+    ground, configured, tmp_path, caplog
+):
+    text = (ground / "safety.jsonl").read_text().splitlines()[:4]
+    text += [json.dumps({"prompt": "red", "completion": "blue " * 60})] * 2
+    text += [json.dumps({"prompt": "red " * 90, "completion": "blue"})]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{line}\n" for line in text))
+    train = f"data.train=[{{path: {tmp_path / 'rows.jsonl'}}}]"
+    config = configured(tmp_path / "run", train, "data.too_long=skip", "data.max_length=64")
+    data = prepare_data(config, model_config(config))
+    assert [line.partition(" (")[0] for line in data.warnings] == [
+        "train: 1 rows are left out",
+        "train: the answers of 2 of 6 rows",
+    ]
+    assert "raise data.max_length (64)" in data.warnings[1]
+    assert all(warning in caplog.text for warning in data.warnings)
+    config = configured(tmp_path / "run", train, "data.too_long=cut", "data.max_length=64")
+    assert "data.too_long: cut" in prepare_data(config, model_config(config)).warnings[0]
+    config = configured(tmp_path / "run", train, "data.max_length=64")
+    with pytest.raises(InputError, match=r"line 7: .* set data\.too_long to skip or cut"):
+        prepare_data(config, model_config(config))
+
+
 def test_pairs_that_are_left_out_are_told(ground, configured, tmp_path, caplog):
     rows = (ground / "pairs.jsonl").read_text() + '{"prompt": "Q", "chosen": "", "rejected": "A"}\n'
     (tmp_path / "pairs.jsonl").write_text(rows)

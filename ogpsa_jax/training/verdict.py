@@ -1,0 +1,246 @@
+"""What a run's figures say: whether anything was learnt, and on what basis. Pure functions.
+
+Every rule has its threshold here and is stated in ``docs/training.md``. A rule that applies gives
+one sentence with what to set; the sentences go to the terminal and to ``summary.json``.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Line = Mapping[str, Any]
+
+LEAST_FALL = 0.05
+"""Share of its first value by which a loss must fall to count as learnt."""
+STEEP_END = 0.15
+"""Share of the whole fall that lies in the last quarter of the summed learning rate."""
+EARLY = 0.5
+"""Share of the whole fall that comes before the second refresh."""
+MANY_CUT = 0.1
+"""Share of a data set's conversations whose answers are cut."""
+FOREIGN = 0.5
+"""Nats a token by which reference answers cost more than answers drawn from the model."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a weighted mean changed between two measurements of the same rows.
+
+    Attributes:
+      mean: after less before.
+      standard_error: of `mean` over rows; None of a single row.
+      rows: how many.
+    """
+
+    mean: float
+    standard_error: float | None
+    rows: int
+
+
+def paired_change(
+    before: Sequence[float], after: Sequence[float], weights: Sequence[float]
+) -> Change:
+    """The change of Σ loss / Σ weight, with the standard error of a ratio over paired rows.
+
+    Args:
+      before: each row's loss, summed over its weight.
+      after: the same rows' later.
+      weights: target tokens of each row; 1 for a pair.
+    """
+    difference = np.asarray(after, float) - np.asarray(before, float)
+    weight = np.asarray(weights, float)
+    rows, total = len(weight), float(weight.sum())
+    mean = float(difference.sum()) / total
+    if rows < 2:
+        return Change(mean, None, rows)
+    # Cochran, Sampling Techniques, section 6.4: residuals from the ratio.
+    residual = difference - mean * weight
+    error = math.sqrt(rows / (rows - 1) * float(np.square(residual).sum())) / total
+    return Change(mean, error, rows)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's training loss, step by step, with the noise of one step's batch."""
+
+    losses: np.ndarray  # float64 [steps]
+    rates: np.ndarray  # float64 [steps], the learning rate of each step
+
+    @classmethod
+    def of(cls, steps: Sequence[Line]) -> "Curve":
+        """From the lines of the steps, in order."""
+        losses = np.array([line["loss"] for line in steps], float)
+        return cls(losses, np.array([line["learning_rate"] for line in steps], float))
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a step's loss about its trend, from differences of neighbours."""
+        differences = np.diff(self.losses)
+        spread = np.median(np.abs(differences - np.median(differences)))
+        return float(1.4826 * spread / math.sqrt(2))  # of a normal distribution
+
+    @property
+    def window(self) -> int:
+        """Steps that are averaged for the loss at an end of the curve."""
+        return max(1, len(self.losses) // 10)
+
+    @property
+    def first(self) -> float:
+        """The loss at the start."""
+        return float(self.losses[: self.window].mean())
+
+    @property
+    def last(self) -> float:
+        """The loss at the end."""
+        return float(self.losses[-self.window :].mean())
+
+    @property
+    def told_apart(self) -> float:
+        """The least difference between two ends that is no noise: two standard errors."""
+        return 2 * self.noise * math.sqrt(2 / self.window)
+
+
+def judge_training(
+    steps: Sequence[Line],
+    held_out: Mapping[str, tuple[float, Change]],
+    refresh_every: int | None = None,
+) -> dict[str, str]:
+    """What the curve of a finished run says: kind -> a sentence; empty where all is well.
+
+    Args:
+      steps: the lines of all steps, in order.
+      held_out: by set, the loss before and its change.
+      refresh_every: steps between refreshes; None where nothing is refreshed at intervals.
+    """
+    found: dict[str, str] = {}
+    curve = Curve.of(steps)
+    if len(curve.losses) >= 4 and np.isfinite(curve.losses).all():
+        rules = {
+            "unmoved": _unmoved(curve, held_out),
+            "steep": _steep(curve),
+            "early": _early(curve, refresh_every),
+        }
+        found = {kind: sentence for kind, sentence in rules.items() if sentence}
+    if refresh_every is not None and len(steps) <= refresh_every:
+        found["early"] = (
+            f"the run ends ({len(steps)} steps) before the second refresh, so all of it was "
+            "projected with the basis of the initial weights, which is mostly noise; lower "
+            f"ogpsa.refresh_every ({refresh_every}), or train for more steps"
+        )
+    return found
+
+
+def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]]) -> str:
+    fall = curve.first - curve.last
+    if fall > max(curve.told_apart, LEAST_FALL * abs(curve.first)):
+        return ""
+    shown = f"from {curve.first:.4f} to {curve.last:.4f}"
+    rate = f"optimizer.learning_rate ({curve.rates.max():g})"
+    if -fall > max(curve.told_apart, LEAST_FALL * abs(curve.first)):
+        return f"the training loss rose, {shown}; lower {rate}: docs/rates.md"
+    for before, change in held_out.values():
+        noise = 2 * (change.standard_error or 0.0)
+        if -change.mean > max(noise, LEAST_FALL * abs(before)):
+            return ""
+    told_apart = f"noise of the batches ± {curve.told_apart:.4f}"
+    others = f", and no held-out loss fell by {LEAST_FALL:.0%} either" if held_out else ""
+    return (
+        f"hardly anything was learnt: the training loss went {shown} ({told_apart}), which is less than "
+        f"{max(LEAST_FALL, curve.told_apart / abs(curve.first or 1.0)):.0%} of it{others}; raise "
+        f"{rate} or train for more steps: docs/rates.md"
+    )
+
+
+def _steep(curve: Curve) -> str:
+    """The last quarter of the summed rate, not of the steps: a schedule's end hides the slope."""
+    # Step i is measured with the weights that the rates before it have made.
+    position = np.concatenate([[0.0], np.cumsum(curve.rates)[:-1]])
+    if not position[-1] > 0:
+        return ""
+    position = position / position[-1]
+    late = position >= 0.75
+    x, y = position[late], curve.losses[late]
+    if len(x) < 4:
+        return ""
+    centred = x - x.mean()
+    slope = float(centred @ y) / float(centred @ centred)
+    error = curve.noise / math.sqrt(float(centred @ centred))
+    fall = curve.first - (float(y.mean()) + slope * (1.0 - float(x.mean())))
+    if fall <= curve.told_apart or -slope <= 3 * error or -slope * 0.25 < STEEP_END * fall:
+        return ""
+    return (
+        f"the loss was still falling steeply: {-slope * 0.25 / fall:.0%} of its fall came in the "
+        "last quarter of the summed learning rate; train for more steps (train.steps, "
+        "train.epochs), or raise optimizer.learning_rate"
+    )
+
+
+def _early(curve: Curve, refresh_every: int | None) -> str:
+    steps = len(curve.losses)
+    fall = curve.first - curve.last
+    if refresh_every is None or steps <= refresh_every or fall <= curve.told_apart:
+        return ""
+    # The first steps that are measured after the second refresh.
+    after = curve.losses[refresh_every : refresh_every + curve.window]
+    share = (curve.first - float(after.mean())) / fall
+    # Where the noise would have to fall just so for the share to be more than half, it is not.
+    doubt = curve.noise * math.sqrt(1 / len(after) + 1 / curve.window) / fall
+    if share - doubt < EARLY:
+        return ""
+    return (
+        f"{min(share, 1.0):.0%} of the fall of the loss came before the second refresh (step "
+        f"{refresh_every}), so it was projected with the basis of the initial weights, which is "
+        f"mostly noise; lower ogpsa.refresh_every ({refresh_every}) or optimizer.learning_rate "
+        f"({curve.rates.max():g})"
+    )
+
+
+def judge_references(name: str, loss: float, entropy: float, replayed: bool) -> str:
+    """Whether reference answers are what the model itself would say, before training.
+
+    Answers drawn from the model cost, on average, its entropy. What they cost beyond it tells
+    answers in another's words.
+
+    Args:
+      name: of the reference set.
+      loss: nats a target token, by the model that training starts from.
+      entropy: of that model's predictions at the same tokens, nats.
+      replayed: whether the reference rows are trained on as well.
+    """
+    if not loss - entropy > FOREIGN:
+        return ""
+    sentence = (
+        f"{name}: the reference answers start at a high loss ({loss:.2f} nats a token, where the "
+        f"model's own answers would cost {entropy:.2f}), so they are not what the model would say"
+    )
+    if replayed:
+        return (
+            f"{sentence}, and training on them teaches it something else; take answers of the "
+            "model itself, or set references.in_step.replay_weight to 0"
+        )
+    return f"{sentence}; take answers of the model itself"
+
+
+def judge_lengths(name: str, lengths: Sequence[int], max_length: int, limit: int) -> str:
+    """Whether many answers of a data set are cut.
+
+    Args:
+      name: of the data set.
+      lengths: tokens of each conversation before it was cut.
+      max_length: tokens that are kept.
+      limit: tokens that the model can read.
+    """
+    cut = sum(length > max_length for length in lengths)
+    if not lengths or cut <= MANY_CUT * len(lengths):
+        return ""
+    most = int(np.quantile(lengths, 0.95, method="higher"))
+    needed = f"{most} holds 95 % of the rows whole, {max(lengths)} all"
+    if most > limit:
+        needed += f"; the model reads {limit} at most, so shorten or leave out the longest rows"
+    return (
+        f"{name}: the answers of {cut} of {len(lengths)} rows ({cut / len(lengths):.0%}) are cut, "
+        f"so the model does not learn to end them; raise data.max_length ({max_length}): {needed}"
+    )

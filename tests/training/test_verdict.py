@@ -1,0 +1,178 @@
+"""What is said of a run, on curves that are made up."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ogpsa_jax.training.verdict import (
+    Change,
+    judge_lengths,
+    judge_references,
+    judge_training,
+    paired_change,
+)
+
+Shape = Callable[[float], float]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def curve(
+    rng: np.random.Generator,
+    shape: Shape,
+    *,
+    steps: int = 120,
+    noise: float = 0.02,
+    schedule: str = "cosine",
+) -> list[dict[str, Any]]:
+    """Lines of steps whose loss is `shape` of the share of the summed learning rate so far."""
+    phase = np.arange(steps) / steps
+    rates = {"cosine": (1 + np.cos(np.pi * phase)) / 2, "constant": np.ones(steps)}[schedule]
+    spent = np.concatenate([[0.0], np.cumsum(rates)[:-1]])
+    spent /= spent[-1]
+    return [
+        {
+            "step": i + 1,
+            "loss": shape(float(at)) + noise * float(rng.standard_normal()),
+            "learning_rate": 1e-5 * float(rate),
+        }
+        for i, (at, rate) in enumerate(zip(spent, rates, strict=True))
+    ]
+
+
+def decay(start: float, end: float, sharpness: float) -> Shape:
+    """Exponential decay that has `sharpness` time constants in the run."""
+    whole = 1 - math.exp(-sharpness)
+    return lambda x: start - (start - end) * (1 - math.exp(-sharpness * x)) / whole
+
+
+WELL = decay(2.7, 1.6, 5.0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("steps", [40, 120, 2000])
+def test_nothing_is_said_of_a_run_that_learnt(rng, schedule, steps):
+    assert judge_training(curve(rng, WELL, schedule=schedule, steps=steps), {}) == {}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(
+    "shape",
+    [lambda x: 2.7, lambda x: 2.67 - 0.04 * x, lambda x: 0.6931 - 0.004 * x],
+    ids=["flat", "by .04 of 2.67", "a preference loss"],
+)
+def test_a_run_that_hardly_moved_is_told(rng, shape, schedule):
+    told = judge_training(curve(rng, shape, schedule=schedule, noise=0.002), {})
+    assert "hardly anything was learnt" in told["unmoved"]
+    assert "optimizer.learning_rate (1e-05)" in told["unmoved"]
+    assert "docs/rates.md" in told["unmoved"]
+
+
+def test_a_fall_within_the_noise_of_the_batches_is_not_learning(rng):
+    lines = curve(rng, lambda x: 2.0, noise=0.5, steps=20)
+    for i in (0, 1):  # whatever was drawn, it ends 8 % lower, where a step's batch is off by 25 %
+        lines[i]["loss"], lines[-1 - i]["loss"] = 2.0, 1.84
+    assert "noise of the batches" in judge_training(lines, {})["unmoved"]
+
+
+def test_a_held_out_loss_that_fell_beyond_its_noise_is_learning(rng):
+    lines = curve(rng, lambda x: 2.0 - 0.2 * x, noise=1.5)
+    for line in lines[-12:]:  # whatever was drawn, the ends are level
+        line["loss"] = sum(line["loss"] for line in lines[:12]) / 12
+    assert "unmoved" in judge_training(lines, {})
+    assert "unmoved" not in judge_training(lines, {"safety": (2.0, Change(-0.2, 0.02, 100))})
+    assert "unmoved" in judge_training(lines, {"safety": (2.0, Change(-0.2, 0.15, 100))})
+    assert "unmoved" in judge_training(lines, {"safety": (2.0, Change(-0.02, 0.001, 100))})
+    assert "unmoved" in judge_training(lines, {"safety": (2.0, Change(+0.5, 0.02, 100))})
+
+
+def test_a_loss_that_rose_is_told(rng):
+    told = judge_training(curve(rng, lambda x: 2.0 + x), {})
+    assert "rose, from 2." in told["unmoved"]
+    assert "lower optimizer.learning_rate" in told["unmoved"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_loss_that_still_falls_steeply_is_told(rng, schedule):
+    told = judge_training(curve(rng, lambda x: 2.7 - 1.1 * x, schedule=schedule), {})
+    assert told.keys() == {"steep"}
+    assert "train.steps" in told["steep"]
+
+
+def test_most_of_the_movement_before_the_second_refresh_is_told(rng):
+    lines = curve(rng, WELL)
+    told = judge_training(lines, {}, refresh_every=60)
+    assert told.keys() == {"early"}
+    assert "ogpsa.refresh_every (60)" in told["early"]
+    assert judge_training(lines, {}, refresh_every=5) == {}
+
+
+def test_a_run_without_a_second_refresh_is_told(rng):
+    lines = curve(rng, WELL, steps=30)
+    assert "before the second refresh" in judge_training(lines, {}, refresh_every=30)["early"]
+    assert judge_training(lines, {}) == {}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_curve_of_few_steps_is_not_judged(rng, steps):
+    assert judge_training(curve(rng, lambda x: 2.0, steps=max(steps, 2))[:steps], {}) == {}
+
+
+def test_a_curve_with_a_hole_is_not_judged(rng):
+    lines = curve(rng, lambda x: 2.0)
+    lines[7]["loss"] = math.nan
+    assert judge_training(lines, {}) == {}
+
+
+def test_the_standard_error_is_that_of_drawing_other_rows(rng):
+    """Against the spread over many draws of the rows from one population."""
+    population, rows, draws = 4000, 200, 600
+    weights = rng.integers(1, 60, population).astype(float)
+    before = weights * rng.gamma(4.0, 0.5, population)
+    after = before - weights * rng.normal(0.1, 0.3, population)
+    picked = [rng.choice(population, rows, replace=False) for _ in range(draws)]
+    changes = [paired_change(before[i], after[i], weights[i]) for i in picked]
+    spread = float(np.std([change.mean for change in changes]))
+    typical = float(np.mean([change.standard_error for change in changes]))
+    # A spread over 600 draws is known to 1/sqrt(2 * 600) = 3 %, and drawing without replacement
+    # takes 2.5 % off it; four of those standard deviations.
+    assert typical == pytest.approx(spread, rel=0.15)
+    # Pairing is what makes it small: the rows themselves differ far more.
+    unpaired = np.std([before[i].sum() / weights[i].sum() for i in picked]) * math.sqrt(2)
+    assert typical < unpaired
+
+
+def test_of_pairs_it_is_the_usual_standard_error(rng):
+    difference = rng.normal(size=50)
+    change = paired_change(np.zeros(50), difference, np.ones(50))
+    assert change.mean == pytest.approx(difference.mean())
+    assert change.standard_error == pytest.approx(difference.std(ddof=1) / math.sqrt(50))
+    assert paired_change([1.0], [0.5], [2.0]) == Change(-0.25, None, 1)
+
+
+def test_references_in_the_words_of_another_are_told():
+    assert judge_references("references.0", 0.01, 0.02, replayed=True) == ""
+    assert judge_references("references.0", 4.9, 5.0, replayed=True) == ""  # knows nothing yet
+    told = judge_references("references.0", 7.5, 0.05, replayed=True)
+    assert "start at a high loss (7.50 nats" in told
+    assert "references.in_step.replay_weight" in told
+    assert "replay_weight" not in judge_references("references.0", 7.5, 0.05, replayed=False)
+
+
+def test_many_cut_answers_are_told_with_the_length_that_holds_them():
+    lengths = [100] * 80 + [300] * 16 + [900] * 4
+    assert judge_lengths("train", lengths, 300, 2048) == ""
+    told = judge_lengths("train", lengths, 256, 2048)
+    assert "20 of 100 rows (20%)" in told
+    assert "raise data.max_length (256): 300 holds 95 % of the rows whole, 900 all" in told
+    assert "the model reads 280 at most" in judge_lengths("train", lengths, 256, 280)
+    assert judge_lengths("train", [], 256, 2048) == ""
