@@ -147,10 +147,10 @@ def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]]) -> str:
             return ""
     told_apart = f"noise of the batches ± {curve.told_apart:.4f}"
     others = f", and no held-out loss fell by {LEAST_FALL:.0%} either" if held_out else ""
+    least = max(LEAST_FALL, curve.told_apart / abs(curve.first or 1.0))
     return (
-        f"hardly anything was learnt: the training loss went {shown} ({told_apart}), which is less than "
-        f"{max(LEAST_FALL, curve.told_apart / abs(curve.first or 1.0)):.0%} of it{others}; raise "
-        f"{rate} or train for more steps: docs/rates.md"
+        f"hardly anything was learnt: the training loss went {shown} ({told_apart}), which is less "
+        f"than {least:.0%} of it{others}; raise {rate} or train for more steps: docs/rates.md"
     )
 
 

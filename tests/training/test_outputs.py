@@ -126,17 +126,17 @@ def test_rows_that_are_cut_or_left_out_are_told_with_what_to_set(
     text += [json.dumps({"prompt": "red " * 90, "completion": "blue"})]
     (tmp_path / "rows.jsonl").write_text("".join(f"{line}\n" for line in text))
     train = f"data.train=[{{path: {tmp_path / 'rows.jsonl'}}}]"
-    config = configured(tmp_path / "run", train, "data.too_long=skip", "data.max_length=64")
+    config = configured(tmp_path / "run", train, "data.too_long=skip")
     data = prepare_data(config, model_config(config))
     assert [line.partition(" (")[0] for line in data.warnings] == [
         "train: 1 rows are left out",
         "train: the answers of 2 of 6 rows",
     ]
-    assert "raise data.max_length (64)" in data.warnings[1]
+    assert "raise data.max_length (128)" in data.warnings[1]
     assert all(warning in caplog.text for warning in data.warnings)
-    config = configured(tmp_path / "run", train, "data.too_long=cut", "data.max_length=64")
+    config = configured(tmp_path / "run", train, "data.too_long=cut")
     assert "data.too_long: cut" in prepare_data(config, model_config(config)).warnings[0]
-    config = configured(tmp_path / "run", train, "data.max_length=64")
+    config = configured(tmp_path / "run", train)
     with pytest.raises(InputError, match=r"line 7: .* set data\.too_long to skip or cut"):
         prepare_data(config, model_config(config))
 
