@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -97,6 +98,7 @@ def prepare(state, references, third):
 def test_eight_devices_equal_one_and_only_scalars_travel(rng, layout, kind, scope):
     tx = transformation(scope)
     params, gradient, first, second, third = (random_tree(rng) for _ in range(5))
+    whole = jax.device_get(gradient)
     state = jax.jit(prepare)(tx.init(params), [first, second], third)
     alone, _ = jax.jit(tx.update)(gradient, state, params)
     where = mesh(kind)
@@ -114,8 +116,11 @@ def test_eight_devices_equal_one_and_only_scalars_travel(rng, layout, kind, scop
         compiled = jax.jit(tx.update).lower(gradient, state, params).compile()
         assert_moves_next_to_nothing(compiled)
         updates, _ = compiled(gradient, state, params)
-    # Sums in another order: round-off of a few hundred terms, over a residual of order one.
-    assert_close(jax.device_get(updates), alone, 1e-5)
+    # Sums in another order: round-off of a few hundred terms. Of what was projected, not of what is
+    # left: of a scalar, whose only direction is taken, that is round-off alone.
+    for name, leaf in jax.device_get(updates).items():
+        largest = float(np.max(np.abs(whole[name])))
+        np.testing.assert_allclose(leaf, alone[name], atol=1e-5 * largest, rtol=0)
 
 
 def test_uneven_shards_change_nothing(rng):
