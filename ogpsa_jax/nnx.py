@@ -9,13 +9,14 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ogpsa_jax.projection.momentum import Momentum
 from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.refresh import refresh as _refresh
 from ogpsa_jax.projection.streaming import push_reference as _push_reference
 
 
 def refresh(
-    optimizer: nnx.Optimizer, references: Sequence[Any], *, project_momentum: bool = False
+    optimizer: nnx.Optimizer, references: Sequence[Any], *, project_momentum: Momentum = False
 ) -> None:
     """As :func:`ogpsa_jax.refresh`, in place; also inside ``nnx.jit``.
 
@@ -40,7 +41,7 @@ def push_reference(
     *,
     window: int | None = None,
     restart: bool | jax.Array = False,
-    project_momentum: bool = False,
+    project_momentum: Momentum = False,
 ) -> None:
     """As :func:`ogpsa_jax.push_reference`, in place; also inside ``nnx.jit``.
 

@@ -22,7 +22,9 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
       ``effective_rank`` (float32, mean over groups), ``reference_coverage`` (float32, the share of
       the references' energy inside the basis, at least; 0 before the first refresh),
       ``steps_since_refresh``, ``refreshes`` and ``refused_refreshes`` (int32, the largest of all
-      states). Under ``"groups"``, by label: a dict of the first four, each ``()`` or ``(layers,)``.
+      states), ``projected_moments`` (int32, the leaves of first moments that the last refresh
+      projected; 0 where it was not asked to). Under ``"groups"``, by label: a dict of the first
+      four, each ``()`` or ``(layers,)``.
 
     Raises:
       ValueError: no :class:`OgpsaState` in `opt_state`.
@@ -71,6 +73,7 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
         "steps_since_refresh": _largest([state.steps_since_refresh for state in states]),
         "refreshes": _largest([state.refreshes for state in states]),
         "refused_refreshes": _largest([state.refused_refreshes for state in states]),
+        "projected_moments": _sum([state.projected_moments for state in states]),
         "groups": groups,
     }
 
@@ -126,3 +129,7 @@ def _fraction(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 def _largest(values: list[jax.Array]) -> jax.Array:
     return jnp.max(jnp.stack(jax.tree.leaves(values)))
+
+
+def _sum(values: list[jax.Array]) -> jax.Array:
+    return jnp.sum(jnp.stack(jax.tree.leaves(values)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import replace_states
-from ogpsa_jax.projection.momentum import project_first_moments
+from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
@@ -29,7 +29,9 @@ from ogpsa_jax.projection.subspace import (
 )
 
 
-def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool = False) -> Any:
+def refresh(
+    opt_state: Any, references: Sequence[Any], *, project_momentum: Momentum = False
+) -> Any:
     """Span the basis anew with reference gradients. Pure and jittable.
 
     Args:
@@ -37,10 +39,11 @@ def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool
         (``chain``, ``MultiSteps``, ``masked``, ``partition``, ``inject_hyperparams``, ...).
       references: m gradients, pytrees like the parameters, any float dtypes. More than the rank:
         their principal directions are kept; fewer: the other directions are zero.
-      project_momentum: also project every first moment found (Adam and its kin, Lion, momentum; the
-        types in :data:`ogpsa_jax.projection.momentum.FIRST_MOMENTS`) with the new basis. Off
-        reproduces the paper; on is recommended: a first moment carries components along the old
-        basis, and at high learning rates undoes the projection.
+      project_momentum: also project every first moment found with the new basis: whatever the
+        optimizer adds up with gradients. Off reproduces the paper; on is recommended: a first
+        moment carries components along the old basis, and at high learning rates undoes the
+        projection. How many leaves it found, `diagnostics` tells. A mapping, regex → bool, says
+        of paths in the state whether they are first moments, and stands for True otherwise.
 
     Returns:
       The new optimizer state. References that are not finite change nothing and are counted in
@@ -48,7 +51,9 @@ def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool
 
     Raises:
       ValueError: no reference, no list of them, no :class:`OgpsaState`, or a reference of another
-        shape.
+        shape; and with `project_momentum` where some moment cannot be found or projected (the
+        optimizer's state is not known, or its steps do not come from moments alone, as those of
+        GaLore, COCOB, MADGRAD, L-BFGS, schedule-free and Mechanic, SAM, and lookahead).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -66,7 +71,7 @@ def refresh(opt_state: Any, references: Sequence[Any], *, project_momentum: bool
     """
     references = as_list(references, "references", "reference gradient")
     opt_state = replace_states(opt_state, partial(_refreshed, references=references))
-    return project_first_moments(opt_state) if project_momentum else opt_state
+    return project_first_moments(opt_state, project_momentum)
 
 
 def _refreshed(state: OgpsaState, references: Sequence[Any]) -> OgpsaState:
@@ -144,5 +149,6 @@ def with_basis(
         steps_since_refresh=jnp.where(accept, 0, state.steps_since_refresh),
         refreshes=state.refreshes + accept.astype(jnp.int32),
         refused_refreshes=state.refused_refreshes + (~accept).astype(jnp.int32),
+        projected_moments=jnp.zeros([], jnp.int32),
         **chosen,
     )

@@ -56,6 +56,7 @@ class OgpsaState:
     steps_since_refresh: jax.Array  # int32 []: updates since the basis last changed
     refreshes: jax.Array  # int32 []: refreshes accepted
     refused_refreshes: jax.Array  # int32 []: refreshes refused, the references not being finite
+    projected_moments: jax.Array  # int32 []: leaves of first moments the last refresh projected
     settings: Settings = field(metadata={"static": True})
 
     def directions(self) -> list[list[jax.Array]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import replace_states
 from ogpsa_jax.projection.groups import inner
-from ogpsa_jax.projection.momentum import project_first_moments
+from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.refresh import with_basis, with_subspace
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
@@ -31,7 +31,7 @@ def push_reference(
     *,
     window: int | None = None,
     restart: bool | jax.Array = False,
-    project_momentum: bool = False,
+    project_momentum: Momentum = False,
 ) -> Any:
     r"""Fold one reference gradient into the basis. Pure and jittable.
 
@@ -77,7 +77,7 @@ def push_reference(
     kept = jnp.where(restart, 0.0, 1.0)
     push = partial(_pushed, reference=reference, window=window, kept=kept)
     opt_state = replace_states(opt_state, push)
-    return project_first_moments(opt_state) if project_momentum else opt_state
+    return project_first_moments(opt_state, project_momentum)
 
 
 def _pushed(state: OgpsaState, reference: Any, window: int | None, kept: jax.Array) -> OgpsaState:

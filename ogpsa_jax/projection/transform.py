@@ -122,6 +122,7 @@ def ogpsa_project(
             steps_since_refresh=jnp.zeros([], jnp.int32),
             refreshes=jnp.zeros([], jnp.int32),
             refused_refreshes=jnp.zeros([], jnp.int32),
+            projected_moments=jnp.zeros([], jnp.int32),
             settings=kind(int(rank), rule, float(rank_tol), tuple(held), groups),
         )
 
