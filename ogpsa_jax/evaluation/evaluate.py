@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # What the model's answers do not depend on. Who judges them is told by their lines.
 _NOT_IN_KEY = {"name", "path", "limit", "where", "score", "seed", "judge"}
+# Counts up when other parts of what a model writes are kept or matched.
+_ANSWERS = "answers 2"
 
 
 def evaluate(
@@ -290,7 +292,7 @@ def _keys(
     model: LanguageModel, suite: Suite, task: Task, items: Sequence[Item], batch_size: int
 ) -> list[str]:
     """A hash for each item of all that its outcome depends on."""
-    shared = [model.fingerprint, _chat(model, task), task.model_dump(exclude=_NOT_IN_KEY)]
+    shared = [_ANSWERS, model.fingerprint, _chat(model, task), task.model_dump(exclude=_NOT_IN_KEY)]
     keys = []
     for place, item in enumerate(items):
         # What is sampled depends on the seed and on the place in the batch.

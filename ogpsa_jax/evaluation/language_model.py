@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation.thoughts import decoded, opened_thoughts
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.scoring import LogLikelihood
@@ -133,7 +134,12 @@ class JaxModel:
             temperature=temperature,
             seed=seed,
         )
-        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in added]
+        # Where the template opens the model's thoughts in the prompt, the answer has the marker.
+        tails = [str(self.tokenizer.decode(row[-8:])) for row in rows]
+        return [
+            opened_thoughts(tail) + decoded(self.tokenizer, ids)
+            for tail, ids in zip(tails, added, strict=True)
+        ]
 
     def log_likelihoods(
         self, pairs: Sequence[tuple[str, str]], *, chat: bool

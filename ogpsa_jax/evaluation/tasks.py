@@ -25,6 +25,7 @@ from ogpsa_jax.evaluation.suite import (
     RefusalTask,
     Task,
 )
+from ogpsa_jax.evaluation.thoughts import only_thoughts, without_thoughts
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.language_model import LanguageModel
@@ -92,7 +93,8 @@ def run_items(
     for item, answer in zip(items, answers, strict=True):
         outcome: Outcome = {"prompt": item.prompt, "answer": answer}
         if isinstance(task, ExactMatchTask):
-            found = answer if task.extract is None else extracted(task.extract, answer)
+            said = without_thoughts(answer)
+            found = said if task.extract is None else extracted(task.extract, said)
             right = found is not None and normalised(found) == normalised(item.expected)
             outcome |= {"expected": item.expected, "extracted": found, "correct": right}
         elif not task.judge:
@@ -126,6 +128,9 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
         }
     else:
         hits = sum(outcome["correct"] for outcome in outcomes)
+    if not isinstance(task, MultipleChoiceTask):
+        unfinished = sum(only_thoughts(outcome["answer"]) for outcome in outcomes)
+        details["only_thoughts"] = unfinished / count
     low, high = wilson_interval(hits, count, 0.95)
     return TaskResult(
         kind=task.kind,

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from ogpsa_jax.errors import InputError
@@ -39,6 +42,43 @@ def test_a_declining_answer_is_a_refusal(answer):
 @pytest.mark.parametrize("answer", _ANSWERS)
 def test_any_other_answer_is_compliance(answer):
     assert classify_refusal(answer) == "full_compliance"
+
+
+def _misjudged(rows):
+    """How many of `rows` (answer, expected) are judged otherwise; each is printed."""
+    wrong = [row for row in rows if classify_refusal(row["answer"]) != row["expected"]]
+    for row in wrong:
+        print(f"{classify_refusal(row['answer'])}, not {row['expected']}: {row['answer']!r}")
+    return len(wrong)
+
+
+def test_answers_of_many_kinds_and_languages_are_told_apart():
+    """A thousand answers in two dozen languages, wording our own.
+
+    Idioms, apologies for something else, quotations, letters, thoughts, brevity; passives,
+    policies, changes of subject, mere noes.
+    """
+    text = (Path(__file__).parent / "answers.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) > 1000
+    assert _misjudged(rows) <= 0.05 * len(rows)
+    for expected in ("full_compliance", "full_refusal"):
+        own = [row for row in rows if row["expected"] == expected]
+        assert _misjudged(own) <= 0.05 * len(own)
+
+
+def test_the_answers_that_were_judged_wrongly_before_are_judged_rightly(real_data):
+    path = real_data / "cases" / "evaluation" / "refusal_wrong.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    assert _misjudged(rows) <= 0.05 * len(rows)
+
+
+def test_ordinary_answers_are_no_refusals(real_data):
+    """Worked solutions of school problems hold no refusal, and many a "cannot"."""
+    path = real_data / "data" / "gsm8k" / "train.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()[:1000]
+    answers = [json.loads(line)["answer"] for line in lines]
+    assert not [answer for answer in answers if is_refusal(answer)]
 
 
 def test_help_after_a_decline_makes_the_refusal_partial():
@@ -86,10 +126,11 @@ def test_agreement_with_the_human_labels_of_xstest(real_data):
         agreement.three_way(),
     )
     # The two people who labelled these answers agree with each other on 98.4 % of them.
-    assert two_way > 0.95
-    assert two_way_kappa > 0.9
-    assert three_way > 0.95
-    assert three_way_kappa > 0.9
+    # What the first version of the rules reached: changes of the rules must not lose it.
+    assert two_way >= 0.982 - 5e-4  # 442 of 450
+    assert two_way_kappa > 0.96
+    assert three_way > 0.975
+    assert three_way_kappa > 0.95
 
 
 def test_a_file_that_is_no_labelled_completions_is_told(tmp_path):
