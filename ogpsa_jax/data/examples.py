@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -57,6 +57,8 @@ class DataReport:
       truncated: examples cut to the length limit.
       cut_prompts: those of them whose prompt was cut, because it left no room for an answer.
       lengths: tokens of every conversation before it was cut.
+      split: conversations that came to several examples, because the template shows an earlier turn
+        otherwise than when it is answered.
       skipped: rows that do not count because of what their format says of them.
       refused: pairs, and rows passed over in a draw, that were left out: place and reason.
     """
@@ -67,6 +69,7 @@ class DataReport:
     truncated: int = 0
     cut_prompts: int = 0
     lengths: list[int] = field(default_factory=list)
+    split: int = 0
     skipped: int = 0
     refused: list[str] = field(default_factory=list)
 
@@ -81,6 +84,7 @@ class DataReport:
             "skipped_rows": self.skipped,
             "refused_rows": len(self.refused),
         }
+        counts |= {"split_rows": self.split} if self.split else {}
         return {**counts, "refused": self.refused[:_TOLD]} if self.refused else counts
 
 
@@ -165,6 +169,7 @@ def prepare(
             )
         report.truncated += sum(outcome.length > max_length for outcome in made)
         report.cut_prompts += sum(outcome.cut_prompt for outcome in made)
+        report.split += sum(outcome.split for outcome in made)
         report.lengths += [outcome.length for outcome in made if outcome.length]
         examples += [Example(tokens, number) for outcome in made for tokens in outcome.examples]
     report.rows = len(examples)
@@ -181,7 +186,9 @@ class _Outcome:
     examples: tuple[tuple[Tokens, ...], ...] = ()
     length: int = 0  # of a conversation, before it was cut
     cut_prompt: bool = False
+    split: bool = False
     problem: str = ""
+    remedied: bool = False  # the problem says itself what to do
     too_long: bool = False
 
 
@@ -189,6 +196,8 @@ def _refusal(refused: Sequence[_Outcome], too_long: TooLong) -> str:
     """One sentence for rows that end the run."""
     first, *rest = (outcome.problem for outcome in refused)
     others = and_others([problem.partition(": ")[0] for problem in rest])
+    if refused[0].remedied:
+        return f"{first}{others}."
     remedy = "mend or remove them"
     if any(outcome.too_long for outcome in refused):
         choices = "data.too_long to " + ("skip or cut" if too_long == "refuse" else "cut")
@@ -242,18 +251,53 @@ def _outcomes(
         elif record.text is not None:
             outcomes.append(_Outcome(_pieces(template.encode_text(record.text), max_length)))
         else:
-            sequences = [next(encoded) for _ in _conversations(record)]
-            outcomes.append(_cut(sequences, record.where, max_length, all_tokens, cut_prompts))
+            found = [next(encoded) for _ in _conversations(record)]
+            cut = partial(
+                _cut,
+                where=record.where,
+                max_length=max_length,
+                all_tokens=all_tokens,
+                cut_prompts=cut_prompts,
+            )
+            outcomes.append(_of_conversations(found, cut, all_tokens))
     return outcomes
 
 
 def _conversations(record: Record) -> list[tuple[Message, ...]]:
+    """The record's conversation; of a pair two, in which the last answer alone is learnt."""
     if record.text is not None:
         return []
     if record.chosen is None or record.rejected is None:
         return [record.messages]
+    given = [replace(message, learnt=False) for message in record.messages]
     answers = (record.chosen, record.rejected)
-    return [(*record.messages, Message("assistant", answer)) for answer in answers]
+    return [(*given, Message("assistant", answer)) for answer in answers]
+
+
+def _of_conversations(
+    found: Sequence[list[Encoded] | InputError],
+    cut: Callable[[list[Encoded]], _Outcome],
+    all_tokens: bool,
+) -> _Outcome:
+    conversations = []
+    for sequences in found:
+        if isinstance(sequences, InputError):
+            return _Outcome(problem=str(sequences).removesuffix("."), remedied=True)
+        # The last one holds the whole conversation: the others would teach parts of it again.
+        conversations.append(sequences[-1:] if all_tokens else sequences)
+    # A pair is one example of two sequences, any other conversation one example for each sequence.
+    if len(conversations) > 1:
+        return cut([sequences[0] for sequences in conversations])
+    parts = [cut([sequence]) for sequence in conversations[0]]
+    made = [part for part in parts if not part.problem]
+    if not made:
+        return parts[0]
+    return _Outcome(
+        tuple(example for part in made for example in part.examples),
+        max(len(ids) for ids, _ in conversations[0]),
+        cut_prompt=any(part.cut_prompt for part in made),
+        split=len(parts) > 1,
+    )
 
 
 def _cut(

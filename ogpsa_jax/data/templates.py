@@ -1,68 +1,30 @@
 """Chat templates, and which of the rendered tokens are the assistant's.
 
-The tokenizer's own template is used unless another is named. The assistant's tokens are found
-whether or not the template marks them with ``{% generation %}``. Whatever a model has to write
-itself is learnt: all that follows the generation prompt, up to and with the token that ends the
-answer, so that a model learns to stop.
+The tokenizer's own template is used unless another is named. The prompt of training is the prompt
+of use: for every turn that is learnt, a sequence begins with exactly the tokens that a model is
+given when it has to write that turn (``add_generation_prompt``). What follows them is learnt, up to
+and with the token that ends the turn. A turn for which the template does not allow this is refused
+with the two texts side by side.
 """
 
+import datetime
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from ogpsa_jax.data.built_in import BUILT_IN, template_source
 from ogpsa_jax.data.records import Message
 from ogpsa_jax.errors import InputError
 
-_CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# Written from the formats' public descriptions; each ends an answer with a token to stop at.
-BUILT_IN: dict[str, str] = {
-    "chatml": _CHATML,
-    "qwen": (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Qwen, created by "
-        "Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}{% endif %}" + _CHATML
-    ),
-    "llama3": (
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
-        "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-        "{% endif %}"
-    ),
-    "llama2": (
-        "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
-        "{% set ns.system = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}"
-        "{% elif m['role'] == 'user' %}"
-        "{{ bos_token + '[INST] ' + ns.system + m['content'] + ' [/INST]' }}"
-        "{% set ns.system = '' %}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}"
-        "{% endfor %}"
-    ),
-    "mistral": (
-        "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
-        "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}"
-        "{% elif m['role'] == 'user' %}{{ '[INST] ' + ns.system + m['content'] + ' [/INST]' }}"
-        "{% set ns.system = '' %}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}"
-        "{% endfor %}"
-    ),
-    "alpaca": (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
-        "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + "
-        "'\n\n### Response:\n' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-    ),
-    "vanilla": (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
-        "{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
-    ),
-}
 _PROBE = "\u27e8answer\u27e9"
 _MARKED = re.compile(r"\{%-?\s*generation\b")
-# Templates that print a date (Llama 3) print this one, whatever the day: a run that is resumed on
-# another day must see the same tokens. It is those templates' own default.
-_DATE = "26 Jul 2024"
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_THOUGHT = re.compile(r"</?think>")
+_SHOWN = 60  # characters that a message shows of each of two texts that differ
+# What templates print that ask for the day's date, unless the caller names a day: a score must not
+# depend on the day it is taken. It is the default of the templates that print one (Llama 3).
+DEFAULT_DATE = datetime.date(2024, 7, 26)
 
 Conversation = tuple[Sequence[Message], str]  # the turns, and where they stand
 Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are to be learnt
@@ -91,6 +53,15 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """An answer: what a model is given to write it, and the same text with the answer."""
+
+    prompt: str
+    whole: str
+    name: str  # for messages: the row, and the turn where the row has several
+
+
 class ChatTemplate:
     """Renders conversations and finds the assistant's part in them.
 
@@ -98,36 +69,55 @@ class ChatTemplate:
     the first conversation then raises :class:`InputError`.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        *,
+        date: datetime.date = DEFAULT_DATE,
+    ) -> None:
         """Check the template.
 
         Args:
           tokenizer: a fast tokenizer.
           template: a built-in name (see :data:`BUILT_IN`) or a jinja file; None: the tokenizer's.
+          date: what the template is told where it asks for today's date (``strftime_now``).
 
         Raises:
           InputError: no such template, or one that does not show what the assistant says.
         """
         self.tokenizer = tokenizer
-        self.source = _template_source(tokenizer, template)
+        self.source = template_source(tokenizer, template)
+        self._dated = _dated(self.source, date)
         bos = tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._stops = ({*special, *tokenizer.all_special_ids} - {bos}) | {tokenizer.eos_token_id}
-        self._marks = False
+        self._special = ({*special, *tokenizer.all_special_ids} - {bos}) | {tokenizer.eos_token_id}
+        self._marks, self._closing = False, ""
+        self._stops: tuple[int, ...] = (int(tokenizer.eos_token_id),)
         if self.source is None:
             return
         self._marks = bool(_MARKED.search(self.source))
-        asked = [Message("user", "a")]
-        # Whether the template writes the header of an answer when asked to.
-        self._prompts = self.render(asked, generation_prompt=True) != self.render(asked)
-        probe = self.render([*asked, Message("assistant", _PROBE)])
-        _, found, self._tail = probe.partition(_PROBE)
+        probe = self.render([Message("user", "a"), Message("assistant", _PROBE)])
+        _, found, self._closing = probe.rpartition(_PROBE)
         if not found:
             name = template or "the tokenizer's own"
             raise InputError(
                 f"template ({name}): it does not show what the assistant says; choose another."
             )
+        ending = [i for i in self._ids([self._closing])[0] if i in self._special]
+        self._stops = tuple(dict.fromkeys((*ending[:1], *self._stops)))
+
+    @property
+    def exported(self) -> str | None:
+        """The template for others to use, with BOS where the tokenizer leads texts with it.
+
+        Other programs render a chat without the tokenizer's own BOS.
+        """
+        if self.source is None or not self._bos:
+            return self.source
+        [ids] = self._ids([self.render([Message("user", "a")])])
+        return self.source if ids[:1] == self._bos else "{{ bos_token }}" + self.source
 
     def render(
         self,
@@ -147,42 +137,76 @@ class ChatTemplate:
         """Token ids of one conversation, and which of them are to be learnt.
 
         Raises:
-          InputError: the template yields no assistant token for this row.
+          InputError: the template yields no assistant token for this row, or a turn whose prompt in
+            training would not be the prompt of use, or several sequences (see :meth:`encode_all`).
         """
-        return self.encode_all([(messages, where)])[0]
+        [found] = self.encode_all([(messages, where)])
+        if isinstance(found, InputError):
+            raise found
+        if len(found) > 1:
+            raise InputError(
+                f"{where}: the chat template shows an earlier turn otherwise than when it is "
+                f"answered, so that the row comes to {len(found)} sequences; encode them with "
+                "encode_all, or mark the earlier answers as not learnt."
+            )
+        return found[0]
 
-    def encode_all(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """:meth:`encode` for many conversations, tokenised in one call."""
-        if not conversations:  # tokenizers refuse to do nothing
-            return []
-        found = self._tokenised(conversations)
+    def encode_all(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | InputError]:
+        """:meth:`encode` for many conversations, tokenised in one call.
+
+        Returns:
+          For each conversation its sequences, or why it cannot be learnt. There is one sequence
+          unless the template shows an earlier turn otherwise than when it is answered (Qwen3 drops
+          the thoughts of earlier turns): such a turn comes in a sequence of its own, which ends
+          with it.
+
+        Raises:
+          InputError: there is no template.
+        """
+        turns: list[list[_Turn] | InputError] = []
+        for messages, where in conversations:
+            self._require()
+            try:
+                turns.append(self._turns(messages, where))
+            except InputError as error:
+                turns.append(error)
+        asked = [turn for found in turns if not isinstance(found, InputError) for turn in found]
+        ids = iter(self._ids([text for turn in asked for text in (turn.prompt, turn.whole)]))
         return [
-            self._finished(ids, learnt, where)
-            for (ids, learnt), (_, where) in zip(found, conversations, strict=True)
+            found if isinstance(found, InputError) else self._sequences(found, ids)
+            for found in turns
         ]
 
     def stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer under this template, and what ends a document."""
-        eos = int(self.tokenizer.eos_token_id)
-        if self.source is None:
-            return (eos,)
-        ids, _ = self.encode([Message("user", "a"), Message("assistant", "b")], "template")
-        return tuple(dict.fromkeys((next(i for i in reversed(ids) if i in self._stops), eos)))
+        return self._stops
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the assistant starts to speak."""
-        text = self.render(messages, generation_prompt=True)
-        return self._begun(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self._begun(self._ids([self.render(messages, generation_prompt=True)])[0])
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a document, from BOS (where the tokenizer has one) to EOS."""
-        ids = self._begun(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        ids = self._begun(self._ids([text])[0])
         eos = self.tokenizer.eos_token_id
         return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:  # tokenizers refuse to do nothing
+            return []
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return [list(ids) for ids in found["input_ids"]]
 
     def _begun(self, ids: Sequence[int]) -> list[int]:
         """Led by BOS if the tokenizer wants it, and never by two."""
         return [*ids] if not self._bos or list(ids[:1]) == self._bos else [*self._bos, *ids]
+
+    def _require(self) -> None:
+        if self.source is None:
+            raise InputError(
+                f"{self.tokenizer.name_or_path}: the tokenizer has no chat template; set "
+                f"data.template to a jinja file or one of {', '.join(BUILT_IN)}."
+            )
 
     def _apply(
         self, messages: Sequence[Message], where: str, **options: Any
@@ -190,17 +214,13 @@ class ChatTemplate:
         """The conversation as text, and the parts of it that the template marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        if self.source is None:
-            raise InputError(
-                f"{self.tokenizer.name_or_path}: the tokenizer has no chat template; set "
-                f"data.template to a jinja file or one of {', '.join(BUILT_IN)}."
-            )
+        self._require()
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        given = {**self.tokenizer.special_tokens_map, "date_string": _DATE, **options}
+        given = {**self.tokenizer.special_tokens_map, **options}
         try:
             # Not apply_chat_template: its token mask fails on an empty part, and misses tokens
             # where a part ends with a character of several tokens.
-            texts, marks = render_jinja_template([turns], chat_template=self.source, **given)
+            texts, marks = render_jinja_template([turns], chat_template=self._dated, **given)
         except Exception as error:  # a template is a program: it may fail in every way
             raise InputError(
                 f"{where}: the chat template cannot render the conversation ({error}); mend the "
@@ -208,117 +228,184 @@ class ChatTemplate:
             ) from error
         return texts[0], marks[0] if marks else []
 
-    def _tokenised(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        texts, spans = [], []
-        for messages, where in conversations:
-            text, parts = self._apply(messages, where, return_assistant_tokens_mask=self._marks)
-            texts.append(text)
-            spans.append(parts if self._marks else self._spans(messages, text, where))
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+    def _turns(self, messages: Sequence[Message], where: str) -> list[_Turn]:
+        """The turns to be learnt.
+
+        Raises:
+          InputError: there is none, or the template does not let one be learnt as it is asked for.
+        """
         found = []
-        for ids, offsets, parts in zip(
-            encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
-        ):
-            first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
-            learnt = np.zeros(len(ids), bool)
-            for start, stop in parts:
-                if start < stop:
-                    learnt |= (first < stop) & (np.maximum(last, first + 1) > start)
-            found.append((list(ids), learnt.tolist()))
-        return found
-
-    def _spans(self, messages: Sequence[Message], text: str, where: str) -> list[tuple[int, int]]:
-        """Where in the text each answer stands, from its first character to the next turn."""
-        spans: list[tuple[int, int]] = []
-        for i, message in enumerate(messages):
-            if message.role != "assistant" or not message.learnt:
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        for i in answers:
+            if not messages[i].learnt:
                 continue
-            start = self._start(messages, i, text, spans[-1][1] if spans else 0)
-            upto = self.render(messages[: i + 1], where=where) if i + 1 < len(messages) else text
-            ended = len(upto) > start and text.startswith(upto)
-            stop = len(upto) if ended else len(text)
-            places = [
-                (at, -len(said))
-                for said in _variants(message.content)
-                if said and (at := text.find(said, start, stop)) >= 0
-            ]
-            if places and not ended:  # the last answer is treated otherwise, as in Qwen3's template
-                stop = min(places)[0] - min(places)[1]
-                stop += len(self._tail) if text.startswith(self._tail, stop) else 0
-            if not places:
+            name = f"{where}: turn {i + 1}" if len(answers) > 1 else where
+            prompt = self.render(messages[:i], generation_prompt=True, where=name)
+            whole, marks = self._apply(
+                messages[: i + 1], name, return_assistant_tokens_mask=self._marks
+            )
+            if not whole.startswith(prompt):
+                start = _common(prompt, whole)
                 raise InputError(
-                    f"{where}: the chat template changes or drops the assistant's text; set "
-                    "data.template to one that keeps it."
+                    f"{name}: a model that is asked for this answer is given a prompt that ends "
+                    f"with {_tail(prompt, start)!r}, but the chat template's training text goes on "
+                    f"with {_tail(whole, start)!r} there; set data.template to one whose training "
+                    "text begins with its prompt, or mend or remove the row."
                 )
-            spans.append((start, stop))
-        return spans
-
-    def _start(self, messages: Sequence[Message], i: int, text: str, floor: int) -> int:
-        """Where answer `i` begins: after the generation prompt, if the template writes one."""
-        before = self.render(messages[:i], generation_prompt=True)
-        led = text.startswith(before)
-        if led and self._prompts:
-            return len(before)
-        # The same conversation with an answer that no template alters shows what precedes it.
-        probe = self.render([*messages[:i], Message("assistant", _PROBE)])
-        head = probe.partition(_PROBE)[0]
-        if text.startswith(head):
-            # A space that the template puts before the answer, the model must write.
-            blank = led and not head[len(before) :].strip()
-            return len(before) if blank else len(head)
-        asked = messages[i - 1].content.strip()
-        after = max(text.find(asked, floor) + len(asked), floor)
-        found = (text.find(said, after) for said in _variants(messages[i].content) if said)
-        return min((at for at in found if at >= 0), default=after)
-
-    def _finished(self, ids: list[int], learnt: list[bool], where: str) -> Encoded:
-        """BOS in front, every answer ended by a token to stop at, nothing after the last one."""
-        begun = self._begun(ids)
-        learnt = [False] * (len(begun) - len(ids)) + learnt
-        ids = begun
-        if not any(learnt):
+            rest = whole[len(prompt) :]
+            marks = [(a - len(prompt), b - len(prompt)) for a, b in marks if len(prompt) < b > a]
+            if self._marks and not marks:
+                continue
+            self._check(messages[i].content, rest, marks, name)
+            found.append(_Turn(prompt, whole, name))
+        if not found:
             raise InputError(
                 f"{where}: the chat template yields no assistant token, so there is nothing to "
                 "learn; set data.template, or mend the row."
             )
-        ends = [i + 1 for i in range(len(ids)) if learnt[i] and not any(learnt[i + 1 : i + 2])]
-        for end in ends:
-            if end < len(ids) and not self._stopped(ids, end) and ids[end] in self._stops:
-                learnt[end] = True
-        last = ends[-1] + (1 if learnt[ends[-1] : ends[-1] + 1] == [True] else 0)
-        ids, learnt = ids[:last], learnt[:last]
-        if not self._stopped(ids, last):
-            ids, learnt = [*ids, self.tokenizer.eos_token_id], [*learnt, True]
-        return ids, learnt
+        return found
 
-    def _stopped(self, ids: Sequence[int], end: int) -> bool:
-        """Whether a token to stop at, and perhaps white space after it, precedes `end`."""
-        while end > 0 and ids[end - 1] not in self._stops:
-            if self.tokenizer.decode([ids[end - 1]]).strip():
-                return False
-            end -= 1
-        return end > 0
-
-
-def _variants(content: str) -> tuple[str, str, str]:
-    """How templates show an answer: as it is, stripped, or without the reasoning before it."""
-    return content, content.strip(), content.rpartition("</think>")[2].strip()
-
-
-def _template_source(tokenizer: Any, template: str | None) -> str | None:
-    if template in BUILT_IN:
-        return BUILT_IN[str(template)]
-    if template is not None:
-        try:
-            return Path(template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+    def _check(self, content: str, rest: str, marks: list[tuple[int, int]], name: str) -> None:
+        """Refuse an answer that the template alters, marks in part, or that holds its own end."""
+        body = rest.removesuffix(self._closing)
+        if not _shows(body, content):
             raise InputError(
-                f"data.template: '{template}' is neither a readable file nor one of "
-                f"{', '.join(BUILT_IN)}."
-            ) from error
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
-    return str(own) if own else None
+                f"{name}: the chat template changes or drops the assistant's text: the row says "
+                f"{_end(content)!r}, the template {_end(rest)!r}; set data.template to one that "
+                "keeps it, or mend the row."
+            )
+        added = self.tokenizer.added_tokens_decoder
+        for text in (added[i].content for i in self._stops if i in added):
+            if text in content:
+                raise InputError(
+                    f"{name}: the answer holds {text!r}, at which generation stops; take it out, "
+                    "or remove the row."
+                )
+        unmarked, at = "", 0
+        for start, stop in [*marks, (len(body), len(body))] if self._marks else []:
+            unmarked += body[at : max(start, at)]
+            at = max(at, stop)
+        if unmarked.strip():
+            raise InputError(
+                f"{name}: the chat template leaves {_end(unmarked)!r} of {_end(body)!r} out of "
+                "{% generation %}, but a model has to write it; mend the template, or set "
+                "data.template to another."
+            )
+
+    def _sequences(
+        self, turns: Sequence[_Turn], ids: Iterator[list[int]]
+    ) -> list[Encoded] | InputError:
+        """One sequence for all turns, and one for each that is shown otherwise in it."""
+        tokens = [(turn, next(ids), next(ids)) for turn in turns]
+        try:
+            spans = [self._span(*given) for given in tokens]
+        except InputError as error:
+            return error
+        found: list[Encoded] = []
+        for own, start, end in reversed(spans):
+            for whole, learnt in found:
+                if whole[:end] == own[:end]:
+                    stop = len(own) if whole[: len(own)] == own else end
+                    learnt[start:stop] = [True] * (stop - start)
+                    break
+            else:
+                found.append((own, [False] * start + [True] * (len(own) - start)))
+        return found[::-1]
+
+    def _span(
+        self, turn: _Turn, prompt_ids: list[int], whole_ids: list[int]
+    ) -> tuple[list[int], int, int]:
+        """Token ids up to the end of a turn, where its answer begins, and where it has ended.
+
+        The last two differ from the sequence's length by white space after the token that ends the
+        turn, which is learnt too (as in the official code).
+        """
+        prompt, ids = self._begun(prompt_ids), self._begun(whole_ids)
+        if ids[: len(prompt)] != prompt:
+            ids = [*prompt, *self._continued(turn, prompt, ids)]
+        start = len(prompt)
+        end = next((i + 1 for i in range(start, len(ids)) if ids[i] in self._stops), 0)
+        if not end:  # a turn that ends otherwise than the template's other turns, or not at all
+            end = len(ids)
+            while end > start and self._blank(ids[end - 1]):
+                end -= 1
+            if end == start or ids[end - 1] not in self._special:
+                ids = [*ids, self.tokenizer.eos_token_id]
+                end = len(ids)
+        stop = end
+        while stop < len(ids) and self._blank(ids[stop]):
+            stop += 1
+        return ids[:stop], start, end
+
+    def _continued(self, turn: _Turn, prompt: list[int], joined: list[int]) -> list[int]:
+        """The ids of an answer after its prompt, where the tokenizer would join the two.
+
+        As where an answer begins with a newline and the prompt ends with one: a model is given the
+        prompt's own tokens, so it is these that the sequence begins with.
+        """
+        rest = turn.whole[len(turn.prompt) :]
+        for before in ("", "\n"):  # a text's first word is otherwise given a space by some
+            head, ids = self._ids([before, before + rest])
+            ids, same = ids[len(head) :], ids[: len(head)] == head
+            if same and self._text([*prompt, *ids]) == self._text(joined):
+                return ids
+        start = _common(prompt, joined)
+        tails = [self.tokenizer.convert_ids_to_tokens(ids[start:][:8]) for ids in (prompt, joined)]
+        raise InputError(
+            f"{turn.name}: the tokens of the prompt end with {tails[0]}, but together with the "
+            f"answer they become {tails[1]}; take the white space from the beginning of the "
+            "answer, or from the end of the template's generation prompt."
+        )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _blank(self, token: int) -> bool:
+        return token not in self._special and not self._text([token]).strip()
+
+
+def _dated(source: str | None, date: datetime.date) -> str | None:
+    """The template with a day in the place of the day's date.
+
+    Raises:
+      InputError: it asks for the date in other ways than by a format that stands in it.
+    """
+    if source is None:
+        return None
+
+    def on_the_day(match: re.Match[str]) -> str:
+        return match[1] + date.strftime(match[2]) + match[1]
+
+    found = _TODAY.sub(on_the_day, source)
+    if re.search(r"\bstrftime_now\s*\(", found):
+        raise InputError(
+            "template: it calls strftime_now with something that is not a text, so that the date "
+            "cannot be kept the same for a whole run; write the format into the call."
+        )
+    return found
+
+
+def _shows(text: str, content: str) -> bool:
+    """Whether all that is said stands in the text, thoughts included, whatever surrounds them."""
+    at = 0
+    for part in _THOUGHT.split(content):
+        at = text.find(part.strip(), at)
+        if at < 0:
+            return False
+        at += len(part.strip())
+    return True
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How much of their beginning two sequences share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _tail(text: str, start: int) -> str:
+    """What a text says around the place where it differs from another."""
+    return text[max(start - _SHOWN // 3, 0) : start + _SHOWN]
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} … {text[-_SHOWN:]}"

@@ -35,7 +35,8 @@ def export(config: RunConfig, model: Decoder, target: str | Path) -> None:
     known = model.config.eos_token_ids
     taught = dict.fromkeys((*known, *template.stop_tokens()))
     model.config = dataclasses.replace(model.config, eos_token_ids=tuple(taught))
-    changed = config.model.tokenizer or config.data.template or len(taught) > len(known)
+    own = template.exported == template.source and not config.data.template
+    changed = config.model.tokenizer or not own or len(taught) > len(known)
     if model.source is None or not changed:
         save_pretrained(model, target)
         return
@@ -54,8 +55,8 @@ def _companions(
         copy_companions(own, folder)
         for path in (origin / "config.json", *origin.glob("*.safetensors*")):
             (folder / path.name).symlink_to(path.resolve())
-        if config.data.template:
-            (folder / _TEMPLATE).write_text(str(template.source), encoding="utf-8")
+        if config.data.template or template.exported != template.source:
+            (folder / _TEMPLATE).write_text(str(template.exported), encoding="utf-8")
         generation = origin / _GENERATION
         settings = read_json(generation) if generation.exists() else {}
         text = json.dumps({**settings, "eos_token_id": stops}, indent=2) + "\n"

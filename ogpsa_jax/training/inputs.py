@@ -1,23 +1,55 @@
 """A run goes on with the data and the model it began with, or not at all."""
 
+import datetime
 import hashlib
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from ogpsa_jax.data import digest
+from ogpsa_jax.data import DEFAULT_DATE, digest
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json, write_whole
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.prepare import RunData
 
+_INPUTS = "inputs.json"
+_REMEDY = "delete the file to go on with what is there now"
 _SAMPLE = 1 << 20  # bytes of a weights file that are read at each of three places
+
+
+def run_date(run_dir: Path) -> datetime.date:
+    """The day that chat templates print which ask for today's: the one on which the run began.
+
+    Raises:
+      InputError: the file that keeps it cannot be read.
+    """
+    path = run_dir / _INPUTS
+    if path.exists():
+        kept = read_json(path, _REMEDY).get("date", DEFAULT_DATE.isoformat())
+        try:
+            return datetime.date.fromisoformat(kept)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: date must be a day such as 2031-12-04, not {kept!r}; {_REMEDY}."
+            ) from error
+    days = _today().toordinal()
+    if jax.process_count() > 1:  # it may be midnight
+        days = int(multihost_utils.broadcast_one_to_all(np.int32(days)))
+    return datetime.date.fromordinal(days)
+
+
+def _today() -> datetime.date:
+    return datetime.date.today()
 
 
 def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
     """Compare what the run is given with ``inputs.json``; write that where it is missing.
+
+    The day that its templates print is written with it, see :func:`run_date`.
 
     Of the data every token counts, and whether it is learnt, which is all that files, template and
     tokenizer come to. Of a model's weights, samples of every file.
@@ -30,7 +62,7 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
     Raises:
       InputError: something is not what the run began with.
     """
-    path = run_dir / "inputs.json"
+    path = run_dir / _INPUTS
     now = {
         "data.train": digest(data.train),
         **{f"references.sets.{i}": digest(rows) for i, rows in enumerate(data.references)},
@@ -42,9 +74,10 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
         now["dpo.reference_model"] = _model_digest(reference_model)
     if not path.exists():
         if jax.process_index() == 0:
-            write_whole(path, json.dumps(now, indent=1) + "\n")
+            kept = {**now, "date": data.date.isoformat()}
+            write_whole(path, json.dumps(kept, indent=1) + "\n")
         return
-    before = read_json(path, "delete the file to go on with what is there now")
+    before = read_json(path, _REMEDY)
     for name, value in now.items():
         if before.get(name) != value:
             raise InputError(

@@ -1,6 +1,7 @@
 """From a configuration to what the loop needs: data first, checked whole, then the model."""
 
 import dataclasses
+import datetime
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ogpsa_jax.data import (
+    DEFAULT_DATE,
     ChatTemplate,
     DataReport,
     DataSource,
@@ -47,13 +49,14 @@ _MOST_ROWS = 10**8  # a run's rows are laid out before its first step
 
 @dataclass(frozen=True)
 class RunData:
-    """All examples of a run."""
+    """All examples of a run, and the day that its chat template prints."""
 
     train: list[Example]
     references: list[list[Example]]
     evaluations: dict[str, list[Example]]
     reports: dict[str, DataReport]
     warnings: list[str]
+    date: datetime.date = DEFAULT_DATE
 
     def report(self) -> dict[str, dict[str, int]]:
         """Counts for the summary, by data set."""
@@ -70,6 +73,12 @@ def data_warnings(reports: Mapping[str, DataReport], section: DataSection, limit
     """
     found = []
     for name, report in reports.items():
+        if report.split:
+            found.append(
+                f"{name}: {report.split} conversations became several examples each, because the "
+                "chat template shows an earlier turn otherwise than when it is answered; another "
+                "data.template may not"
+            )
         if left_out := report.refused:
             others = ", ..." if left_out[1:] else ""
             found.append(
@@ -87,8 +96,15 @@ def data_warnings(reports: Mapping[str, DataReport], section: DataSection, limit
     return found
 
 
-def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
+def prepare_data(
+    config: RunConfig, model: DecoderConfig, date: datetime.date = DEFAULT_DATE
+) -> RunData:
     """Read, validate and tokenise every data set of the run.
+
+    Args:
+      config: the run's settings.
+      model: the architecture.
+      date: what a chat template is told that asks for today's date.
 
     Raises:
       InputError: anything wrong in any of them, or a tokenizer that does not fit the model.
@@ -101,7 +117,7 @@ def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
             f"max_position_embeddings ({model.max_position_embeddings}); lower it."
         )
     tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
-    template = ChatTemplate(tokenizer, config.data.template)
+    template = ChatTemplate(tokenizer, config.data.template, date=date)
     reports: dict[str, DataReport] = {}
 
     def read(
@@ -155,7 +171,7 @@ def prepare_data(config: RunConfig, model: DecoderConfig) -> RunData:
     warnings = data_warnings(reports, config.data, model.max_position_embeddings)
     for warning in warnings:
         logger.warning("%s", warning)
-    return RunData(train, references, evaluations, reports, warnings)
+    return RunData(train, references, evaluations, reports, warnings, date)
 
 
 def data_source(section: SourceSection) -> DataSource:

@@ -22,7 +22,7 @@ from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.export import export
-from ogpsa_jax.training.inputs import check_same_inputs
+from ogpsa_jax.training.inputs import check_same_inputs, run_date
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
 from ogpsa_jax.training.metrics import Line, draw_curves, find_problems
@@ -127,7 +127,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    data = prepare_data(config, model_config(config))
+    data = prepare_data(config, model_config(config), run_date(run_dir))
     policy = functools.cache(functools.partial(prepare_model, config, mesh))
     data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ MARKED = (
     "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-HEADERLESS = BUILT_IN["chatml"].partition("{% if add_generation_prompt %}")[0]
 
 
 def conversation(rng: random.Random, *, turns: int | None = None, system: bool = True):
@@ -89,29 +89,33 @@ def test_every_answer_with_its_end_and_nothing_else_is_learnt(
         assert tokenizer.decode(ids).startswith(template.render(turns).rstrip())
 
 
-@pytest.mark.parametrize("template", ["chatml", "headerless", "marked", "qwen3"])
+@pytest.mark.parametrize("template", ["chatml", "marked"])
 def test_answers_are_found_by_whatever_means_the_template_leaves(
     template: str, make_tokenizer: Maker, rng: random.Random, tmp_path: Path
 ) -> None:
-    sources = {"headerless": HEADERLESS, "marked": MARKED, "qwen3": QWEN3_LIKE}
     tokenizer = make_tokenizer(eos="<|im_end|>")
-    name = template
-    if template in sources:
-        (tmp_path / "template.jinja").write_text(sources[template])
-        name = str(tmp_path / "template.jinja")
-    chat = ChatTemplate(tokenizer, name)
+    (tmp_path / "template.jinja").write_text(MARKED)
+    chat = ChatTemplate(
+        tokenizer, template if template == "chatml" else str(tmp_path / "template.jinja")
+    )
     for _ in range(40):
         turns = conversation(rng)
         parts = learnt_parts(tokenizer, *chat.encode(turns, "row"))
         answers = [turn.content for turn in turns if turn.role == "assistant"]
-        if template == "qwen3":
-            answers = [answer.strip() for answer in answers]
-            answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]
-        assert [part.removesuffix("\n").removesuffix("<|im_end|>") for part in parts] == answers
-        assert all(part.removesuffix("\n").endswith("<|im_end|>") for part in parts)
+        assert parts == [f"{answer}<|im_end|>\n" for answer in answers]
 
 
-def test_reasoning_is_learnt_in_the_last_turn_and_absent_before(
+def test_a_header_that_the_prompt_does_not_hold_is_learnt(
+    make_tokenizer: Maker, tmp_path: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text(BUILT_IN["chatml"].partition("{% if add_generation")[0])
+    tokenizer = make_tokenizer(eos="<|im_end|>")
+    turns = [Message("user", "q"), Message("assistant", "a")]
+    encoded = ChatTemplate(tokenizer, str(tmp_path / "t.jinja")).encode(turns, "row")
+    assert learnt_parts(tokenizer, *encoded) == ["<|im_start|>assistant\na<|im_end|>\n"]
+
+
+def test_reasoning_is_learnt_in_every_turn_though_it_is_absent_from_later_prompts(
     make_tokenizer: Maker, tmp_path: Path
 ) -> None:
     (tmp_path / "t.jinja").write_text(QWEN3_LIKE)
@@ -122,24 +126,27 @@ def test_reasoning_is_learnt_in_the_last_turn_and_absent_before(
         Message("user", "hi"),
         Message("assistant", "<think>why hi</think>k"),
     ]
-    encoded = ChatTemplate(tokenizer, str(tmp_path / "t.jinja")).encode(turns, "row")
-    assert learnt_parts(tokenizer, *encoded) == [
-        "think<|im_end|>\n",
-        "<think>\nwhy hi\n</think>\n\nk<|im_end|>\n",
-    ]
+    chat = ChatTemplate(tokenizer, str(tmp_path / "t.jinja"))
+    [first, last] = chat.encode_all([(turns, "row")])[0]  # type: ignore[misc]
+    assert learnt_parts(tokenizer, *first) == ["<think>\nwhy k\n</think>\n\nthink<|im_end|>\n"]
+    assert learnt_parts(tokenizer, *last) == ["<think>\nwhy hi\n</think>\n\nk<|im_end|>\n"]
+    assert "why k" not in tokenizer.decode(last[0])
 
 
-def test_generation_prompt_that_opens_a_thought_does_not_hide_the_answer(
+def test_generation_prompt_that_opens_a_thought_is_refused_where_no_row_has_one(
     make_tokenizer: Maker, tmp_path: Path
 ) -> None:
     opened = BUILT_IN["chatml"].replace(
         "assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"
     )
     (tmp_path / "t.jinja").write_text(opened)
-    tokenizer = make_tokenizer(eos="<|im_end|>")
+    chat = ChatTemplate(make_tokenizer(eos="<|im_end|>"), str(tmp_path / "t.jinja"))
     turns = [Message("user", "is a in assistant?"), Message("assistant", "a")]
-    encoded = ChatTemplate(tokenizer, str(tmp_path / "t.jinja")).encode(turns, "row")
-    assert learnt_parts(tokenizer, *encoded) == ["a<|im_end|>\n"]
+    with pytest.raises(InputError, match=r"<think>.n'.*goes on with .*assistant.na<.im_end"):
+        chat.encode(turns, "row")
+    thinking = [turns[0], Message("assistant", "<think>\nwhy</think>a")]
+    parts = learnt_parts(chat.tokenizer, *chat.encode(thinking, "row"))
+    assert parts == ["why</think>a<|im_end|>\n"]
 
 
 def test_end_token_is_appended_where_the_template_writes_none(
@@ -185,7 +192,7 @@ def test_prompt_tokens_precede_the_answer(make_tokenizer: Maker, rng: random.Ran
 def test_a_batch_is_encoded_as_its_rows_are(make_tokenizer: Maker, rng: random.Random) -> None:
     chat = ChatTemplate(make_tokenizer(eos="<|im_end|>"), "qwen")
     rows = [(conversation(rng), f"row {i}") for i in range(7)]
-    assert chat.encode_all(rows) == [chat.encode(*row) for row in rows]
+    assert chat.encode_all(rows) == [[chat.encode(*row)] for row in rows]
 
 
 def test_plain_text_needs_no_template_but_a_conversation_does(make_tokenizer: Maker) -> None:
@@ -287,7 +294,8 @@ def test_real_tokenizers_render_as_they_do_themselves(
     tokenizer = load_tokenizer(str(real_data / "data" / "tokenizers" / name))
     chat = ChatTemplate(tokenizer)
     for _ in range(20):
-        turns = conversation(rng)
+        # An answer that begins with white space joins its header there, see test_prompts.
+        turns = [replace(turn, content=turn.content.strip()) for turn in conversation(rng)]
         ids, learnt = chat.encode(turns, "row")
         theirs = tokenizer.apply_chat_template(
             [{"role": t.role, "content": t.content} for t in turns], return_dict=True

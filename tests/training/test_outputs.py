@@ -1,5 +1,6 @@
 """What a run leaves behind, and what it says when the projection does nothing."""
 
+import datetime
 import json
 import math
 import shutil
@@ -13,11 +14,11 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
-from ogpsa_jax.data import BUILT_IN, load_tokenizer
+from ogpsa_jax.data import BUILT_IN, ChatTemplate, digest, load_tokenizer
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import save_lora
 from ogpsa_jax.models.config import read_config
-from ogpsa_jax.training import run
+from ogpsa_jax.training import inputs, run
 from ogpsa_jax.training.config import MeshSection
 from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.export import export
@@ -183,13 +184,50 @@ def test_an_export_brings_the_template_and_the_stop_tokens_of_the_training(
     model = prepare_model(config, make_mesh(MeshSection(fsdp=jax.device_count())))
     export(config, model, tmp_path / "out")
     tokenizer = load_tokenizer(str(tmp_path / "out"))
-    assert tokenizer.chat_template == BUILT_IN["alpaca"]
+    assert tokenizer.chat_template == ChatTemplate(tokenizer, "alpaca").exported
     assert (tmp_path / "out" / "added_tokens.json").exists()
     assert read_config(tmp_path / "out").eos_token_ids == (5, tokenizer.eos_token_id)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 0
     weights = [load_file(tmp_path / f / "model.safetensors") for f in ("model", "out")]
     for name, tensor in weights[0].items():
         np.testing.assert_array_equal(weights[1][name], tensor)
+
+
+def test_a_template_that_prints_the_date_prints_the_day_the_run_began(
+    configured, tmp_path, monkeypatch
+):
+    source = "{{ strftime_now('%d %b %Y') + '\\n' }}" + BUILT_IN["chatml"]
+    (tmp_path / "dated.jinja").write_text(source)
+    config = configured(tmp_path / "run", f"data.template={tmp_path / 'dated.jinja'}")
+    (tmp_path / "run").mkdir()
+
+    def on(year: int):
+        monkeypatch.setattr(inputs, "_today", lambda: datetime.date(year, 12, 4))
+        date = inputs.run_date(tmp_path / "run")
+        return prepare_data(config, model_config(config), date)
+
+    tokenizer = load_tokenizer(str(config.model.path))
+    first, other = on(2031), on(2032)
+    assert tokenizer.decode(first.train[0].sequences[0].ids).startswith("04 Dec 2031\n")
+    assert digest(first.train) != digest(other.train)
+    inputs.check_same_inputs(tmp_path / "run", config, first)
+    resumed = on(2032)
+    inputs.check_same_inputs(tmp_path / "run", config, resumed)
+    assert digest(resumed.train) == digest(first.train)
+
+    class Reached(Exception):
+        pass
+
+    def prepared(config, model, date):
+        raise Reached(date)
+
+    monkeypatch.setattr(run, "prepare_data", prepared)
+    with pytest.raises(Reached, match="2031-12-04"):
+        run.train(config)
+    path = tmp_path / "run" / "inputs.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"date": "Monday"}))
+    with pytest.raises(InputError, match="date must be a day such as 2031-12-04, not 'Monday'"):
+        on(2033)
 
 
 def test_the_dropout_of_the_configuration_holds_with_an_adapter(configured, tmp_path):
