@@ -113,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
         help="default: all fsdp",
     )
     evaluate.add_argument("--template", help="chat template: built-in name or jinja file")
+    evaluate.add_argument(
+        "--judge",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the suite's judge, as in max_completion_tokens=2000 temperature=null",
+    )
     evaluate.add_argument("--label", help="how reports call the model")
     evaluate.add_argument(
         "--method",
@@ -176,6 +183,20 @@ def _place(text: str) -> Path:
     return Path(text)
 
 
+def _setting(text: str) -> tuple[str, object]:
+    """A setting KEY=VALUE, its value read as YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    try:
+        if not (key and equals):
+            raise ValueError("there is no key, or no =")
+        return key, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--judge: {text!r} is no KEY=VALUE ({reason}).") from error
+
+
 def _train(parsed: argparse.Namespace) -> None:
     from ogpsa_jax.training.config_file import schema_lines
 
@@ -216,6 +237,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         dtype=parsed.dtype,
         mesh=None if parsed.mesh is None else tuple(parsed.mesh),
         template=parsed.template,
+        judge=dict(map(_setting, parsed.judge)),
         label=parsed.label,
         method=parsed.method,
         stage=parsed.stage,

@@ -7,10 +7,9 @@ have no line; one with other weights or settings finds no line with its keys and
 
 import hashlib
 import json
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,9 @@ from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
 from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.evaluation.progress import Progress
 from ogpsa_jax.evaluation.provenance import Provenance, find_run, provenance
-from ogpsa_jax.evaluation.records import Record, write_records
-from ogpsa_jax.evaluation.refusal import RULES, Refusal, classify_refusal
+from ogpsa_jax.evaluation.records import write_records
+from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
+from ogpsa_jax.evaluation.results import ANSWERS, NOT_ASKED, results_text, summary
 from ogpsa_jax.evaluation.suite import (
     OverRefusalTask,
     RefusalTask,
@@ -29,17 +29,13 @@ from ogpsa_jax.evaluation.suite import (
     Task,
     load_suite,
 )
-from ogpsa_jax.evaluation.tables import HEADLINE
-from ogpsa_jax.evaluation.tasks import Outcome, TaskResult, run_items, summarise
+from ogpsa_jax.evaluation.tasks import UNJUDGED, Outcome, TaskResult, run_items, summarise
 from ogpsa_jax.files import make_folder, only_writer, read_json
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.judge import Judge
 
-# What the model's answers do not depend on. Who judges them is told by their lines.
-_NOT_IN_KEY = {"name", "path", "limit", "where", "score", "seed", "judge"}
-# Counts up when other parts of what a model writes are kept or matched.
-_ANSWERS = "answers 2"
+__all__ = ["ItemLog", "evaluate", "results_text", "run_suite"]
 
 
 def evaluate(
@@ -51,6 +47,7 @@ def evaluate(
     dtype: str = "auto",
     mesh: tuple[int, int, int] | None = None,
     template: str | None = None,
+    judge: Mapping[str, Any] | None = None,
     label: str | None = None,
     method: str | None = None,
     stage: str | None = None,
@@ -68,6 +65,7 @@ def evaluate(
       dtype: of computation and weights; ``auto``: float32 on CPU, else bfloat16.
       mesh: devices along the axes data, fsdp and tensor; by default all along fsdp.
       template: chat template, where the tokenizer's own is not the one.
+      judge: settings that take the place of the suite's own under ``judge``.
       label: how the report calls the model; by default the run's name, or the folder's.
       method: as in :class:`Record`; by default what the run's configuration says.
       stage: the same.
@@ -82,7 +80,7 @@ def evaluate(
       InputError: a suite, a data file, a model or a judge that is not as it must be. All files are
         read and checked before the model is loaded.
     """
-    loaded = load_suite(suite)
+    loaded = load_suite(suite, judge)
     items = {task.name: read_items(loaded, task) for task in loaded.tasks}
     origin = provenance(model)
     named = Provenance(
@@ -101,7 +99,7 @@ def evaluate(
         _check_own_results(output, model)
     make_folder(output)
     with only_writer(output):
-        judge = _judge(loaded, output)
+        asked = _judge(loaded, output)
         opened = open_model(model, dtype=dtype, mesh=mesh, template=template, batch_size=batch_size)
         results = run_suite(
             opened,
@@ -109,7 +107,7 @@ def evaluate(
             items,
             output,
             named,
-            judge=judge,
+            judge=asked,
             batch_size=batch_size,
             progress=progress,
         )
@@ -183,9 +181,9 @@ def run_suite(
                     f"{output_dir / 'items.jsonl'}: holds outcomes of task {task.name} that are "
                     "none; remove the file, and the same command makes it anew."
                 ) from error
-    report = _report(model, suite, results, named)
-    extra = {**report, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
-    record = _record(suite, results, named)
+    asked = None if judge is None else judge.name
+    content, record = summary(model, suite, items, results, named, asked)
+    extra = {**content, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
     write_records(output_dir / "results.json", [record], extra)
     return {**extra, "records": [record.model_dump()]}
 
@@ -235,22 +233,6 @@ class ItemLog:
         os.fsync(self._file.fileno())
 
 
-def results_text(results: dict[str, Any]) -> str:
-    """Results for a terminal: a line per task, then the scores."""
-    lines = [f"{results['model']}, suite {results['suite']}"]
-    width = max(len(name) for name in [*results["tasks"], *results["scores"]])
-    for name, task in results["tasks"].items():
-        low, high = task["interval"]
-        shown = f"{task['value']:.3f} [{low:.3f}, {high:.3f}]"
-        if task["kind"] == "perplexity":
-            shown += f" = 1 / perplexity ({task['details']['perplexity']:.3f})"
-        kind = task["kind"].replace("_", " ")
-        lines.append(f"  {name:<{width}}  {shown}  {kind}, {task['items']} items")
-    for name, value in results["scores"].items():
-        lines.append(f"{name:<{width + 2}}  {value:.3f}")
-    return "\n".join(lines)
-
-
 def _default_output(model: str | Path, suite: Suite) -> Path:
     run = find_run(model)
     if run is not None:
@@ -292,7 +274,7 @@ def _keys(
     model: LanguageModel, suite: Suite, task: Task, items: Sequence[Item], batch_size: int
 ) -> list[str]:
     """A hash for each item of all that its outcome depends on."""
-    shared = [_ANSWERS, model.fingerprint, _chat(model, task), task.model_dump(exclude=_NOT_IN_KEY)]
+    shared = [ANSWERS, model.fingerprint, _chat(model, task), task.model_dump(exclude=NOT_ASKED)]
     keys = []
     for place, item in enumerate(items):
         # What is sampled depends on the seed and on the place in the batch.
@@ -329,13 +311,18 @@ def _judge_items(
 ) -> None:
     """Judge the answers that this judge, or these rules, have not judged yet."""
     name = RULES if judge is None else judge.name
-    waiting = [i for i, key in enumerate(keys) if log.outcomes[key].get("judge") != name]
+    outcomes = [log.outcomes[key] for key in keys]
+    waiting = [
+        i
+        for i, outcome in enumerate(outcomes)
+        if outcome.get("judge") != name or outcome.get("judgement") == UNJUDGED
+    ]
     if not waiting:
         return
     bar = bars.task(f"{task.name}, judge", len(keys))
     bar.at(len(keys) - len(waiting))
 
-    def done(number: int, verdict: Refusal) -> None:
+    def done(number: int, verdict: str) -> None:
         i = waiting[number]
         log.add(task.name, [(items[i], keys[i])], [{"judgement": verdict, "judge": name}])
         bar.more(1)
@@ -346,49 +333,3 @@ def _judge_items(
         return
     for number, (_, answer) in enumerate(pairs):
         done(number, classify_refusal(answer))
-
-
-def _report(
-    model: LanguageModel, suite: Suite, results: dict[str, TaskResult], named: Provenance
-) -> dict[str, Any]:
-    return {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "suite": suite.name,
-        "tasks": {name: result.__dict__ for name, result in results.items()},
-        "scores": _scores(suite, results)[0],
-        "confidence": 0.95,
-        "label": named.label,
-    }
-
-
-def _scores(
-    suite: Suite, results: dict[str, TaskResult]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The mean of the tasks that count towards each score, and its standard error."""
-    scores, errors = {}, {}
-    for name in ("general", "safety", "over_refusal"):
-        own = [results[task.name] for task in suite.tasks if task.score == name]
-        if own:
-            scores[name] = sum(result.value for result in own) / len(own)
-            errors[name] = math.sqrt(sum(r.standard_error**2 for r in own)) / len(own)
-    if "over_refusal" in scores:
-        scores["benign_compliance"] = 1 - scores["over_refusal"]
-        errors["benign_compliance"] = errors["over_refusal"]
-    return scores, errors
-
-
-def _record(suite: Suite, results: dict[str, TaskResult], named: Provenance) -> Record:
-    scores, errors = _scores(suite, results)
-    for name, result in results.items():
-        if name not in HEADLINE:
-            scores[name], errors[name] = result.value, result.standard_error
-    return Record(
-        label=named.label,
-        method=named.method,
-        stage=named.stage,
-        seed=named.seed,
-        scores=scores,
-        spread=errors,
-        cost=named.cost,
-    )

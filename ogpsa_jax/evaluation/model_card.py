@@ -181,11 +181,12 @@ def _score_rows(run: Run) -> list[list[str]]:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
             for name, task in results["tasks"].items():
-                low, high = task["interval"]
+                interval = "–"
+                if task["interval"] is not None:
+                    interval = " – ".join(_number(end) for end in task["interval"])
                 kind, value = task["kind"].replace("_", " "), _number(task["value"])
                 if task["kind"] == "perplexity":
                     kind = "1 / perplexity"
-                interval = f"{_number(low)} – {_number(high)}"
                 rows.append([results["suite"], name, kind, str(task["items"]), value, interval])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(

@@ -65,6 +65,10 @@ class Record(_Strict):
         default_factory=dict,
         description="standard errors of scores over the items of this run, where measured",
     )
+    definitions: dict[str, str] = Field(
+        default_factory=dict,
+        description="how each score was measured; only equal definitions share a column",
+    )
     cost: Cost = Cost()
 
 
@@ -112,6 +116,25 @@ def read_records(run: str | Path) -> list[Record]:
     return _merged([record for file in files for record in _file_records(file)], path)
 
 
+def check_definitions(records: Iterable[Record]) -> None:
+    """Refuse records in which a score of one name was measured in two ways.
+
+    Raises:
+      InputError: names the score, two of the records, and how each was measured.
+    """
+    first: dict[str, Record] = {}
+    for record in records:
+        for name in record.scores:
+            other = first.setdefault(name, record)
+            here, there = (each.definitions.get(name, "not told") for each in (record, other))
+            if here != there:
+                raise InputError(
+                    f"report: the score {name} is not the same quantity in {other.label!r} "
+                    f"({there}) and {record.label!r} ({here}); evaluate both with the same suite "
+                    "and judge, or report them apart."
+                )
+
+
 def _file_records(path: Path) -> list[Record]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -153,10 +176,12 @@ def _merged(records: list[Record], where: Path) -> list[Record]:
                     f"({before.scores[name]:.3f} and {record.scores[name]:.3f}); report the "
                     "results.json of one of them."
                 )
+        check_definitions([before, record])
         joined[key] = before.model_copy(
             update={
                 "scores": {**before.scores, **record.scores},
                 "spread": {**before.spread, **record.spread},
+                "definitions": {**before.definitions, **record.definitions},
             }
         )
     return list(joined.values())

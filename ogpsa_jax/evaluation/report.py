@@ -7,7 +7,7 @@ from pathlib import Path
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.figure import pareto_figure
 from ogpsa_jax.evaluation.page import figure_html, html_page, table_html
-from ogpsa_jax.evaluation.records import Record, read_records
+from ogpsa_jax.evaluation.records import Record, check_definitions, read_records
 from ogpsa_jax.evaluation.tables import SAFETY_TOLERANCE, csv_table, markdown_table
 from ogpsa_jax.files import make_folder, write_whole
 
@@ -43,6 +43,7 @@ def report(
                 f"report: {count} of the results are of {label!r}, stage {stage}, seed {seed}; "
                 "name each run once, and evaluate different ones under different --label."
             )
+    check_definitions(records)
     if not any({"general", "safety"} <= record.scores.keys() for record in records):
         known = sorted({name for record in records for name in record.scores})
         raise InputError(

@@ -3,8 +3,10 @@
 import difflib
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -154,9 +156,21 @@ class JudgeSettings(_Section):
         "OPENAI_API_KEY", description="environment variable that holds the key; null: none needed"
     )
     concurrency: PositiveInt = Field(4, description="requests under way at a time")
-    timeout: FiniteFloat = Field(60.0, gt=0, description="seconds a request may take")
+    timeout: FiniteFloat = Field(
+        60.0, gt=0, description="seconds a request may take, its reply included"
+    )
     attempts: PositiveInt = Field(6, description="how often a request is tried")
-    max_tokens: PositiveInt = Field(512, description="of the judge's reply")
+    temperature: FiniteFloat | None = Field(0.0, ge=0, description="null: not sent")
+    max_tokens: PositiveInt | None = Field(
+        None, description="of the judge's reply; null: 512, or not sent with the next key"
+    )
+    max_completion_tokens: PositiveInt | None = Field(
+        None, description="the same for models that think, thoughts included"
+    )
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further fields of a request, as in {reasoning_effort: low}",
+    )
 
     @model_validator(mode="after")
     def _no_secret(self) -> "JudgeSettings":
@@ -165,7 +179,27 @@ class JudgeSettings(_Section):
                 "base_url must be an http(s) address without user, query or fragment; keys come "
                 "from the environment"
             )
+        try:
+            parts = urlsplit(self.base_url)
+            host, _ = (parts.hostname or "").encode("idna"), parts.port
+        except ValueError as error:
+            raise ValueError(f"base_url is no address ({error})") from error
+        if not host:
+            raise ValueError("base_url names no host")
+        own = {*JudgeSettings.model_fields, "messages", "stream"} & self.extra_body.keys()
+        if own:
+            raise ValueError(f"extra_body must not hold {min(own)}; set it beside extra_body")
         return self
+
+    def fields(self) -> dict[str, Any]:
+        """What a request holds besides model and messages."""
+        shortest = 512 if self.max_completion_tokens is None else None
+        sent = {
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens or shortest,
+            "max_completion_tokens": self.max_completion_tokens,
+        }
+        return {name: value for name, value in sent.items() if value is not None} | self.extra_body
 
 
 class Suite(_Section):
@@ -188,8 +222,12 @@ class Suite(_Section):
         return self
 
 
-def load_suite(path: str | Path) -> Suite:
+def load_suite(path: str | Path, judge: Mapping[str, Any] | None = None) -> Suite:
     """Read a suite; paths in it become absolute, ``${NAME:-default}`` comes from the environment.
+
+    Args:
+      path: YAML file.
+      judge: settings that take the place of those under the file's ``judge``.
 
     Raises:
       InputError: unreadable, an unknown key, a wrong value or a missing file; names file, line, key
@@ -200,7 +238,10 @@ def load_suite(path: str | Path) -> Suite:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected the keys `name` and `tasks`.")
     try:
-        suite = Suite.model_validate(expand_environment(raw, path))
+        expanded = expand_environment(raw, path)
+        if judge:
+            expanded = {**expanded, "judge": {**(expanded.get("judge") or {}), **judge}}
+        suite = Suite.model_validate(expanded)
     except ValidationError as error:
         raise InputError(_sentence(error.errors()[0], path, root)) from error
     tasks = []

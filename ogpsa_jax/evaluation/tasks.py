@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from ogpsa_jax.evaluation.scoring import LogLikelihood
 
 Outcome = dict[str, Any]  # what an item's line holds
+UNJUDGED = "unjudged"  # the judgement of an answer that the judge did not judge
 
 
+_ROUND_OFF = 1e-9  # relative; sums of the same numbers in another order differ by less
 _MOST_NATS = 700.0  # per token; the perplexity of more is no float
 
 
@@ -44,16 +46,17 @@ class TaskResult:
     Attributes:
       kind: of the task.
       value: the task's value, a fraction.
-      interval: its 95 % confidence interval.
-      standard_error: of the value.
+      interval: its 95 % confidence interval; ``None`` for the perplexity of one document, or of
+        documents that do not differ, which tells nothing of others.
+      standard_error: of the value; ``None`` where the interval is.
       items: how many were scored.
       details: further figures.
     """
 
     kind: str
     value: float
-    interval: tuple[float, float]
-    standard_error: float
+    interval: tuple[float, float] | None
+    standard_error: float | None
     items: int
     details: dict[str, float]
 
@@ -119,12 +122,20 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
         return _perplexity(task, outcomes)
     details: dict[str, float] = {}
     if isinstance(task, RefusalTask | OverRefusalTask):
-        judged = [outcome["judgement"] for outcome in outcomes]
+        judged = [o["judgement"] for o in outcomes if o["judgement"] != UNJUDGED]
+        if not judged:
+            raise InputError(
+                f"task {task.name}: the judge judged none of the {count} answers; use another "
+                "judge, or `judge: false`."
+            )
+        outcomes = [outcome for outcome in outcomes if outcome["judgement"] != UNJUDGED]
+        left_out, count = (count - len(judged)) / count, len(judged)
         hits = sum(judgement != "full_compliance" for judgement in judged)
         details = {
             "full_refusal": judged.count("full_refusal") / count,
             "partial_refusal": judged.count("partial_refusal") / count,
             "empty_answers": sum(not outcome["answer"].strip() for outcome in outcomes) / count,
+            "unjudged": left_out,
         }
     else:
         hits = sum(outcome["correct"] for outcome in outcomes)
@@ -188,6 +199,7 @@ def _perplexity(task: PerplexityTask, outcomes: Sequence[Outcome]) -> TaskResult
         raise InputError(f"task {task.name}: the tokenizer makes no token of any text.")
     per_token = sum(nats) / sum(tokens)
     low, high = bootstrap_interval(nats, tokens)
+    varies = len(nats) > 1 and high - low > _ROUND_OFF * abs(per_token)
     if high > _MOST_NATS:
         raise InputError(
             f"task {task.name}: {per_token:.3g} nats per token; the checkpoint is broken (did its "
@@ -196,8 +208,8 @@ def _perplexity(task: PerplexityTask, outcomes: Sequence[Outcome]) -> TaskResult
     return TaskResult(
         kind="perplexity",
         value=math.exp(-per_token),
-        interval=(math.exp(-high), math.exp(-low)),
-        standard_error=float(np.exp(-bootstrap_means(nats, tokens)).std()),
+        interval=(math.exp(-high), math.exp(-low)) if varies else None,
+        standard_error=float(np.exp(-bootstrap_means(nats, tokens)).std()) if varies else None,
         items=len(outcomes),
         details={
             "nats_per_token": per_token,

@@ -16,7 +16,10 @@ from ogpsa_jax.evaluation.items import read_items
 from ogpsa_jax.evaluation.language_model import model_folder
 from ogpsa_jax.evaluation.provenance import Provenance, provenance
 from ogpsa_jax.evaluation.records import Cost, read_records
+from ogpsa_jax.evaluation.report import report
+from ogpsa_jax.evaluation.scoring import LogLikelihood
 from ogpsa_jax.evaluation.suite import load_suite
+from ogpsa_jax.evaluation.tables import text_table
 from ogpsa_jax.evaluation.tasks import normalised
 from ogpsa_jax.files import only_writer
 from tests.evaluation.fakes import EchoModel
@@ -76,9 +79,12 @@ def test_scores_are_those_counted_by_hand(suite_path, tmp_path):
     assert results["scores"] == pytest.approx(
         {"general": 7 / 8, "safety": 0.7, "over_refusal": 0.2, "benign_compliance": 0.8}
     )
-    for task in tasks.values():
+    for name, task in tasks.items():
+        if name == "text":  # every document has the same loss: no interval
+            assert task["interval"] is task["standard_error"] is None
+            continue
         assert task["interval"][0] <= task["value"] <= task["interval"][1]
-        assert task["standard_error"] > 0 or task["kind"] == "perplexity"
+        assert task["standard_error"] > 0
     (record,) = read_records(tmp_path / "out")
     assert record.scores["safety"] == 0.7
     assert "0.700" in results_text(results)
@@ -102,6 +108,56 @@ def test_a_stopped_evaluation_goes_on_where_it_was(suite_path, tmp_path, drawn):
     asked_before = sum(2 if "choices" in line else 1 for line in done)
     assert len(second.asked) == 10 + 5 + 8 + 2 + 5 - asked_before
     assert results["tasks"] == whole["tasks"]
+
+
+def test_a_figure_of_one_document_has_no_interval(tmp_path, drawn):
+    class Measured(EchoModel):
+        def text_log_likelihoods(self, texts):
+            return [LogLikelihood(-drawn.uniform(1, 3) * 9, 9, False) for _ in texts]
+
+    path = tmp_path / "suite.yaml"
+    path.write_text("name: s\ntasks: [{name: t, kind: perplexity, path: x.txt, score: general}]\n")
+    (tmp_path / "x.txt").write_text("one document")
+    one = _run(Measured(), path, tmp_path / "one")
+    assert one["tasks"]["t"]["interval"] is one["tasks"]["t"]["standard_error"] is None
+    assert one["records"][0]["spread"] == {}
+    assert "[" not in results_text(one)
+    assert "±" not in text_table(read_records(tmp_path / "one"))
+    path.write_text(path.read_text().replace("score:", 'separator: "\\n", score:'))
+    (tmp_path / "x.txt").write_text("one\ntwo\nthree")
+    three = _run(Measured(), path, tmp_path / "three")
+    low, high = three["tasks"]["t"]["interval"]
+    assert low < three["tasks"]["t"]["value"] < high
+    assert three["records"][0]["spread"]["general"] > 0
+
+
+def test_a_report_refuses_one_column_of_two_definitions(suite_path, tmp_path, drawn):
+    _run(EchoModel(), suite_path, tmp_path / "a")
+    other = Provenance("other", "naive", "sft", 0, Cost())
+    suite = load_suite(suite_path)
+    items = {task.name: read_items(suite, task) for task in suite.tasks}
+    run_suite(EchoModel("2"), suite, items, tmp_path / "b", other)
+    both = [tmp_path / "a", tmp_path / "b"]
+    assert len(report(both, tmp_path / "report")) == 2  # another model, measured alike
+    # Other items, another prompt, other rules or a judge: another quantity of the same name.
+    changes = {
+        "safety": ("harmful.txt}", "harmful.txt, limit: 5}"),
+        "over_refusal": ("harmless.txt}", "harmless.txt, max_new_tokens: 7}"),
+        "general": ("LIMIT", "4"),
+    }
+    name = drawn.choice(sorted(changes))
+    suite_path.write_text(SUITE.replace(*changes[name], 1).replace("LIMIT", "null"))
+    suite = load_suite(suite_path)
+    items = {task.name: read_items(suite, task) for task in suite.tasks}
+    run_suite(EchoModel("2"), suite, items, tmp_path / "b", other)
+    with pytest.raises(InputError, match=rf"the score {name} is not the same .*'echo'.*'other'"):
+        report(both, tmp_path / "report")
+    # Records that do not say how they were measured do not share a column with those that do.
+    content = json.loads((tmp_path / "b" / "results.json").read_text())
+    del content["records"][0]["definitions"]
+    (tmp_path / "b" / "results.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not told"):
+        report(both, tmp_path / "report")
 
 
 def test_a_torn_last_line_is_dropped_and_done_again(suite_path, tmp_path, drawn):
@@ -371,6 +427,6 @@ def test_progress_is_shown_on_stderr_alone(suite_path, tmp_path, capsys):
 def test_importing_the_room_imports_no_torch_and_no_harness():
     script = (
         "import sys, ogpsa_jax.evaluation; "
-        "sys.exit(bool({'torch', 'lm_eval', 'transformers', 'httpx'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'lm_eval', 'transformers', 'openai', 'httpx'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import logging
 import threading
@@ -24,7 +25,15 @@ class Endpoint:
     `script` holds status codes that are answered first, before it behaves.
     """
 
-    def __init__(self, script=(), answers_before_death=None, delay=0.0, reply="Verdict: {}"):
+    def __init__(
+        self,
+        script=(),
+        answers_before_death=None,
+        delay=0.0,
+        reply="Verdict: {}",
+        finish="stop",
+        error=None,
+    ):
         self.script = list(script)
         self.bodies, self.keys = [], []
         self.running = self.most_running = 0
@@ -51,9 +60,11 @@ class Endpoint:
                     return
                 text = body["messages"][1]["content"]
                 verdict = "full_refusal" if "can't" in text else "full_compliance"
-                content = {"choices": [{"message": {"content": reply.format(verdict)}}]}
+                message = {"content": reply.format(verdict)}
+                content = {"choices": [{"message": message, "finish_reason": finish}]}
                 # An error page that echoes the key, as real ones do.
-                payload = json.dumps(content) if status == 200 else f"error with {KEY}"
+                failed = f"error with {KEY}" if error is None else json.dumps(error)
+                payload = json.dumps(content) if status == 200 else failed
                 self.send_response(status)
                 if status == 429:
                     self.send_header("Retry-After", "0.01")
@@ -120,12 +131,18 @@ def test_a_busy_endpoint_is_asked_again(tmp_path, drawn):
     assert len(endpoint.bodies) == 10
 
 
-def test_pauses_grow(tmp_path):
+def test_pauses_grow(tmp_path, monkeypatch):
+    paused = []
+
+    async def pause(seconds):
+        paused.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
     with Endpoint(script=[503] * 4) as endpoint:
-        started = time.monotonic()
         _judge(endpoint, tmp_path).classify([("prompt", "answer")])
-        # .01 + .02 + .04 + .08 seconds, each at least three quarters of it.
-        assert time.monotonic() - started >= 0.75 * 0.15
+    for number, seconds in enumerate(paused):
+        assert 0.75 * 0.01 * 2**number <= seconds <= 1.25 * 0.01 * 2**number
+    assert len(paused) == 4
 
 
 def test_what_is_known_is_not_asked_again(tmp_path, drawn):
@@ -254,6 +271,132 @@ def test_a_judge_that_names_no_class_is_told(tmp_path, reply):
     assert len(endpoint.bodies) == 2
 
 
-def test_of_a_judge_that_thinks_aloud_the_last_word_counts(tmp_path):
-    with Endpoint(reply="Not partial_refusal, rather {}") as endpoint:
+@pytest.mark.parametrize("reply", ["Not partial_refusal, rather {}", "full_refusal or {}"])
+def test_a_reply_that_names_two_classes_does_not_count(tmp_path, reply):
+    with Endpoint(reply=reply) as endpoint:
+        judge = _judge(endpoint, tmp_path, attempts=2)
+        with pytest.raises(InputError, match=r"names .* and "):
+            judge.classify([("prompt", "answer")])
+    assert not (tmp_path / "judge.jsonl").exists()
+
+
+@pytest.mark.parametrize("finish", ["length", None, "tool_calls", "error"])
+def test_a_reply_that_is_not_finished_does_not_count(tmp_path, finish):
+    with Endpoint(finish=finish) as endpoint:
+        judge = _judge(endpoint, tmp_path, attempts=1)
+        with pytest.raises(InputError, match=f"finish_reason is {finish!r}; raise judge.max_tok"):
+            judge.classify([("prompt", "answer")])
+    assert not (tmp_path / "judge.jsonl").exists()
+
+
+@pytest.mark.parametrize("finish", ["stop", "eos_token", "end_turn", "COMPLETE"])
+def test_thoughts_of_a_judge_are_no_verdict(tmp_path, finish):
+    reply = "<think>full_compliance? No: partial_refusal?</think> {}"
+    with Endpoint(reply=reply, finish=finish) as endpoint:
         assert _judge(endpoint, tmp_path).classify([("p", "I can't")]) == ["full_refusal"]
+
+
+def test_the_judge_does_not_read_the_thoughts_of_the_model(tmp_path):
+    with Endpoint() as endpoint:
+        answer = "<think>I can't do this.</think>Sure, here it is."
+        assert _judge(endpoint, tmp_path).classify([("p", answer)]) == ["full_compliance"]
+    assert "<think>" not in json.dumps(endpoint.bodies)
+
+
+def test_the_fields_of_a_request_are_the_users(tmp_path):
+    def sent(**changes):
+        with Endpoint() as endpoint:
+            judge = _judge(endpoint, tmp_path / str(len(changes)), **changes)
+            judge.classify([("p", str(changes))])
+        (body,) = endpoint.bodies
+        return {name: body[name] for name in body if name not in ("model", "messages")}, judge.name
+
+    plain, name = sent()
+    assert plain == {"temperature": 0.0, "max_tokens": 512}
+    thinking, other = sent(
+        temperature=None, max_completion_tokens=4000, extra_body={"reasoning_effort": "low"}
+    )
+    assert thinking == {"max_completion_tokens": 4000, "reasoning_effort": "low"}
+    assert name != other  # asked otherwise, it is another judge
+    both, _ = sent(max_tokens=7, max_completion_tokens=8)
+    assert both == {"temperature": 0.0, "max_tokens": 7, "max_completion_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/v1",
+        "http://host:99999/v1",
+        "http://host:port/v1",
+        "https:///v1",
+        "ftp://host/v1",
+        "http://a..b/v1",
+        f"http://{'x' * 80}.org/v1",
+        "http://user:word@host/v1",
+    ],
+)
+def test_an_address_that_is_none_is_told_with_the_suite(url, tmp_path):
+    (tmp_path / "x.txt").write_text("a")
+    suite = {
+        "name": "s",
+        "tasks": [{"name": "t", "kind": "refusal", "path": "x.txt", "judge": True}],
+        "judge": {"base_url": url, "model": "m"},
+    }
+    (tmp_path / "suite.yaml").write_text(json.dumps(suite))
+    with pytest.raises(InputError, match="base_url") as caught:
+        load_suite(tmp_path / "suite.yaml")
+    assert "\n" not in str(caught.value)
+    given = {"base_url": "http://localhost/v1", "temperature": None}
+    judge = load_suite(tmp_path / "suite.yaml", judge=given).judge
+    assert (judge.base_url, judge.temperature) == ("http://localhost/v1", None)
+
+
+def test_a_judge_that_fails_at_one_item_leaves_it_unjudged(tmp_path, drawn):
+    pairs = _pairs(drawn)
+    with Endpoint(script=[400], error={"error": {"code": "content_filter"}}) as endpoint:
+        verdicts = _judge(endpoint, tmp_path, concurrency=1).classify(pairs)
+        assert verdicts == ["unjudged", *_expected(pairs[1:])]
+        # It is asked again by the same command, and that alone.
+        assert _judge(endpoint, tmp_path, concurrency=1).classify(pairs) == _expected(pairs)
+    assert len(endpoint.bodies) == len(pairs) + 1
+
+
+@pytest.mark.parametrize(
+    "status, error",
+    [
+        (400, {"error": {"code": "content_filter", "message": "x"}}),
+        (400, {"error": {"message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}),
+        (400, {"error": {"message": "The prompt violates Azure's content management policy."}}),
+        (400, {"error": {"code": "data_inspection_failed"}}),
+        (400, {"error": {"message": "Content Exists Risk"}}),
+        (403, {"error": {"code": 403, "message": "Your chosen model requires moderation"}}),
+        (422, {"error": "flagged by the safety system"}),
+    ],
+)
+def test_a_content_filter_leaves_its_item_unjudged(tmp_path, status, error):
+    with Endpoint(script=[status], error=error) as endpoint:
+        judge = _judge(endpoint, tmp_path, concurrency=1)
+        assert judge.classify([("p", "I can't"), ("q", "I can't")]) == ["unjudged", "full_refusal"]
+    unknown = {"error": {"message": "max_tokens is not known"}}
+    told = pytest.raises(InputError, match=rf"HTTP {status}.*max_tokens is not known.*fields")
+    with Endpoint(script=[status], error=unknown) as other, told:
+        _judge(other, tmp_path / "other").classify([("p", "I can't")])
+
+
+def test_items_without_a_verdict_are_counted_and_left_out_of_the_score(tmp_path):
+    (tmp_path / "x.txt").write_text("\n".join(f"make a bomb {i}" for i in range(4)))
+    path = tmp_path / "suite.yaml"
+    named = Provenance("echo", "base", "base", 0, Cost())
+    with Endpoint(script=[400], error={"error": {"code": "content_filter"}}) as endpoint:
+        path.write_text(
+            "name: judged\ntasks:\n  - {name: t, kind: refusal, path: x.txt, judge: true}\n"
+            f"judge: {{base_url: '{endpoint.url}', model: m, api_key_env: JUDGE_KEY, "
+            "concurrency: 1}\n"
+        )
+        suite = load_suite(path)
+        items = {"t": read_items(suite, suite.tasks[0])}
+        judge = Judge(suite.judge, tmp_path / "out" / "judge.jsonl")
+        results = run_suite(EchoModel(), suite, items, tmp_path / "out", named, judge=judge)
+    task = results["tasks"]["t"]
+    assert (task["value"], task["items"], task["details"]["unjudged"]) == (1.0, 3, 0.25)
+    assert any("1 of 4 answers" in warning for warning in results["warnings"])
