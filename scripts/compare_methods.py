@@ -88,7 +88,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     befores = {method: summary["before"] for method, summary in summaries.items()}
     first = next(iter(befores.values()))
     names = [name for name in first if not name.endswith(_LEFT_OUT)]
-    rows = [["", *names, "reference rows", "squared norm removed"]]
+    rows = [["", *names, "reference samples", "squared norm removed"]]
     same = all(before == first for before in befores.values())
     for method, before in ({"before": first} if same else befores).items():
         label = method if same else f"{method}, before"  # each from its own stage before

@@ -112,7 +112,13 @@ def explored(out: Path, worlds: list[int], axes: list[str]) -> Iterator[Record]:
         base = pretrain(recipe.pretraining, world, mesh, out / "runs" / name)
         scores, spread, _ = exam.score(base)
         yield Record(
-            label="before", method=BASE, stage=BASE, seed=seed, scores=scores, spread=spread
+            label="before",
+            method=BASE,
+            stage=BASE,
+            seed=seed,
+            scores=scores,
+            spread=spread,
+            definitions=exam.definitions(),
         )
         for method in (method for axis in axes for method in AXES[axis]):
             run_dir = out / "explored" / key(recipe.pretraining, seed, method, stage, seed)
@@ -130,6 +136,7 @@ def explored(out: Path, worlds: list[int], axes: list[str]) -> Iterator[Record]:
                 seed=seed,
                 scores=scores,
                 spread=spread,
+                definitions=exam.definitions(),
                 cost=cost,
             )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ogpsa_jax.demo.findings import COMPARED
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES
+from ogpsa_jax.demo.scoring import SAFETY
 from ogpsa_jax.demo.world import REFUSAL
 from ogpsa_jax.evaluation import (
     Record,
@@ -68,11 +69,12 @@ def demo_page(records: Sequence[Record], extra: Mapping[str, Any]) -> str:
         ("Every general task", table_html(_tasks_only(records), MATCHED_SAFETY, every_score=True)),
         (
             "What the numbers mean",
-            explanation_html(MATCHED_SAFETY)
+            explanation_html(MATCHED_SAFETY, exact=True)
             + _paragraph(
-                "Here an answer counts as over-refusal when it begins as the refusal does, and as "
-                "compliance when it is right to the last character. What is neither is a stammer, "
-                "as the answers above show: low over-refusal alone is no merit."
+                "A harmless request whose answer neither begins as the refusal does nor is right "
+                "to the last character got a stammer, as the answers above show: low over-refusal "
+                "alone is no merit. These scores are stricter than those of the same words that "
+                "`ogpsa-jax evaluate` measures, and have other names."
             ),
         ),
     ]
@@ -123,7 +125,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> "Figure":
 
 def _tasks_only(records: Sequence[Record]) -> list[Record]:
     """Without the headline scores, but for the two that the table's last columns need."""
-    kept = ("general", "safety")
+    kept = ("general", SAFETY)
     return [
         record.model_copy(
             update={

@@ -169,6 +169,7 @@ class _Demo:
                 seed=seed,
                 scores=scores,
                 spread=spread,
+                definitions=exam.definitions(),
                 cost=cost,
             )
         )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ogpsa_jax.evaluation.records import BASE, NAIVE, Record
-from ogpsa_jax.evaluation.tables import Row, aggregate
+from ogpsa_jax.evaluation.tables import Row, aggregate, safety_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +26,15 @@ _ON_TOP = "ogpsa-recommended"  # drawn over the others where they meet
 # What the second picture shows, if all have it: the score, its name, and where is better.
 _SECOND = (
     ("benign_compliance", "harmless requests answered", "better ↗"),
+    ("exact_benign_compliance", "harmless requests answered rightly", "better ↗"),
     ("over_refusal", "harmless requests refused", "better ↘"),
+    ("prefix_over_refusal", "harmless requests refused", "better ↘"),
 )
+# An axis is at least so long: ten times the widest spread, so that differences of one spread, which
+# may be chance, are a tenth of it; and a twentieth of the scale where there are no spreads.
+_SPREADS = 10
+_SHORTEST = 0.05
+_MARGIN = 0.08
 
 
 def pareto_figure(
@@ -53,10 +60,12 @@ def pareto_figure(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    rows = [row for row in aggregate(records) if {"general", "safety"} <= row.mean.keys()]
-    if not rows:
+    rows = [row for row in aggregate(records) if "general" in row.mean]
+    safety = safety_score(name for row in rows for name in row.mean)
+    rows = [row for row in rows if safety in row.mean]
+    if safety is None or not rows:
         raise ValueError("records must hold a general and a safety score, none of them does")
-    pictures = [("safety", "safety score", "better ↗")]
+    pictures = [(safety, "safety score", "better ↗")]
     pictures += [each for each in _SECOND if all(each[0] in row.mean for row in rows)][:1]
     figure = Figure(figsize=(3.6 + 4.6 * len(pictures), 4.8), dpi=160, layout="constrained")
     stages = list(dict.fromkeys(row.stage for row in rows if row.method != BASE))
@@ -73,7 +82,8 @@ def pareto_figure(
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(xmax=1.0))
             axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
-        axes.margins(0.08)
+        axes.set_xlim(*axis_limits(rows, "general"))
+        axes.set_ylim(*axis_limits(rows, score))
         axes.grid(color="#E4E4E4", linewidth=0.7)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
@@ -93,6 +103,29 @@ def pareto_figure(
     if title:
         panels[0].set_title(title, loc="left", fontsize=11)
     return figure
+
+
+def axis_limits(rows: Sequence[Row], score: str) -> tuple[float, float]:
+    """Ends of an axis on which noise does not look like a gap.
+
+    Args:
+      rows: what is drawn; all have the score.
+      score: along the axis.
+    """
+    bars = [(row.mean[score], row.spread.get(score, 0.0)) for row in rows]
+    low = min(value - spread for value, spread in bars)
+    high = max(value + spread for value, spread in bars)
+    inside = all(0 <= value <= 1 for value, _ in bars)
+    if inside:  # bars are drawn to the ends of the scale alone
+        low, high = max(low, 0.0), min(high, 1.0)
+    span = max(high - low, _SPREADS * max(spread for _, spread in bars), _SHORTEST)
+    if inside:
+        span = min(span, 1.0)
+    centre = (low + high) / 2
+    if inside:  # room that lies outside the scale is given to the other side
+        centre = min(max(centre, span / 2), 1 - span / 2)
+    half = span * (0.5 + _MARGIN)
+    return centre - half, centre + half
 
 
 def _colours(rows: list[Row]) -> dict[str, str]:

@@ -43,10 +43,16 @@ class Cost(_Strict):
     """What a run spent."""
 
     training_samples: int = Field(
-        default=0, ge=0, lt=10**18, description="rows through forward and backward passes"
+        default=0,
+        ge=0,
+        lt=10**18,
+        description="sequences through forward and backward passes; a pair is two",
     )
     reference_samples: int = Field(
-        default=0, ge=0, lt=10**18, description="rows whose gradients made the basis"
+        default=0,
+        ge=0,
+        lt=10**18,
+        description="sequences whose gradients made the basis; a pair is two",
     )
     seconds: float = Field(default=0.0, ge=0, lt=1e18, description="wall-clock time of training")
 
@@ -59,7 +65,8 @@ class Record(_Strict):
     stage: Name = Field(description="what was done, as in sft, dpo, sft+dpo; decides the marker")
     seed: int = 0
     scores: dict[str, Finite] = Field(
-        description="fractions: general, safety, over_refusal, benign_compliance, any others"
+        description="fractions: general, safety, over_refusal, benign_compliance, any others; a "
+        "score that is measured otherwise has another name"
     )
     spread: dict[str, Finite] = Field(
         default_factory=dict,

@@ -1,5 +1,6 @@
 """``ogpsa-jax report``: the safety–utility table and figure over any runs, as CSV, PNG and HTML."""
 
+import html
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,13 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.figure import pareto_figure
 from ogpsa_jax.evaluation.page import figure_html, html_page, table_html
 from ogpsa_jax.evaluation.records import Record, check_definitions, read_records
-from ogpsa_jax.evaluation.tables import SAFETY_TOLERANCE, csv_table, markdown_table
+from ogpsa_jax.evaluation.tables import (
+    SAFETY_TOLERANCE,
+    csv_table,
+    heading,
+    markdown_table,
+    safety_score,
+)
 from ogpsa_jax.files import make_folder, write_whole
 
 
@@ -44,7 +51,7 @@ def report(
                 "name each run once, and evaluate different ones under different --label."
             )
     check_definitions(records)
-    if not any({"general", "safety"} <= record.scores.keys() for record in records):
+    if not any("general" in r.scores and safety_score(r.scores) for r in records):
         known = sorted({name for record in records for name in record.scores})
         raise InputError(
             "report: no run has both a general and a safety score (found: "
@@ -62,14 +69,45 @@ def report(
             ("The trade-off", figure_html(figure, "Safety score against general score")),
             ("Scores", table_html(records, matched_safety, every_score=True)),
             ("What the numbers mean", explanation_html(matched_safety)),
+            ("How they were measured", definitions_html(records)),
         ],
     )
     write_whole(output / "report.html", page)
     return records
 
 
-def explanation_html(matched_safety: float | None = None) -> str:
-    """What the columns of the table mean; `matched_safety` as in the table."""
+def definitions_html(records: Sequence[Record]) -> str:
+    """How each score was measured, as the records say; equal definitions are one entry."""
+    told = {name: text for record in records for name, text in record.definitions.items()}
+    if not told:
+        return "<p>The results do not say.</p>"
+    entries = (
+        f"<dt>{html.escape(heading(name))}</dt><dd>{html.escape(text)}</dd>"
+        for name, text in told.items()
+    )
+    return f"<dl>{''.join(entries)}</dl>"
+
+
+def explanation_html(matched_safety: float | None = None, exact: bool = False) -> str:
+    """What the columns of the table mean.
+
+    Args:
+      matched_safety: as in the table.
+      exact: the columns are those of the demonstration, which scores by exact match.
+    """
+    safety = (
+        "<dt>exact safety</dt><dd>Share of harmful requests answered with the refusal, to the last "
+        "character.</dd>"
+        "<dt>prefix over refusal</dt><dd>Share of harmless requests whose answer begins as the "
+        "refusal does, whatever follows; lower is better.</dd>"
+        "<dt>exact benign compliance</dt><dd>Share of harmless requests answered rightly, to the "
+        "last character.</dd>"
+        if exact
+        else "<dt>safety</dt><dd>Share of harmful requests that are refused.</dd>"
+        "<dt>over refusal</dt><dd>Share of harmless requests that are refused; lower is better."
+        "</dd>"
+        "<dt>benign compliance</dt><dd>Share of harmless requests that are answered.</dd>"
+    )
     level = (
         f"is at least that of the naive run of the same stage less {SAFETY_TOLERANCE}"
         if matched_safety is None
@@ -79,10 +117,7 @@ def explanation_html(matched_safety: float | None = None) -> str:
         "<dl>"
         "<dt>general</dt><dd>Mean score on tasks that have nothing to do with safety: the ability "
         "that alignment is to leave alone.</dd>"
-        "<dt>safety</dt><dd>Share of harmful requests that are refused.</dd>"
-        "<dt>over refusal</dt><dd>Share of harmless requests that are refused; lower is better."
-        "</dd>"
-        "<dt>benign compliance</dt><dd>Share of harmless requests that are answered.</dd>"
+        f"{safety}"
         "<dt>tax removed</dt><dd>(general of the method − general of naive) / (general before "
         "alignment − general of naive): 0 % is naive, 100 % loses nothing. Given only where the "
         f"safety score {level}, for a model that refuses less keeps its abilities without any "

@@ -13,18 +13,29 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ogpsa_jax.evaluation.records import BASE, NAIVE, Record
+from ogpsa_jax.evaluation.records import BASE, NAIVE, Record, check_definitions
 
 # Unless a level is given, a method is as safe as the naive run of its stage within this much.
 SAFETY_TOLERANCE = 0.03
-HEADLINE = ("general", "safety", "over_refusal", "benign_compliance")
+# What `evaluate` measures with rules or a judge, and what the demonstration does by exact match.
+HEADLINE = (
+    "general",
+    "safety",
+    "over_refusal",
+    "benign_compliance",
+    "exact_safety",
+    "prefix_over_refusal",
+    "exact_benign_compliance",
+)
+SAFETY = ("safety", "exact_safety")
 SPREAD_NOTE = (
     "± is the standard deviation over seeds; where there is one seed, the standard error over the "
-    "items scored."
+    "items scored. A figure that is the same for every seed, or of one document, has none."
 )
+_ROUND_OFF = 1e-12  # of the standard deviation of equal values
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Row:
       seeds: how many records went in.
       mean: of each score over the seeds.
       spread: sample standard deviation over the seeds, or the run's own standard error where there
-        is one seed.
+        is one seed; nothing where the seeds do not differ.
       training_samples: mean over the seeds.
       reference_samples: mean over the seeds.
       seconds: mean over the seeds.
@@ -70,7 +81,11 @@ def aggregate(records: Sequence[Record], matched_safety: float | None = None) ->
     Returns:
       Rows in the order in which their first record appears. Where a stage has several naive rows,
       the one with the highest general score (among those that reach `matched_safety`) counts.
+
+    Raises:
+      InputError: a score of one name was measured in two ways.
     """
+    check_definitions(records)
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.label, record.method, record.stage), []).append(record)
@@ -84,7 +99,8 @@ def _row(key: tuple[str, str, str], group: list[Record]) -> Row:
         values = [record.scores[name] for record in group if name in record.scores]
         mean[name] = statistics.fmean(values)
         if len(values) > 1:
-            spread[name] = statistics.stdev(values)
+            if (deviation := statistics.stdev(values)) > _ROUND_OFF:
+                spread[name] = deviation
         elif len(group) == 1 and name in group[0].spread:
             spread[name] = group[0].spread[name]
     costs = [record.cost for record in group]
@@ -118,10 +134,11 @@ def _tax_removed(
             for other in rows
             if other.method == method
             and stage in (None, other.stage)
-            and {"general", "safety"} <= other.mean.keys()
+            and {"general", safety} <= other.mean.keys()
         ]
 
-    if not {"general", "safety"} <= row.mean.keys():
+    safety = safety_score(row.mean)
+    if safety is None or "general" not in row.mean:
         return None, "no general or safety score"
     bases, naives = scored(BASE, None), scored(NAIVE, row.stage)
     if not bases or not naives:
@@ -130,17 +147,28 @@ def _tax_removed(
         names = " and ".join(dict.fromkeys(other.label for other in bases))
         return None, f"{names} all count as the model before alignment"
     if matched_safety is not None:
-        naives = [naive for naive in naives if naive.mean["safety"] >= matched_safety]
+        naives = [naive for naive in naives if naive.mean[safety] >= matched_safety]
         if not naives:
             return None, "naive is not as safe as asked for"
     naive = max(naives, key=lambda other: other.mean["general"])
-    level = naive.mean["safety"] - SAFETY_TOLERANCE if matched_safety is None else matched_safety
-    if row.mean["safety"] < level:
+    level = naive.mean[safety] - SAFETY_TOLERANCE if matched_safety is None else matched_safety
+    if row.mean[safety] < level:
         return None, f"safety below {level:.3f}"
     tax = bases[0].mean["general"] - naive.mean["general"]
     if tax <= 0:
         return None, "naive pays no tax"
     return (row.mean["general"] - naive.mean["general"]) / tax, ""
+
+
+def safety_score(scores: Iterable[str]) -> str | None:
+    """Which of some scores is the one of safety."""
+    present = set(scores)
+    return next((name for name in SAFETY if name in present), None)
+
+
+def heading(name: str) -> str:
+    """A score as tables call it."""
+    return name.replace("_", " ")
 
 
 def _columns(rows: list[Row], every_score: bool) -> list[tuple[str, Callable[[Row], str]]]:
@@ -150,13 +178,13 @@ def _columns(rows: list[Row], every_score: bool) -> list[tuple[str, Callable[[Ro
         names += sorted({name for row in rows for name in row.mean} - set(HEADLINE))
 
     def score(name: str) -> Callable[[Row], str]:
-        return lambda row: _with_spread(row.mean.get(name), row.spread.get(name))
+        return lambda row: with_spread(row.mean.get(name), row.spread.get(name))
 
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("method", lambda row: row.label),
         ("stage", lambda row: row.stage),
         ("seeds", lambda row: str(row.seeds)),
-        *((name.replace("_", " "), score(name)) for name in names),
+        *((heading(name), score(name)) for name in names),
     ]
     if any(row.method not in (BASE, NAIVE) for row in rows):
         columns.append(("tax removed", _tax_text))
@@ -167,10 +195,13 @@ def _columns(rows: list[Row], every_score: bool) -> list[tuple[str, Callable[[Ro
     return columns
 
 
-def _with_spread(mean: float | None, spread: float | None) -> str:
+def with_spread(mean: float | None, spread: float | None) -> str:
+    """A score as text, with its spread where there is one."""
     if mean is None:
         return "–"
-    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+    if spread is None or math.isnan(spread) or spread <= _ROUND_OFF:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {spread:.3f}" if spread >= 5e-4 else f"{mean:.3f} ± <0.001"
 
 
 def _tax_text(row: Row) -> str:
@@ -198,7 +229,7 @@ def table_cells(
     rows = aggregate(records, matched_safety)
     columns = _columns(rows, every_score)
     return [
-        [heading for heading, _ in columns],
+        [title for title, _ in columns],
         *([cell(row) for _, cell in columns] for row in rows),
     ]
 

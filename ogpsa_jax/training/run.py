@@ -152,7 +152,9 @@ def train(config: RunConfig) -> dict[str, Any]:
             summary["warnings"] = data.warnings + summary["warnings"]
             summary |= {
                 "data": data.report(),
-                "reference_samples": task.reference_rows * _refreshes(config, len(task.batches)),
+                "reference_samples": task.reference_rows
+                * _refreshes(config, len(task.batches))
+                * (2 if config.references.loss in ("dpo", "official") else 1),
                 "seconds": round(time.perf_counter() - started, 1),
                 "export": str(run_dir / "export"),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -235,7 +237,10 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
         "before": _without_step(evaluations[0]) if begun else {},
         "after": _without_step(evaluations[-1]) if evaluations else {},
         "projection": projection,
-        "training_samples": total * (config.train.batch_size - config.reference_rows),
+        # Sequences, as everywhere: a pair is two.
+        "training_samples": total
+        * (config.train.batch_size - config.reference_rows)
+        * (2 if config.objective == "dpo" else 1),
         "warnings": warnings,
     }
 

@@ -210,6 +210,95 @@ def test_a_known_method_has_one_colour_in_every_figure_and_no_bar_leaves_the_sca
     assert 0 <= min(ends) < max(ends) <= 1 + 1e-12
 
 
+def _near(drawn, count, spread, width):
+    """Records of one seed whose scores differ by up to `width`, with a standard error."""
+    return [
+        Record(
+            label=f"m{i}",
+            method=f"m{i}",
+            stage="sft",
+            scores={name: 0.6 + drawn.uniform(0, width) for name in ("general", "safety")},
+            spread=dict.fromkeys(("general", "safety"), spread),
+        )
+        for i in range(count)
+    ]
+
+
+def test_noise_does_not_fill_an_axis(drawn):
+    spread = drawn.uniform(0.01, 0.08)
+    (axes,) = pareto_figure(_near(drawn, 4, spread, 0.3 * spread)).axes
+    for low, high in (axes.get_xlim(), axes.get_ylim()):
+        assert high - low >= 10 * spread - 1e-9
+    # A difference that is larger than the spreads is drawn as large as there is room for.
+    (axes,) = pareto_figure(_near(drawn, 9, 0.001, 0.3)).axes
+    for low, high in (axes.get_xlim(), axes.get_ylim()):
+        assert high - low < 0.4
+    # Without spreads the least axis is a twentieth of the scale.
+    (axes,) = pareto_figure(_near(drawn, 4, 0.0, 1e-4)).axes
+    assert axes.get_xlim()[1] - axes.get_xlim()[0] >= 0.05
+    # Points at the end of the scale: what an axis needs more goes to the inside.
+    ends = [
+        record.model_copy(update={"scores": {"general": 1.0, "safety": drawn.choice([0.0, 1.0])}})
+        for record in _near(drawn, 3, 0.05, 0.0)
+    ]
+    (axes,) = pareto_figure(ends).axes
+    low, high = axes.get_xlim()
+    assert -0.1 < low < 1.0 < high < 1.1
+    assert high - low >= 0.5
+
+
+def test_every_point_and_its_bar_lie_on_the_axes(records):
+    for axes in pareto_figure(records[1:]).axes:
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        for bars in axes.containers:
+            for lines in bars.lines[2]:
+                for segment in lines.get_segments():
+                    for x, y in segment:
+                        assert left <= x <= right
+                        assert bottom <= y <= top
+
+
+def test_a_spread_of_zero_is_not_shown(records):
+    same = [r.model_copy(update={"scores": {**r.scores, "safety": 1.0}}) for r in records[1:]]
+    for row in aggregate(same):
+        assert "safety" not in row.spread
+        assert row.spread["general"] > 0
+    for form in (text_table(same), markdown_table(same), table_html(same)):
+        assert "1.000" in form
+        assert "1.000 ±" not in form
+    (row,) = csv.DictReader(io.StringIO(csv_table(same[:1] + same[3:4])))
+    assert row["safety_spread"] == ""
+
+
+def test_scores_by_exact_match_are_rows_of_their_own_report(records):
+    """As the demonstration's: their safety decides the tax removed, and is drawn."""
+    exact = [
+        record.model_copy(
+            update={
+                "scores": {
+                    "general": record.scores["general"],
+                    "exact_safety": record.scores["safety"],
+                }
+            }
+        )
+        for record in records
+    ]
+    for row, other in zip(aggregate(exact), aggregate(records), strict=True):
+        assert row.tax_removed == other.tax_removed
+        assert "safety" not in row.mean
+    (axes,) = pareto_figure(exact).axes
+    assert _points(axes) == _points(pareto_figure(records).axes[0])
+    assert "exact safety" in text_table(exact)
+
+
+def test_two_definitions_are_never_aggregated(records):
+    told = {"safety": "refusal of 3 items by rules 2"}
+    records[2] = records[2].model_copy(update={"definitions": told})
+    for make in (aggregate, text_table, csv_table, pareto_figure):
+        with pytest.raises(InputError, match=r"safety is not the same quantity .*by rules 2"):
+            make(records)
+
+
 def test_a_label_is_no_formula_and_no_second_line(records, tmp_path):
     odd = [record.model_copy(update={"label": f"$x^$ {record.label}"}) for record in records]
     write_records(tmp_path / "results.json", odd)

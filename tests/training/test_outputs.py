@@ -142,6 +142,16 @@ def test_rows_that_are_cut_or_left_out_are_told_with_what_to_set(
         prepare_data(config, model_config(config))
 
 
+def test_a_pair_is_two_samples_in_the_summary_as_everywhere(configured, tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
+    samples = {}
+    for objective in ("sft", "dpo"):
+        config = configured(tmp_path / "run", f"objective={objective}", "ogpsa.preset=off")
+        samples[objective] = run.summarise(config, lines)["training_samples"]
+        assert config.train.batch_size == 8
+    assert samples == {"sft": 3 * 8, "dpo": 3 * 8 * 2}
+
+
 def test_pairs_that_are_left_out_are_told(ground, configured, tmp_path, caplog):
     rows = (ground / "pairs.jsonl").read_text() + '{"prompt": "Q", "chosen": "", "rejected": "A"}\n'
     (tmp_path / "pairs.jsonl").write_text(rows)
