@@ -151,10 +151,17 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="the newest checkpoint of a run, finished or not, as a Hugging Face folder",
         description="Write the newest checkpoint of a run as a Hugging Face folder, also while it "
-        "trains. Of a finished run, with its model card.",
+        "trains. Of a finished run, with its model card. Where the weights are rounded, what that "
+        "leaves of the training is measured and told.",
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
     export.add_argument("dir", type=_place, metavar="DIR", help="the folder to write")
+    export.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; auto: as in the model that was trained; default: the run's "
+        "export.dtype",
+    )
     export.set_defaults(run=_export)
 
     merge = commands.add_parser(
@@ -210,6 +217,7 @@ def _train(parsed: argparse.Namespace) -> None:
             "train: name at least one configuration file, as in configs/smoke-sft.yaml."
         )
 
+    from ogpsa_jax.training.rounding import rounding_lines
     from ogpsa_jax.training.run import train_stages
 
     for summary in train_stages(paths, overrides):
@@ -218,6 +226,8 @@ def _train(parsed: argparse.Namespace) -> None:
             before = summary["before"].get(name, math.nan)
             print(f"  {name}: {before:.4f} -> {after:.4f}")
         print(f"  checkpoint: {summary['export']}")
+        for line in rounding_lines(summary["rounding"]) if "rounding" in summary else ():
+            print(f"    {line}")
 
 
 def _demo(parsed: argparse.Namespace) -> None:
@@ -256,7 +266,7 @@ def _report(parsed: argparse.Namespace) -> None:
 def _export(parsed: argparse.Namespace) -> None:
     from ogpsa_jax.training.run import export_checkpoint
 
-    step = export_checkpoint(parsed.run_dir, parsed.dir)
+    step = export_checkpoint(parsed.run_dir, parsed.dir, parsed.dtype)
     print(f"{parsed.dir}: the weights of {parsed.run_dir} after step {step}")
 
 

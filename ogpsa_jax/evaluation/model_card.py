@@ -29,12 +29,17 @@ _SHOWN = {
 }
 
 
-def write_model_card(run: str | Path, folder: str | Path | None = None) -> Path:
+def write_model_card(
+    run: str | Path,
+    folder: str | Path | None = None,
+    rounding: dict[str, Any] | None = None,
+) -> Path:
     """Write ``README.md`` beside the weights of an export.
 
     Args:
       run: a finished run directory.
       folder: the exported model; by default the run's ``export``.
+      rounding: what rounding cost that folder; by default what the run's summary says of its own.
 
     Returns:
       The file.
@@ -42,7 +47,7 @@ def write_model_card(run: str | Path, folder: str | Path | None = None) -> Path:
     Raises:
       InputError: the run is not finished, or the folder does not exist.
     """
-    text = model_card(run)
+    text = model_card(run, None if folder is None else rounding or {})
     target = Path(run) / "export" if folder is None else Path(folder)
     if not target.is_dir():
         raise InputError(f"{target}: no such folder; export the model first.")
@@ -50,7 +55,7 @@ def write_model_card(run: str | Path, folder: str | Path | None = None) -> Path:
     return target / "README.md"
 
 
-def model_card(run: str | Path) -> str:
+def model_card(run: str | Path, rounding: dict[str, Any] | None = None) -> str:
     """The card of a run's model: method, data, hyper-parameters, scores, diagnostics.
 
     Every figure is one of ``summary.json`` or of an evaluation's ``results.json``. Paths of this
@@ -58,6 +63,7 @@ def model_card(run: str | Path) -> str:
 
     Args:
       run: a finished run directory.
+      rounding: what rounding cost the export, where it is not the run's own; ``{}``: nothing.
 
     Raises:
       InputError: the run has no ``config.yaml`` or ``summary.json``.
@@ -76,6 +82,7 @@ def model_card(run: str | Path) -> str:
         "## Training data",
         _table(["stage", "use", "source", "taken"], _data_rows(chain)),
         *_measured(found, chain),
+        *_rounding(_part(found.summary, "rounding") if rounding is None else rounding),
         "## Hyper-parameters",
         *(part for stage in chain for part in _hyper_parameters(stage)),
         "## Use",
@@ -157,6 +164,23 @@ def _measured(run: Run, chain: Sequence[Run]) -> list[str]:
     warnings = [str(w) for stage in chain for w in stage.summary.get("warnings") or []]
     parts += ["\n".join(f"- Warning: {warning}" for warning in warnings)]
     return parts
+
+
+def _rounding(found: dict[str, Any]) -> list[str]:
+    """What is left of the last stage in the weights of this folder; nothing where all is."""
+    if not found:
+        return []
+    after, kept = _part(found, "after"), _part(found, "kept")
+    rows = [
+        [name, _number(after.get(name)), _number(value), _number(kept.get(name))]
+        for name, value in _part(found, "rounded").items()
+    ]
+    sentence = (
+        f"The weights were trained in a finer type than that of this folder ({found['dtype']}). "
+        f"Rounding leaves {_number(found['update_kept'])} of the last stage's update."
+    )
+    table = _table(["measure", "as trained", "in this folder", "share of the change left"], rows)
+    return ["## Rounding", sentence, *([table] if rows else [])]
 
 
 def _diagnostics(stage: Run) -> dict[str, Any]:

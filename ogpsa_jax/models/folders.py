@@ -24,7 +24,8 @@ COMPANIONS = (
     "vocab.json",
 )
 MODEL_CARD = "README.md"
-_WRITTEN = ".ogpsa_jax.json"  # the names of the files that an export wrote
+UNROUNDED = "unrounded"  # within an export: the weights as trained, where the export rounds them
+WRITTEN = ".ogpsa_jax.json"  # the names of the files that an export wrote
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -32,14 +33,17 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def resolve_folder(path: str | os.PathLike[str]) -> Path:
     """The local folder of a model, fetched from the Hugging Face hub if ``path`` is an id there.
 
+    Of a run directory, its export.
+
     Raises:
-      InputError: there is no such folder, and no such model on the hub or no way to reach it.
+      InputError: there is no such folder, and no such model on the hub or no way to reach it; or a
+        run that has no export.
     """
     folder = Path(path)
     with contextlib.suppress(RuntimeError):  # ~ of nobody
         folder = folder.expanduser()
     if folder.is_dir():
-        return folder
+        return _export_of(folder)
     name = str(path)
     if not _HUB_ID.fullmatch(name) or name.startswith(".") or folder.exists():
         raise InputError(f"{path}: not a folder; give a Hugging Face model folder or a hub id.")
@@ -53,6 +57,43 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
             f"{path}: neither a local folder nor a model that can be fetched from the Hugging Face "
             f"hub ({reason.rstrip('.')}); check the spelling and the connection."
         ) from None
+
+
+def _export_of(folder: Path) -> Path:
+    """The export of a run directory; another folder as it is."""
+    if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
+        return folder
+    if not (folder / "export").is_dir():
+        raise InputError(
+            f"{folder}: this run has no export yet; let it finish, or write its newest checkpoint "
+            f"with `ogpsa-jax export {folder} DIR`."
+        )
+    return folder / "export"
+
+
+def keeps_unrounded(folder: Path) -> bool:
+    """Whether a model folder holds its weights unrounded as well.
+
+    Raises:
+      InputError: it was written with them, and they are gone.
+    """
+    if (folder / UNROUNDED).is_dir():
+        return True
+    if UNROUNDED in _written(folder):
+        raise InputError(
+            f"{folder / UNROUNDED}: the weights as trained were written here and are gone; write "
+            f"them anew with `ogpsa-jax export {folder.parent} {folder}`, or start from the "
+            f"rounded ones by exporting to another folder."
+        )
+    return False
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, rounded and not."""
+    return [
+        *sorted(folder.glob("*.safetensors")),
+        *sorted((folder / UNROUNDED).glob("*.safetensors")),
+    ]
 
 
 @contextlib.contextmanager
@@ -79,7 +120,7 @@ def written_beside(target: Path) -> Iterator[Path]:
     try:
         yield beside
         written = sorted(path.name for path in beside.iterdir())
-        (beside / _WRITTEN).write_text(json.dumps(written) + "\n", encoding="utf-8")
+        (beside / WRITTEN).write_text(json.dumps(written) + "\n", encoding="utf-8")
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
@@ -92,14 +133,10 @@ def written_beside(target: Path) -> Iterator[Path]:
 def _check_replaceable(target: Path) -> None:
     """Refuse what was not written by `written_beside`, or has been added to since."""
     if target.is_dir():
-        found = {path.name for path in target.iterdir()} - {_WRITTEN}
-        ours: set[str] = set()
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            names = json.loads((target / _WRITTEN).read_text(encoding="utf-8"))
-            if isinstance(names, list):
-                # The card is written into an export afterwards.
-                ours = {MODEL_CARD, *(name for name in names if isinstance(name, str))}
-        others = sorted(found - ours)
+        found = {path.name for path in target.iterdir()} - {WRITTEN}
+        names = _written(target)
+        # The card is written into an export afterwards.
+        others = sorted(found - (names | {MODEL_CARD} if names else names))
         if others:
             raise InputError(
                 f"{target}: holds {others[0]}, which was not written by an export; choose another "
@@ -107,6 +144,15 @@ def _check_replaceable(target: Path) -> None:
             )
     elif target.exists():
         raise InputError(f"{target}: is a file; choose another place.")
+
+
+def _written(folder: Path) -> set[str]:
+    """What `written_beside` put into a folder; empty where another wrote it."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        names = json.loads((folder / WRITTEN).read_text(encoding="utf-8"))
+        if isinstance(names, list):
+            return {name for name in names if isinstance(name, str)}
+    return set()
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -15,7 +15,11 @@ import numpy as np
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import copy_companions, resolve_folder, written_beside
-from ogpsa_jax.models.safetensors_files import CheckpointReader, checkpoint_writer
+from ogpsa_jax.models.safetensors_files import (
+    CheckpointReader,
+    checkpoint_writer,
+    weights_reader,
+)
 
 # What two models may differ in and still compute the same function of their weights.
 _FREE_FIELDS = frozenset(
@@ -35,8 +39,9 @@ def merge_pretrained(
 ) -> None:
     """Write the linear merges of two models; each folder appears whole or not at all.
 
-    The models are read once, however many merges are made. Sums are in float32 and stored in the
-    type that A has; weight 0 gives A and weight 1 gives B bit for bit (B in the type of A).
+    The models are read once, however many merges are made, and unrounded where an export keeps them
+    so. Sums are in float32 and stored in the type that A has; weight 0 gives A and weight 1 gives B
+    bit for bit (B in the type of A).
 
     Args:
       a: Hugging Face folder or hub id; config, tokenizer, chat template and generation settings of
@@ -56,12 +61,16 @@ def merge_pretrained(
     for weight in weights:
         if not 0 <= weight <= 1:
             raise InputError(f"weight {weight:g}: the share of {b} must be between 0 and 1.")
-    first, second = (_weights_folder(resolve_folder(path)) for path in (a, b))
+    first, second = (resolve_folder(path) for path in (a, b))
     places = [Path(out) for out in outs]
     _check_places(places, (first, second))
-    with CheckpointReader(first) as reader, CheckpointReader(second) as other:
+    with (
+        CheckpointReader(first) as exported,
+        weights_reader(first) as reader,
+        weights_reader(second) as other,
+    ):
         sources = _match(reader, other, first, second)
-        announced = {name: (reader.dtype(name), reader.shape(name)) for name in sources}
+        announced = {name: (exported.dtype(name), reader.shape(name)) for name in sources}
         with contextlib.ExitStack() as stack:
             writers = []
             for place in places:
@@ -73,7 +82,7 @@ def merge_pretrained(
             for name, source in sources.items():
                 tensors = reader.read(name), other.read(source)
                 for weight, writer in zip(weights, writers, strict=True):
-                    merged = _merge(*tensors, weight)
+                    merged = _merge(*tensors, weight, announced[name][0])
                     if 0 < weight < 1 and not np.isfinite(merged.astype(np.float32)).all():
                         raise InputError(
                             f"{second}: tensor {name} cannot be merged into {merged.dtype}: "
@@ -82,22 +91,14 @@ def merge_pretrained(
                     writer.write(name, merged)
 
 
-def _merge(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
-    """``(1 - weight) * a + weight * b`` in the dtype of ``a``."""
+def _merge(a: np.ndarray, b: np.ndarray, weight: float, dtype: np.dtype) -> np.ndarray:
+    """``(1 - weight) * a + weight * b`` in `dtype`."""
     # Not by the formula: 0 times an infinity is no number, and -0 + 0 is +0.
-    if weight == 0:
-        return a
-    if weight == 1:
-        return b.astype(a.dtype)
+    if weight in (0, 1):
+        return (b if weight else a).astype(dtype)
     share = np.float32(weight)
     merged = (np.float32(1) - share) * a.astype(np.float32) + share * b.astype(np.float32)
-    return np.asarray(merged).astype(a.dtype)
-
-
-def _weights_folder(folder: Path) -> Path:
-    """Of a run directory, its export."""
-    export = folder / "export"
-    return export if not (folder / "config.json").exists() and export.is_dir() else folder
+    return np.asarray(merged).astype(dtype)
 
 
 def _check_places(places: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -5,6 +5,7 @@ its place in the stacked parameter there: beside the parameters, one tensor is i
 reads the parameters back one tensor at a time.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -23,10 +24,14 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json
 from ogpsa_jax.models.config import DecoderConfig, read_config
 from ogpsa_jax.models.decoder import Decoder, Remat
-from ogpsa_jax.models.folders import copy_companions, resolve_folder, written_beside
+from ogpsa_jax.models.folders import UNROUNDED, copy_companions, resolve_folder, written_beside
 from ogpsa_jax.models.layers import AttentionKind, merged_kernel
 from ogpsa_jax.models.names import TensorName, host_tensors, pick, tensor_names
-from ogpsa_jax.models.safetensors_files import CheckpointReader, checkpoint_writer
+from ogpsa_jax.models.safetensors_files import (
+    CheckpointReader,
+    checkpoint_writer,
+    weights_reader,
+)
 from ogpsa_jax.models.sharding import ShardingRules
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
@@ -51,18 +56,21 @@ def load_pretrained(
     rules: ShardingRules = ShardingRules(),  # noqa: B008 (frozen)
     remat: Remat = "none",
     attention: AttentionKind = "auto",
+    unrounded: bool = False,
 ) -> Decoder:
     """A decoder with the weights of a Hugging Face folder.
 
     Args:
-      path: a folder with ``config.json`` and safetensors (one file, or several and an index), or a
-        hub id.
+      path: a folder with ``config.json`` and safetensors (one file, or several and an index), a
+        hub id, or a run directory (its export).
       dtype: type of the computation.
       param_dtype: type the parameters are kept in.
       mesh: where they go, axis types Auto; ``None``: the default device.
       rules: the table from logical axes to mesh axes.
       remat: see :class:`~ogpsa_jax.models.decoder.Decoder`.
       attention: see :class:`~ogpsa_jax.models.decoder.Decoder`.
+      unrounded: of an export that keeps its weights unrounded as well, read those: training goes on
+        from them. Otherwise what transformers reads.
 
     Raises:
       InputError: the folder, its config or a tensor (missing, unexpected, of a wrong shape or
@@ -70,7 +78,7 @@ def load_pretrained(
     """
     folder = resolve_folder(path)
     config = read_config(folder)
-    with CheckpointReader(folder) as reader:
+    with weights_reader(folder) if unrounded else CheckpointReader(folder) as reader:
         graphdef, abstract = nnx.split(
             abstract_decoder(
                 config,
@@ -214,7 +222,8 @@ def save_pretrained(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     source: str | os.PathLike[str] | None = None,
-) -> None:
+    keep_unrounded: bool = False,
+) -> bool:
     """Write a folder that transformers and vLLM load; it appears whole or not at all.
 
     With several processes all of them must call it; the first writes.
@@ -229,9 +238,16 @@ def save_pretrained(
       max_shard_bytes: largest size of a file.
       source: a Hugging Face folder whose config, tokenizer, chat template and generation settings
         go with the weights; by default the one the model was loaded from.
+      keep_unrounded: where tensors are rounded, write them unrounded too, into the folder
+        ``unrounded`` within, for :func:`load_pretrained` with ``unrounded=True``.
+
+    Returns:
+      Whether tensors were rounded: their type is narrower than that of the parameters (of merged
+      adapters: than float32).
 
     Raises:
-      InputError: ``path`` cannot be written or holds something else.
+      InputError: ``path`` cannot be written or holds something else; or a weight is too large for
+        float16.
       ValueError: an unknown ``dtype``.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -240,6 +256,8 @@ def save_pretrained(
     folder = Path(origin) if origin is not None and Path(origin).is_dir() else None
     state = nnx.state(model, nnx.Param)
     tensors = _announce(model.config, state, dtype, folder)
+    exact = _exact(model, state)
+    rounds = any(jnp.promote_types(exact[n][0], tensors[n][0]) != tensors[n][0] for n in exact)
     if jax.process_index() == 0:
         with written_beside(Path(path)) as beside:
             if folder is not None:
@@ -247,18 +265,54 @@ def save_pretrained(
             config = _config_json(model.config, folder, next(iter(tensors.values()))[0])
             text = json.dumps(config, indent=2) + "\n"
             (beside / "config.json").write_text(text, encoding="utf-8")
-            with checkpoint_writer(beside, tensors, max_shard_bytes) as writer:
+            with contextlib.ExitStack() as stack:
+                writer = stack.enter_context(checkpoint_writer(beside, tensors, max_shard_bytes))
+                beside_it = None
+                if rounds and keep_unrounded:
+                    (beside / UNROUNDED).mkdir()
+                    beside_it = stack.enter_context(
+                        checkpoint_writer(beside / UNROUNDED, exact, max_shard_bytes)
+                    )
                 for name, array in _merged_tensors(model):
-                    writer.write(name, array.astype(tensors[name][0], copy=False))
+                    writer.write(name, _round(name, array, tensors[name][0]))
+                    if beside_it is not None:
+                        beside_it.write(name, array)
     else:
         for _ in _merged_tensors(model):  # takes part in bringing tensors together
             pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
+    return rounds
+
+
+def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype, copy=False)
+    if dtype == np.float16 and bool((np.isinf(rounded) & np.isfinite(array)).any()):
+        raise InputError(
+            f"tensor {name} holds {float(np.abs(array).max()):.3g}, more than float16 can; export "
+            "in bfloat16 or float32 (`export.dtype`, or `ogpsa-jax export RUN DIR --dtype`)."
+        )
+    return rounded
+
+
+def _exact(model: Decoder, state: nnx.State) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of every tensor that :func:`_merged_tensors` gives."""
+    variables = dict(nnx.to_flat_state(state))
+    merged = {
+        (*path, "kernel") for path, linear in model.linears().items() if linear.lora is not None
+    }
+    return {
+        tensor.name: (
+            np.dtype(np.float32 if tensor.path in merged else variables[tensor.path].dtype),
+            tensor.shape,
+        )
+        for tensor in tensor_names(state)
+    }
 
 
 def _merged_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the checkpoint, adapters merged into the kernels they belong to."""
+    """The tensors of the checkpoint, adapters merged into their kernels, those in float32."""
     state = nnx.state(model, nnx.Param)
     arrays = dict(nnx.to_flat_state(state))
     adapters = {(*path, "kernel"): linear.lora for path, linear in model.linears().items()}
@@ -268,6 +322,7 @@ def _merged_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
         if adapter is None:
             return weight
         layer = tensor.layer
+        weight = weight.astype(jnp.float32)
         return merged_kernel(weight, adapter.a[layer], adapter.b[layer], adapter.scale)
 
     return host_tensors(tensor_names(state), value)

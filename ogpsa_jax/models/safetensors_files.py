@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json
+from ogpsa_jax.models.folders import UNROUNDED, WRITTEN, keeps_unrounded
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -133,6 +134,44 @@ class CheckpointReader:
     ) -> None:
         self._files.clear()
         self._stack.close()
+
+
+class UnroundedReader(CheckpointReader):
+    """The weights as trained, which an export that rounds them keeps beside the rounded ones.
+
+    Each tensor that is read is held against what the export rounded it to.
+
+    Args:
+      folder: the export.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / UNROUNDED)
+        self._rounded = self._stack.enter_context(CheckpointReader(folder))
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A tensor, or a block of it.
+
+        Raises:
+          InputError: the export holds something else than this, rounded.
+        """
+        value, rounded = super().read(name, index), self._rounded.read(name, index)
+        if not np.array_equal(value.astype(rounded.dtype), rounded, equal_nan=True):
+            raise InputError(
+                f"{self._rounded.file(name)}: tensor {name} is not what {self.file(name)} rounds "
+                f"to, so one of the two was changed; delete {self.file(name).parent} and "
+                f"{WRITTEN} to start from the former."
+            )
+        return value
+
+
+def weights_reader(folder: Path) -> CheckpointReader:
+    """The tensors of a model folder as they were trained: unrounded where it keeps them so.
+
+    Raises:
+      InputError: as :class:`CheckpointReader`; or unrounded weights that are gone.
+    """
+    return UnroundedReader(folder) if keeps_unrounded(folder) else CheckpointReader(folder)
 
 
 class CheckpointWriter:

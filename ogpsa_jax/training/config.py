@@ -204,6 +204,11 @@ class OptimizerSection(Section):
     eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; matrices only")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip, after the projection")
+    stochastic_rounding: bool = Field(
+        False,
+        description="round parameters up or down at random, so that updates smaller than their "
+        "precision take effect on average; for model.param_dtype: bfloat16",
+    )
 
 
 class TrainSection(Section):
@@ -219,6 +224,16 @@ class TrainSection(Section):
     save_every: PositiveInt = Field(100, description="steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept")
     log_every: PositiveInt = Field(5, description="steps between flushes of the metrics")
+
+
+class ExportSection(Section):
+    """The Hugging Face folder that a run leaves."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of its weights; auto: each tensor in the type it has in the model's folder. "
+        "What rounding costs is measured; a later stage starts from the unrounded weights",
+    )
 
 
 class DpoSection(Section):
@@ -265,6 +280,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection
     train: TrainSection = Field(default_factory=TrainSection)
     dpo: DpoSection = Field(default_factory=DpoSection)
+    export: ExportSection = Field(default_factory=ExportSection)
     mesh: MeshSection = Field(default_factory=MeshSection)
     output_dir: str = Field("runs/run", pattern=r"\S", description="the run directory")
     seed: int = Field(0, ge=0, lt=2**31, description="of data order, adapters and random weights")
@@ -307,6 +323,11 @@ class RunConfig(Section):
             raise ValueError(
                 "references.sets is empty, so there is nothing to project against: name a "
                 "reference set, or set ogpsa.preset to off"
+            )
+        if self.optimizer.stochastic_rounding and self.model.param_dtype != "bfloat16":
+            raise ValueError(
+                "optimizer.stochastic_rounding is for model.param_dtype: bfloat16, not "
+                f"{self.model.param_dtype}"
             )
         if self.ogpsa.apply_per == "micro_batch" and self.ogpsa.placement != "gradient":
             raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.placement: gradient")

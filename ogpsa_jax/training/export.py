@@ -6,17 +6,26 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ogpsa_jax.data import ChatTemplate, load_tokenizer
+from ogpsa_jax.data import ChatTemplate
 from ogpsa_jax.files import read_json
 from ogpsa_jax.models import Decoder, save_pretrained
 from ogpsa_jax.models.folders import copy_companions, resolve_folder
 from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.prepare import tokenizer_of
 
 _TEMPLATE, _GENERATION = "chat_template.jinja", "generation_config.json"
 
 
-def export(config: RunConfig, model: Decoder, target: str | Path) -> None:
+def export(
+    config: RunConfig,
+    model: Decoder,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    keep_unrounded: bool = False,
+) -> bool:
     """:func:`save_pretrained`, so that who loads the folder talks to the model as it was taught.
 
     With ``data.template`` and ``model.tokenizer`` in place of what the model came with, and the
@@ -26,22 +35,31 @@ def export(config: RunConfig, model: Decoder, target: str | Path) -> None:
       config: what it was trained with.
       model: its weights are written; its stop tokens are completed.
       target: the folder; an earlier export there is replaced.
+      dtype: of its weights; by default what ``export.dtype`` says.
+      keep_unrounded: where it rounds, also keep the weights as trained: what a later stage starts
+        from.
+
+    Returns:
+      Whether it rounds.
 
     Raises:
       InputError: the folder cannot be written, or tokenizer or template are gone.
     """
-    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
-    template = ChatTemplate(tokenizer, config.data.template)
+    template = ChatTemplate(tokenizer_of(config), config.data.template)
+    chosen = dtype or config.export.dtype
+    options: Any = {
+        "dtype": None if chosen == "auto" else chosen,
+        "keep_unrounded": keep_unrounded,
+    }
     known = model.config.eos_token_ids
     taught = dict.fromkeys((*known, *template.stop_tokens()))
     model.config = dataclasses.replace(model.config, eos_token_ids=tuple(taught))
     own = template.exported == template.source and not config.data.template
     changed = config.model.tokenizer or not own or len(taught) > len(known)
     if model.source is None or not changed:
-        save_pretrained(model, target)
-        return
+        return save_pretrained(model, target, **options)
     with _companions(config, Path(model.source), template, list(taught)) as source:
-        save_pretrained(model, target, source=source)
+        return save_pretrained(model, target, source=source, **options)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ogpsa_jax.data import DEFAULT_DATE, digest
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json, write_whole
-from ogpsa_jax.models.folders import resolve_folder
+from ogpsa_jax.models.folders import resolve_folder, weights_files
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.prepare import RunData
 
@@ -91,7 +91,7 @@ def _model_digest(path_or_id: str, weights: str = "pretrained") -> str:
     folder = resolve_folder(path_or_id)
     files = [folder / "config.json"]
     if weights == "pretrained":
-        files += sorted(folder.glob("*.safetensors"))
+        files += weights_files(folder)
     for path in files:
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import replicate_rest, shard_rows
-from ogpsa_jax.training.metrics import Line, MetricsLog, find_problems
+from ogpsa_jax.training.metrics import Line, MetricsLog, find_lost_updates, find_problems
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
 from ogpsa_jax.training.progress import Progress
 from ogpsa_jax.training.step import (
@@ -110,7 +110,7 @@ def fit(
         per_micro_batch=config.ogpsa.apply_per == "micro_batch",
         in_step=in_step_settings(task, config),
     )
-    evaluate = _Evaluator(network, task.evaluations, mesh)
+    evaluator = Evaluator(network, task.evaluations, mesh)
     refresh_step = None
     references: tuple[dict[str, jax.Array], ...] = ()
     if task.references and task.reference_loss is not None:
@@ -138,7 +138,8 @@ def fit(
         pending.clear()
         log.flush()
         progress.add(lines)
-        for kind, problem in find_problems(lines).items():
+        problems = find_problems(lines) | find_lost_updates(lines, config.optimizer.learning_rate)
+        for kind, problem in problems.items():
             if kind not in told:
                 logger.warning("%s", problem)
             told.add(kind)
@@ -149,7 +150,7 @@ def fit(
         Progress(config.name, total, start) as progress,
     ):
         if start == 0:
-            evaluate(state.params, 0, log)
+            evaluator.log(state.params, 0, log)
         for step in range(start, total):
             refreshed = refresh_step is not None and step % config.ogpsa.refresh_every == 0
             if refreshed and refresh_step is not None:
@@ -159,12 +160,13 @@ def fit(
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
                 # One a row, so that what is dropped depends neither on mesh nor on micro-batches.
                 batch["dropout_keys"] = jax.random.split(key, batch["input_ids"].shape[:-1])
-            if task.in_step_batches is None:
-                state, metrics = train_step(state, network.frozen, batch)
-            else:
+            riding = rounding_key = None
+            if config.optimizer.stochastic_rounding:
+                rounding_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+            if task.in_step_batches is not None:
                 refreshed = True
                 riding = shard_rows(task.in_step_batches.batch(step), mesh)
-                state, metrics = train_step(state, network.frozen, batch, riding)
+            state, metrics = train_step(state, network.frozen, batch, riding, rounding_key)
             done = step + 1
             pending.append((done, metrics, refreshed))
             evaluates = config.train.eval_every and done % config.train.eval_every == 0
@@ -174,7 +176,7 @@ def fit(
             if done % config.train.log_every == 0 or evaluates or saves:
                 flush(progress)
             if evaluates or done == total:
-                evaluate(state.params, done, log)
+                evaluator.log(state.params, done, log)
             if saves:
                 log.flush()
                 checkpoints.save(done, state)
@@ -198,8 +200,14 @@ def in_step_settings(task: Task, config: RunConfig) -> InStep | None:
     )
 
 
-class _Evaluator:
-    """Measures the held-out sets and logs one line for all of them."""
+class Evaluator:
+    """Measures the held-out sets.
+
+    Args:
+      network: the model; its trained parameters may be others at each measurement.
+      sets: the held-out sets by name.
+      mesh: the devices.
+    """
 
     def __init__(self, network: Network, sets: Mapping[str, Evaluation], mesh: Mesh) -> None:
         self._frozen = network.frozen
@@ -211,8 +219,15 @@ class _Evaluator:
             for name, item in sets.items()
         }
 
-    def __call__(self, params: Any, step: int, log: MetricsLog) -> None:
-        line: Line = {"step": step}
+    def log(self, params: Any, step: int, log: MetricsLog) -> None:
+        """Write one line with all measures; none where there are no sets."""
+        if measures := self.measure(params):
+            line = {f"eval/{name}": value for name, value in measures.items()}
+            log.write({"step": step, **line})
+
+    def measure(self, params: Any) -> dict[str, float]:
+        """``{set}/{measure}`` -> value with these trained parameters."""
+        measures: dict[str, float] = {}
         for name, (batches, measure) in self._sets.items():
             count = len(next(iter(batches.values())))
             parts = [
@@ -220,10 +235,9 @@ class _Evaluator:
                 for i in range(count)
             ]
             loss, weight, sums = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *parts)
-            line[f"eval/{name}/loss"] = loss / weight
-            line |= {f"eval/{name}/{key}": value / weight for key, value in sums.items()}
-        if len(line) > 1:
-            log.write(line)
+            measures[f"{name}/loss"] = loss / weight
+            measures |= {f"{name}/{key}": value / weight for key, value in sums.items()}
+        return measures
 
 
 class _Sigterm:

@@ -22,6 +22,8 @@ from ogpsa_jax.files import write_whole
 
 logger = logging.getLogger(__name__)
 Line = dict[str, Any]
+LEAST_KEPT = 0.9
+"""Share of an update, or of what it achieved, below which rounding is warned of."""
 
 
 class MetricsLog:
@@ -145,6 +147,29 @@ def find_problems(lines: Sequence[Line]) -> dict[str, str]:
         "a reference gradient was not finite, so the basis was left as it was",
     )
     return problems
+
+
+def find_lost_updates(lines: Sequence[Line], peak_rate: float) -> dict[str, str]:
+    """The same for updates that rounding kept from the parameters.
+
+    Steps at a tenth of the peak learning rate or less do not count: what they lose is little.
+    """
+    steps = [
+        line
+        for line in lines
+        if "applied_fraction" in line and line["learning_rate"] > 0.1 * peak_rate
+    ]
+    whole = sum(line["update_norm"] for line in steps)
+    if not math.isfinite(whole) or whole <= 0:
+        return {}
+    share = sum(line["applied_fraction"] * line["update_norm"] for line in steps) / whole
+    if not share < LEAST_KEPT:
+        return {}
+    return {
+        "applied": f"steps {steps[0]['step']} to {steps[-1]['step']}: only {share:.1%} of the "
+        "updates reached the parameters, whose type is too coarse for the rest; set "
+        "model.param_dtype to float32, or optimizer.stochastic_rounding to true"
+    }
 
 
 def draw_curves(lines: list[Line], path: Path) -> None:

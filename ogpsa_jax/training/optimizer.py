@@ -90,6 +90,49 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     return optax.GradientTransformation(plain.init, update)
 
 
+def apply_updates(params: Any, updates: Any, key: jax.Array | None = None) -> tuple[Any, Any, Any]:
+    """``params + updates``, and how much of the update the parameters took.
+
+    A bfloat16 parameter changes by steps of 2⁻⁸ of itself: rounded to the nearest, smaller updates
+    are lost for good. Rounded up or down at random, with probabilities that make the mean exact
+    (arXiv 1502.02551), they take effect on average.
+
+    Args:
+      params: pytree of arrays.
+      updates: the same structure and shapes.
+      key: of the random numbers; None: round to the nearest. Used for bfloat16 leaves alone.
+
+    Returns:
+      (new parameters, norm of what changed in them, ⟨change, update⟩ / ⟨update, update⟩); the last
+      two float32 scalars, the last 1 where the update is zero.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    keys = [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
+    new, sums = [], jnp.zeros(3, jnp.float32)
+    for old, update, leaf_key in zip(leaves, jax.tree.leaves(updates), keys, strict=True):
+        wide = jnp.promote_types(old.dtype, jnp.float32)
+        total = old.astype(wide) + update.astype(wide)
+        if leaf_key is not None and old.dtype == jnp.bfloat16:
+            total = _round_stochastically(total, leaf_key)
+        new.append(total.astype(old.dtype))
+        # XLA may leave out a cast there and back, but not this.
+        kept = jnp.finfo(old.dtype)  # type: ignore[no-untyped-call]
+        rounded = jax.lax.reduce_precision(total, kept.nexp, kept.nmant)
+        change, update = rounded - old.astype(wide), update.astype(wide)
+        sums += jnp.stack([(change * change).sum(), (change * update).sum(), (update**2).sum()])
+    squared, along, whole = sums
+    share = jnp.where(whole > 0, along / jnp.where(whole > 0, whole, 1.0), 1.0)
+    return structure.unflatten(new), jnp.sqrt(squared), share
+
+
+def _round_stochastically(values: jax.Array, key: jax.Array) -> jax.Array:
+    """Float32 to float32 of bfloat16's precision; the bits cut off are the odds of rounding up."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
+    cut = (bits + noise) & jnp.uint32(0xFFFF0000)
+    return jnp.where(jnp.isfinite(values), jax.lax.bitcast_convert_type(cut, jnp.float32), values)
+
+
 def make_optimizer(config: RunConfig, total_steps: int) -> Optimizer:
     """The optimizer of a run: clipping comes after the projection, as in the official code."""
     section = config.optimizer

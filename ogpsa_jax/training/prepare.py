@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -116,8 +117,7 @@ def prepare_data(
             f"data.max_length ({config.data.max_length}) exceeds the model's "
             f"max_position_embeddings ({model.max_position_embeddings}); lower it."
         )
-    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
-    template = ChatTemplate(tokenizer, config.data.template, date=date)
+    template = ChatTemplate(tokenizer_of(config), config.data.template, date=date)
     reports: dict[str, DataReport] = {}
 
     def read(
@@ -174,6 +174,16 @@ def prepare_data(
     return RunData(train, references, evaluations, reports, warnings, date)
 
 
+def tokenizer_of(config: RunConfig) -> Any:
+    """The tokenizer that is named, or the model's.
+
+    Raises:
+      InputError: none there, or not as it must be.
+    """
+    path = config.model.tokenizer or str(config.model.path)
+    return load_tokenizer(str(resolve_folder(path)) if Path(path).is_dir() else path)
+
+
 def data_source(section: SourceSection) -> DataSource:
     """The data room's view of a configured source."""
     names = {field.name for field in dataclasses.fields(DataSource)}
@@ -191,8 +201,14 @@ def model_config(config: RunConfig) -> DecoderConfig:
     return read_config(resolve_folder(str(config.model.path)))
 
 
-def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
+def prepare_model(config: RunConfig, mesh: Mesh, *, unrounded: bool = True) -> Decoder:
     """The model on its mesh, pre-trained or random, with adapters where the run trains them.
+
+    Args:
+      config: the run's settings.
+      mesh: the devices.
+      unrounded: start from the weights as trained, where the model is the export of a run that
+        keeps them; otherwise from what others read there.
 
     Raises:
       InputError: a checkpoint with missing, extra or mis-shaped tensors.
@@ -206,7 +222,7 @@ def prepare_model(config: RunConfig, mesh: Mesh) -> Decoder:
         "mesh": mesh,
     }
     if section.initial_weights == "pretrained":
-        model = load_pretrained(str(section.path), **options)
+        model = load_pretrained(str(section.path), unrounded=unrounded, **options)
     else:
         folder = resolve_folder(str(section.path))
         model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data import Example, digest, fixed_batches
 from ogpsa_jax.models import load_pretrained
-from ogpsa_jax.models.folders import resolve_folder
+from ogpsa_jax.models.folders import resolve_folder, weights_files
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 from ogpsa_jax.training.config import RunConfig
@@ -96,6 +96,7 @@ def _other(config: RunConfig, mesh: Mesh) -> Any:
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
         mesh=mesh,
+        unrounded=True,
     )
 
 
@@ -133,7 +134,7 @@ def _model_key(config: RunConfig) -> bytes:
     if initial and config.model.initial_weights == "random":
         found.update(f"random {config.seed}".encode())
     else:
-        files += sorted(folder.glob("*.safetensors"))
+        files += weights_files(folder)
     if initial and config.model.lora is not None and config.model.lora.adapter is not None:
         files += sorted(resolve_folder(config.model.lora.adapter).glob("adapter_*"))
     for path in files:

@@ -6,26 +6,33 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.files import only_writer, read_json, write_whole
-from ogpsa_jax.models import save_lora
+from ogpsa_jax.models import Decoder, save_lora
 from ogpsa_jax.models.folders import MODEL_CARD
 from ogpsa_jax.training.checkpoints import Checkpoints
-from ogpsa_jax.training.config import MeshSection, RunConfig
+from ogpsa_jax.training.config import ExportSection, MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
-from ogpsa_jax.training.loop import fit
+from ogpsa_jax.training.loop import Evaluation, fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
-from ogpsa_jax.training.metrics import Line, draw_curves, find_problems
+from ogpsa_jax.training.metrics import (
+    Line,
+    draw_curves,
+    find_lost_updates,
+    find_problems,
+    read_metrics,
+)
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import (
     model_config,
@@ -35,6 +42,12 @@ from ogpsa_jax.training.prepare import (
     prepare_task,
     trained_parameters,
 )
+from ogpsa_jax.training.rounding import (
+    loading_warning,
+    measure_rounding,
+    rounding_lines,
+    rounding_warning,
+)
 from ogpsa_jax.training.step import Network, TrainState
 
 logger = logging.getLogger(__name__)
@@ -43,6 +56,7 @@ logger = logging.getLogger(__name__)
 _FREE_ON_RESUME: Any = {
     "mesh": ...,
     "output_dir": ...,  # a moved directory is still the same run
+    "export": ...,
     "train": {"micro_batch_size", "save_every", "keep_checkpoints", "log_every", "remat"},
 }
 
@@ -118,6 +132,11 @@ def train(config: RunConfig) -> dict[str, Any]:
                 f"{run_dir}: this run is finished, but its export is gone; "
                 f"`ogpsa-jax export {run_dir} {run_dir / 'export'}` makes it anew."
             )
+        if load_config(run_dir / "config.yaml").export != config.export:
+            raise InputError(
+                f"{run_dir}: this run is finished, with another export.dtype; to have its weights "
+                f"in this one, `ogpsa-jax export {run_dir} DIR --dtype {config.export.dtype}`."
+            )
         if not (run_dir / "export" / MODEL_CARD).exists():  # killed before its last file
             write_model_card(run_dir)
         logger.info("%s is finished, its results stand; delete it to run it again", run_dir)
@@ -128,6 +147,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     data = prepare_data(config, model_config(config), run_date(run_dir))
+    if lost_at_start := loading_warning(config):
+        logger.warning("%s", lost_at_start)
     policy = functools.cache(functools.partial(prepare_model, config, mesh))
     data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)
@@ -138,7 +159,11 @@ def train(config: RunConfig) -> dict[str, Any]:
         check_same_inputs(run_dir, config, data)
         network, lines = fit(network, task, config, mesh, run_dir)
         model = network.model()
-        export(config, model, run_dir / "export")
+        rounding = None
+        if export(config, model, run_dir / "export", keep_unrounded=True):
+            rounding = measure_rounding(
+                config, mesh, model, run_dir / "export", task.evaluations, _before(lines)
+            )
         if config.model.lora is not None:
             save_lora(model, run_dir / "adapter")
         if jax.process_index() == 0:
@@ -150,6 +175,12 @@ def train(config: RunConfig) -> dict[str, Any]:
             draw_curves(lines, run_dir / "curves.png")
             summary = summarise(config, lines)
             summary["warnings"] = data.warnings + summary["warnings"]
+            summary["warnings"] += [lost_at_start] if lost_at_start else []
+            if rounding is not None:
+                summary["rounding"] = rounding
+                if (warning := rounding_warning(rounding)) is not None:
+                    logger.warning("%s", warning)
+                    summary["warnings"].append(warning)
             summary |= {
                 "data": data.report(),
                 "reference_samples": task.reference_rows
@@ -166,14 +197,15 @@ def train(config: RunConfig) -> dict[str, Any]:
     return dict(json.loads(finished.read_text()))
 
 
-def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
+def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None = None) -> int:
     """Write the newest checkpoint of a run, finished or not, as a Hugging Face folder.
 
-    Of a finished run, with its model card.
+    Of a finished run, with its model card. What rounding costs is measured and logged.
 
     Args:
       run_dir: the run directory.
       target: the folder to write; an earlier export there is replaced.
+      dtype: of the weights, as in ``export.dtype``; by default what the run's configuration says.
 
     Returns:
       The step whose weights they are.
@@ -188,6 +220,14 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
     if (run_dir / "checkpoints").resolve() in (place, *place.parents):
         raise InputError(f"{target}: is among the run's checkpoints; choose another place.")
     config = load_config(run_dir / "config.yaml")
+    own = place == (run_dir / "export").resolve()
+    if dtype is not None and dtype != config.export.dtype:
+        if own:
+            raise InputError(
+                f"{target}: the run's own export has the type of its configuration "
+                f"(export.dtype: {config.export.dtype}); choose another place."
+            )
+        config = config.model_copy(update={"export": ExportSection(dtype=dtype)})
     mesh = make_mesh(MeshSection())  # whatever devices are here: it may have been trained on others
     network = Network.of(prepare_model(config, mesh), trained_parameters(config))
     optimizer = make_optimizer(config, total_steps=1)
@@ -198,10 +238,36 @@ def export_checkpoint(run_dir: str | Path, target: str | Path) -> int:
     if found is None:
         raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
     step, state = found
-    export(config, network._replace(trained=state.params).model(), target)
+    model = network._replace(trained=state.params).model()
+    del state, opt_state
+    rounding = None
+    if export(config, model, target, keep_unrounded=own):
+        rounding = _measure_later(config, mesh, model, run_dir, target)
     if (run_dir / "summary.json").exists():
-        write_model_card(run_dir, target)
+        write_model_card(run_dir, target, rounding)
     return step
+
+
+def _measure_later(
+    config: RunConfig, mesh: Mesh, model: Decoder, run_dir: Path, target: str | Path
+) -> dict[str, Any]:
+    """What rounding costs an export that is made after or during a run, told at once."""
+    evaluations: Mapping[str, Evaluation] = {}
+    try:
+        data = prepare_data(config, model_config(config), run_date(run_dir))
+        data = prepare_reference_log_probs(
+            config, data, mesh, functools.partial(prepare_model, config, mesh)
+        )
+        evaluations = prepare_task(config, data, mesh).evaluations
+    except InputError as error:
+        logger.warning("the held-out sets are not measured: %s", error)
+    before = _before(read_metrics(run_dir))
+    rounding = measure_rounding(config, mesh, model, target, evaluations, before)
+    for line in rounding_lines(rounding):
+        logger.info("%s", line)
+    if (warning := rounding_warning(rounding)) is not None:
+        logger.warning("%s", warning)
+    return rounding
 
 
 def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
@@ -209,7 +275,8 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "loss" not in line]
     total = steps[-1]["step"]
-    warnings = [*find_problems(steps).values()]
+    lost = find_lost_updates(steps, config.optimizer.learning_rate)
+    warnings = [*find_problems(steps).values(), *lost.values()]
     if missing := total - len({line["step"] for line in steps}):
         warnings.append(
             f"the metrics of {missing} of {total} steps are lost; so is what needs them"
@@ -223,7 +290,6 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
             "effective_rank": steps[-1].get("effective_rank"),
             "mean_removed_fraction": sum(removed) / len(removed) if removed else None,
         }
-    begun = bool(evaluations) and evaluations[0]["step"] == 0
     return {
         "name": config.name,
         "objective": config.objective,
@@ -234,7 +300,7 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
             "first": steps[0]["loss"] if steps[0]["step"] == 1 else None,
             "last": steps[-1]["loss"],
         },
-        "before": _without_step(evaluations[0]) if begun else {},
+        "before": _before(lines),
         "after": _without_step(evaluations[-1]) if evaluations else {},
         "projection": projection,
         # Sequences, as everywhere: a pair is two.
@@ -250,6 +316,12 @@ def _refreshes(config: RunConfig, steps: int) -> int:
     if not config.projects:
         return 0
     return steps if config.reference_rows else -(-steps // config.ogpsa.refresh_every)
+
+
+def _before(lines: Sequence[Line]) -> Line:
+    """The measures of before the first step, where the metrics still hold them."""
+    first = next((line for line in lines if "loss" not in line), None)
+    return _without_step(first) if first is not None and first["step"] == 0 else {}
 
 
 def _without_step(line: Line) -> Line:

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from ogpsa_jax import OgpsaState, diagnostics, push_reference, reference_gradients, refresh
-from ogpsa_jax.training.optimizer import Optimizer
+from ogpsa_jax.training.optimizer import Optimizer, apply_updates
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -94,15 +94,20 @@ def make_train_step(
       in_step: what to do with reference rows.
 
     Returns:
-      ``step(state, frozen, batch[, reference_batch]) -> (state, metrics)``; metrics are float32
-      scalars on the device, those of the reference rows named ``reference/...``.
+      ``step(state, frozen, batch[, reference_batch, rounding_key]) -> (state, metrics)``; metrics
+      are float32 scalars on the device, those of the reference rows named ``reference/...``. With
+      `rounding_key`, bfloat16 parameters are rounded at random.
     """
     mean_gradient = _mean_gradient(graphdef, objective)
     reference_gradient = _mean_gradient(graphdef, in_step.objective) if in_step else None
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(
-        state: TrainState, frozen: Params, batch: Batch, reference_batch: Batch | None = None
+        state: TrainState,
+        frozen: Params,
+        batch: Batch,
+        reference_batch: Batch | None = None,
+        rounding_key: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         params, opt_state = state
         metrics: Metrics = {}
@@ -131,9 +136,11 @@ def make_train_step(
             grads = jax.tree.map(jnp.add, grads, replayed)
         updates, step_state = optimizer.step_part.update(grads, step_state, params)
         metrics["update_norm"] = optax.global_norm(updates)
+        params, applied, share = apply_updates(params, updates, rounding_key)
+        metrics |= {"applied_update_norm": applied, "applied_fraction": share}
         opt_state = (projection_state, step_state)
         metrics |= projection_metrics(opt_state)
-        return TrainState(optax.apply_updates(params, updates), opt_state), metrics
+        return TrainState(params, opt_state), metrics
 
     return train_step
 
