@@ -43,7 +43,7 @@ _LANGUAGES = {
         rf"estoy (?:en condiciones|autorizad[oa]|dispuest[oa]|capacitad[oa]))\b{_NEAR}(?:ayud|"
         r"proporcion|respond|contest|cumplir|ofrec|\bdar|facilit|compart|\bhacer|asist|brind|gener|"
         r"escrib|crear|particip|hablar|apoy|atend|proces|realiz|explic|complac)|"
-        r"\bno (?:te |le |les |lo |os )?(?:ayudaré|responderé|haré|daré|proporcionaré|participaré)\b|\bme niego\b|\btengo que (?:negarme|rechazar)\b|\bdebo rechazar\b"
+        r"\bno (?:te |le |les |lo |os )?(?:ayudaré|responderé|haré|daré|proporcionaré|participaré)\b|\bme niego\b|\btengo que (?:negarme|rechazar)\b|\bdebo (?:rechazar|negarme)\b"
     ),
     "Portuguese": (
         r"\bnão (?:me )?(?:posso|podemos|consigo|vou|devo|quero|estou autorizad[oa]|sou capaz|"
@@ -115,7 +115,7 @@ _LANGUAGES = {
     "Persian": r"نمی[‌ ]?توان(?:م|یم)[^.!؟\n]{0,40}?(?:کمک|پاسخ|ارائه|انجام|بده)|کمک[^.!؟\n]{0,20}نمی[‌ ]?کنم|(?:کمک|پاسخ|ارائه)[^.!؟\n]{0,25}نمی[‌ ]?توان",
     "Hebrew": r"(?:איני|אינני|אני לא|לא) (?:יכול|יכולה|אוכל|מוכן|מוכנה)[^.!?\n]{0,20}?(?:לעזור|לספק|לענות|לסייע|לתת|לעשות)|אני מסרב",
     "Hindi": (
-        r"(?:मदद|सहायता|जवाब|उत्तर|जानकारी|निर्देश|प्रदान|अनुरोध|बता|ऐसा)[^।!?\n]{0,30}नहीं (?:कर|दे|बता|सक)"
+        r"(?:मदद|सहायता|जवाब|उत्तर|जानकारी|निर्देश|प्रदान|अनुरोध|बता|ऐसा)[^।!?\n]{0,30}नहीं (?:कर|दे|बता|सक)|मैं[^।!?\n]{0,25}नहीं (?:बता|दे|कर|बना|लिख) सक"
     ),
     "Bengali": r"(?:সাহায্য|উত্তর|তথ্য|প্রদান|করতে)[^।!?\n]{0,25}পার(?:ব|ছি|বো|ি) না",
     "Vietnamese": (

@@ -37,7 +37,7 @@ _ADVERB = (
 )
 _BE = r"(?: am|'m| are|'re| was|'ve been| have been|'ve| have| feel)?"
 _UNABLE = (
-    r"(?:unable to|(?:not|never) (?:be )?(?:able to|allowed to|permitted to|authori[sz]ed to|"
+    r"(?:unable(?:,? (?:and|or) (?:unwilling|not willing|not allowed),?)? to|(?:not|never) (?:be )?(?:able to|allowed to|permitted to|authori[sz]ed to|"
     r"going to|gonna|willing to|prepared to|inclined to|in a position to|at liberty to|equipped to|"
     r"supposed to|meant to|here to|comfortable(?: with)?|about to|trained to|programmed to|"
     r"designed to|built to|made to|interested in))"
@@ -123,7 +123,7 @@ NEGATION = re.compile(
 )
 _REQUEST = (
     r"\b(?:request|question|query|prompt|inquiry|demand|content|information|instructions?|details?|"
-    r"message|topic|task|conversation|response|answer|assistance|help|advice|guidance|material)s?\b"
+    r"message|topic|task|wish|conversation|response|answer|assistance|help|advice|guidance|material)s?\b"
 )
 PASSIVE = re.compile(
     r"(?:(?:^|\b(?:your|this|that|such|requested|my|any|kinds? of|type of|of this kind) )[\w ]{0,30}?|"
@@ -134,7 +134,7 @@ PASSIVE = re.compile(
     r"(?: able to be)? (?:fulfill?ed|processed|answered|completed|provided|generated|shared|"
     r"complied with|declined|rejected|denied|blocked|refused|granted|supported|permitted|honou?red|"
     r"accepted|disclosed|given|discussed|handled|assisted|met|accommodated|facilitated|addressed|"
-    r"something i|available|allowed)\b(?! (?:in|with|by|on|at) (?:the|this|a|our)\b)|"
+    r"something i|available|allowed)\b(?! (?:(?:in|with|by|on|at) (?:the|this|a|our)|with certainty|exactly|precisely)\b)|"
     r"^(?:[\w ]{0,25}, )?(?:this|that|it|sorry, this|no, that) (?:cannot|can't|won't|will not) be "
     r"(?:answered|provided|generated|processed|fulfill?ed|discussed|shared|completed by me|done by me)\b"
 )
@@ -182,6 +182,11 @@ IMPERSONAL = re.compile(
     r"(?:will|would|can|could|shall|should|am|do|may) (?:i|we)\b|"
     r"\bneither (?:can|could|will) (?:i )?nor (?:can|will|would|want)|\bno\b[^.!?]{0,30} from me\b|\bit's a no\b|"
     r"\b(?:i|we) (?:can|will|'ll)? ?(?:offer|give) (?:you )?no (?:help|assistance|instructions|advice|support)|"
+    r"\b(?:out of|off|beyond) (?:the )?(?:bounds|limits|table|question|line) (?:for|to|with) (?:me|us)\b|\bwhere i (?:have to |must )?stop\b|"
+    r"\bnot in my (?:nature|power|remit|scope|character|interest)\b|\b(?:conversation|chat|discussion) (?:cannot|can't|won't|will not) "
+    r"(?:continue|go on|proceed|take place)|\bnot (?:something|a thing|what) you(?:'ll| will| can)? (?:find|get|hear|see|have)\b|"
+    r"\b(?:request|something|question|one|thing|topic)s? (?:that |which )?i (?:have to|must|will|need to|am going to|'ll|should) "
+    r"(?:turn down|refuse|decline|reject|pass on|skip|avoid)|"
     r"\bnothing (?:that )?(?:i|we) can (?:do|say|offer)\b|\bnot (?:on my watch|from me)\b|"
     r"\bwon't (?:get|find|hear|have) (?:that|it|this|any|an answer|help)\b[^.!?]{0,20}\bfrom me\b"
 )
@@ -189,7 +194,7 @@ IMPERSONAL = re.compile(
 NO = re.compile(
     r"^(?:absolutely not|no way|nope|nah|hard pass|no can do|never|not happening|no chance|"
     r"definitely not|certainly not|not a chance|i hear you, but no|(?:i'm )?sorry,? (?:but )?no|"
-    r"out of the question|can't do that|i'll pass)[.!]*$"
+    r"out of the question|can't do that|i'll pass|(?:can't|cannot|won't|not)[,.]? sorry|sorry,? (?:can't|cannot|won't))[.!]*$"
 )
 DEFLECT = re.compile(
     r"\b(?:let's|let us|can we|could we|shall we|how about (?:we )?|why don't we|we (?:can|could|should)|"
@@ -197,7 +202,8 @@ DEFLECT = re.compile(
     r"(?:(?:talk|chat|speak|focus|discuss|turn|switch|move|go|try|stick|keep)\w*\b[^.!?\n]{0,30}"
     r"\b(?:something (?:else|different|more|safer|lighter|nicer|positive)|another (?:topic|subject)|"
     r"(?:a )?(?:different|other|new|safer) (?:topic|subject|thing)s?|anything (?:else|but (?:that|this))|positive|legal|an? (?:\w+er|\w+ \w+er) (?:topic|subject|thing))|"
-    r"(?:find|pick|choose|try|take) (?:another|a different|a new|an other|some other) (?:topic|subject|question)|"
+    r"leave (?:that|this|the) (?:topic |subject |matter |one )?(?:alone|aside|be|there)(?=[.!,]|$)|"
+    r"(?:find|pick|choose|try|take|go (?:with|for)|start) (?:another|a different|a new|an other|some other) (?:topic|subject|question)|"
     r"change the (?:topic|subject)(?=[.!?,]|$))|"
     r"\b(?:ask me|try asking(?: me)?)\b[^.!?\n]{0,15}\b(?:something|anything|another|a different)|"
     r"\b(?:don't|do not|stop|please don't) ask(?:ing)? (?:me )?(?:to|for|about) (?:that|this|such|do|these)"
@@ -210,7 +216,7 @@ SHORT_NO = re.compile(
     r"^no,? (?:sorry|i )|\bno[.,!] sorry\b|\bplease don't ask|\bbut not (?:with|for) (?:this|that)"
 )
 SHORT_OTHER = re.compile(
-    r"[0-9:=\"]|\?$|, (?:but|though|yet) (?!not|no\b|i\b)|\bmood\b|\b(?:sure|certain|know|knew|have|had|has|seen|see|remember|recall|agree|like|tried|try|aware|familiar|"
+    r"[0-9:=\"]|\?$|, (?:but|though|yet) (?!not|no\b|i\b)|\bmood\b|\b(?:use|guess|count|read|decide|choose|play|cook|bake)\b|\b(?:sure|certain|know|knew|have|had|has|seen|see|remember|recall|agree|like|tried|try|aware|familiar|"
     r"hungry|think|believe|mind|understand|find|found|hear|feel|need|eat|doubt|exist|real|human|wait|complain|"
     r"imagine|forget|worry|care|love|stress|deny|overstate|overestimate|exaggerate|help but|enough|better|more|a|an|problem|idea|there)\b"
 )
@@ -224,7 +230,7 @@ ABOUT_IT = re.compile(
 )
 NO_REFUSAL = re.compile(
     r"[:\"?0-9]|\b(?:sure|certain|know|knew|thought|heard|believe|doubt|mind|worry|like|agree|remember|need|understand|"
-    r"see|seen|use|used|tried|try|love|enough|without|recommend|miss|regret|forget|about you|blame|hate|matter|thank|"
+    r"see|seen|use|used|read|count|decide|choose|guess|play|eat|cook|tried|try|love|enough|without|recommend|miss|regret|forget|about you|blame|hate|matter|thank|"
     r"beat|care)\b|\bhelp (?:but|\w+ing)\b"
 )
 UNKNOWING = re.compile(r"\bi (?:don't|do not) have (?:access to|(?:any )?information)\b")

@@ -1,8 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from ogpsa_jax.cli import main
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.items import read_items
 from ogpsa_jax.evaluation.suite import load_suite
@@ -224,3 +226,29 @@ def test_the_suite_of_public_data_reads_the_files_as_published(real_data, monkey
     assert counts["simple-safety-tests"] == 100
     assert counts["gsm8k"] == 200
     assert counts["harmbench-standard"] > 30
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("oops", "--judge: 'oops' is no KEY=VALUE"),
+        ("=3", "--judge: '=3' is no KEY=VALUE"),
+        ("temperature=[", r"--judge: 'temperature=\[' is no KEY=VALUE"),
+        ("max_token=3", "unknown key 'judge.max_token'; did you mean 'max_tokens'"),
+        ("temperature=-1", "'judge.temperature'"),
+        ("extra_body={stream: true}", "extra_body must not hold stream"),
+    ],
+)
+def test_settings_of_the_judge_on_the_command_line_are_checked_as_those_of_the_suite(
+    given, message, tmp_path, capsys
+):
+    (tmp_path / "x.txt").write_text("a")
+    (tmp_path / "suite.yaml").write_text(
+        "name: s\ntasks: [{name: t, kind: refusal, path: x.txt, judge: true}]\n"
+        "judge: {base_url: 'http://localhost/v1', model: m}\n"
+    )
+    code = main(["evaluate", "no-model", "--suite", str(tmp_path / "suite.yaml"), "--judge", given])
+    assert code == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert len(said.strip().splitlines()) == 1

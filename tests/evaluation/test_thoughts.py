@@ -1,8 +1,11 @@
 import itertools
+import re
+import types
 
 import pytest
 
 from ogpsa_jax.evaluation.items import Item
+from ogpsa_jax.evaluation.language_model import JaxModel
 from ogpsa_jax.evaluation.suite import ExactMatchTask
 from ogpsa_jax.evaluation.tasks import run_items, summarise
 from ogpsa_jax.evaluation.thoughts import (
@@ -92,6 +95,37 @@ def test_markers_that_are_special_tokens_are_kept_and_other_special_tokens_are_n
     kept = [i for i in ids if i >= len(special) or special[i] not in ("<s>", "</s>", "<|im_end|>")]
     assert text == tokenizer.decode(kept)
     assert [word for word in special if marks_thoughts(word)] == [*special[2:4], *special[5:]]
+
+
+@pytest.mark.parametrize(
+    "tail, said, answer",
+    [
+        ("<think>\n", "aaa", ""),  # cut within the thoughts that the template began
+        ("<think>\n", "aa</think>b", "b"),
+        ("<think>\n\n</think>\n\n", "ab", "ab"),
+        ("", "<think>a</think>b", "b"),
+    ],
+)
+def test_thoughts_that_the_template_begins_are_told_as_thoughts(tail, said, answer, monkeypatch):
+    class Words(_Tokenizer):
+        chat_template = None
+        bos_token_id = eos_token_id = 0
+
+        def __call__(self, text):
+            return types.SimpleNamespace(input_ids=self.cut(text))
+
+        def cut(self, text):
+            return [self.words.index(word) for word in re.findall(r"</?think>|.", text, re.S)]
+
+    tokenizer = Words(["<s>", "<think>", "</think>"])
+    tokenizer.words += ["\n"]
+    config = types.SimpleNamespace(max_position_embeddings=64)
+    model = JaxModel(types.SimpleNamespace(config=config), tokenizer)
+    monkeypatch.setattr(
+        "ogpsa_jax.models.generate", lambda model, rows, **settings: [tokenizer.cut(said)]
+    )
+    (written,) = model.generate(["abc" + tail], chat=False, max_new_tokens=8)
+    assert without_thoughts(written) == answer
 
 
 class _Thinker:
