@@ -8,6 +8,7 @@ import jax
 
 from ogpsa_jax.projection.groups import Group, is_masked
 from ogpsa_jax.projection.project import Subspaces
+from ogpsa_jax.projection.serialization import serialisable
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class NoLeaves(Settings):
         return 0
 
 
+@serialisable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OgpsaState:

@@ -1,5 +1,10 @@
 """Inside Flax: NNX optimizers and Linen train states, with and without sharding metadata."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,3 +95,45 @@ def test_linen_train_state(rng, partitioned):
     assert int(diagnostics(state)["refreshes"]) == 1
     if partitioned:
         assert isinstance(state.opt_state[0].basis[0]["kernel"], linen.Partitioned)
+
+
+@pytest.mark.parametrize("first", ["ogpsa_jax", "flax"])
+def test_a_state_is_serialised_whichever_is_imported_first(first, tmp_path):
+    imports = ["import ogpsa_jax", "import flax.serialization"]
+    program = """
+import jax, jax.numpy as jnp, optax
+from ogpsa_jax import ogpsa_project, push_reference, refresh
+params = {"w": jnp.ones((3, 2)), "steps": jnp.zeros([], jnp.int32)}
+tx = optax.chain(ogpsa_project(2), optax.adam(0.1))
+state = refresh(tx.init(params), [{"w": jnp.arange(6.0).reshape(3, 2), "steps": params["steps"]}])
+"""
+    restored = """
+data = flax.serialization.to_bytes(state)
+new = flax.serialization.from_bytes(tx.init(params), data)
+assert jax.tree.structure(new) == jax.tree.structure(state)
+assert jax.tree.all(jax.tree.map(jnp.array_equal, new, state))
+assert new[0].settings == state[0].settings
+"""
+    if first == "ogpsa_jax":  # the state, too, is older than flax
+        program = "\n".join([imports[0], program, imports[1], restored])
+    else:
+        program = "\n".join([imports[1], imports[0], program, restored])
+    environment = {**os.environ, "PYTHONPATH": str(Path(ogpsa_jax.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_a_state_dict_of_other_shape_is_refused(rng):
+    from flax import serialization
+
+    params = {"w": jnp.ones((3, 2))}
+    state = TrainState.create(apply_fn=None, params=params, tx=ogpsa_project(2))
+    found = serialization.to_state_dict(state)
+    assert found["opt_state"]["basis"]["1"]["w"].shape == (3, 2)
+    again = serialization.from_state_dict(state, found)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again, state))
+    other = TrainState.create(apply_fn=None, params=params, tx=ogpsa_project(3))
+    with pytest.raises(ValueError, match="opt_state/basis"):
+        serialization.from_state_dict(other, found)
+    del found["opt_state"]["metric"]
+    with pytest.raises(ValueError, match="OgpsaState: expected the fields basis, gram, metric"):
+        serialization.from_state_dict(state, found)
