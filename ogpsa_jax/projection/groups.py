@@ -84,12 +84,18 @@ def form_groups(
       which count the held leaves only.
 
     Raises:
-      ValueError: a complex leaf; one label over leaves that stack different numbers of layers.
+      ValueError: a leaf that is no array, or complex; one label over leaves that stack different
+        numbers of layers.
     """
     held: list[bool] = []
     members: dict[str, list[tuple[int, int | None, int | None]]] = {}
     for path, leaf in paths_and_leaves:
         name = jax.tree_util.keystr(path)
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"params: {name or 'the tree'} is a {type(leaf).__name__} and no array; give the "
+                "arrays alone, as equinox.filter(model, equinox.is_inexact_array) does"
+            )
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ValueError(f"params: {name} is complex; OGPSA is defined for real parameters")
         axis = None if scope == "global" else stacking_axis(stacked, path, leaf)

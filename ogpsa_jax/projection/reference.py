@@ -23,7 +23,9 @@ def reference_gradients(
       ``Σ loss_sum / Σ weight``. Accumulated in float32, returned in the parameters' dtype.
 
     Raises:
-      ValueError: a set without batches, or one set where a list of them is expected.
+      ValueError: a set without batches, one set where a list of them is expected, or a leaf of
+        `params` that is no floating-point array (those of an Equinox module, say): the message
+        says how to leave it out.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -34,6 +36,7 @@ def reference_gradients(
       >>> [float(g) for g in reference_gradients(loss_fn, jnp.array(0.0), [batches, batches[:1]])]
       [4.0, 2.0]
     """
+    _check_arrays(params)
 
     def loss_and_weight(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         out = loss_fn(params, batch)
@@ -77,3 +80,17 @@ def as_list(items: Iterable[Any], name: str, what: str) -> list[Any]:
     if not found:
         raise ValueError(f"{name}: expected at least one {what}, got none")
     return found
+
+
+def _check_arrays(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            continue
+        what = f"a {type(leaf).__name__}" if dtype is None else f"an array of {dtype}"
+        raise ValueError(
+            f"params: {jax.tree_util.keystr(path) or 'the tree'} is {what}, and gradients are of "
+            "floating-point arrays; give those alone and let loss_fn add the rest, as with "
+            "arrays, rest = equinox.partition(model, equinox.is_inexact_array), and "
+            "lambda arrays, batch: loss(equinox.combine(arrays, rest), batch)"
+        )

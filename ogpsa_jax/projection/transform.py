@@ -57,8 +57,8 @@ def ogpsa_project(
       An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`OgpsaState`.
 
     Raises:
-      ValueError: an argument is out of its range; from ``init``: a complex parameter, no parameter
-        that could be projected, or a stacking axis that a leaf does not have.
+      ValueError: an argument is out of its range; from ``init``: a parameter that is no array or
+        complex, none that could be projected, or a stacking axis that a leaf does not have.
 
     Examples:
       >>> import jax.numpy as jnp, optax

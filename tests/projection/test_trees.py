@@ -6,7 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from ogpsa_jax import diagnostics, ogpsa_project, push_reference, refresh
+from ogpsa_jax import (
+    diagnostics,
+    ogpsa_project,
+    push_reference,
+    reference_gradients,
+    refresh,
+)
 
 from .helpers import assert_close, exact, random_tree
 
@@ -165,3 +171,27 @@ def test_a_reference_under_other_names_is_refused():
         refresh(state, [{"a": jnp.ones(3), "b": jnp.ones(3)}])
     with pytest.raises(ValueError, match=r"references: .* no name where they have k"):
         refresh(state, [(jnp.ones(3), jnp.ones(3))])
+
+
+@pytest.mark.parametrize(
+    ("leaf", "told"),
+    [
+        (jnp.tanh, "is a (Pjit|function|PjitFunction)"),
+        (0.5, "is a float"),
+        ("relu", "is a str"),
+        (jnp.arange(3), "is an array of int32"),
+        (jax.random.key(0), "is an array of key"),
+    ],
+)
+def test_what_gradients_cannot_be_taken_of_is_named(leaf, told):
+    def loss(params, batch):
+        return jnp.sum(params["w"]) * batch
+
+    params = {"w": jnp.ones(2), "other": leaf}
+    with pytest.raises(ValueError, match=rf"params: \['other'\] {told}.*equinox.partition"):
+        reference_gradients(loss, params, [jnp.ones(2)])
+    if not hasattr(leaf, "dtype"):
+        with pytest.raises(ValueError, match=rf"params: \['other'\] {told} and no array"):
+            ogpsa_project(1).init(params)
+    arrays, batches = {"w": params["w"], "other": None}, [jnp.ones(2)]
+    assert reference_gradients(loss, arrays, batches)[0]["other"] is None
