@@ -9,7 +9,7 @@ import pytest
 
 from ogpsa_jax import diagnostics, ogpsa_project, push_reference, refresh
 
-from .helpers import assert_close, random_tree, vectors
+from .helpers import assert_close, fuses_on_cpu, random_tree, vectors
 
 
 def pushed(params, references, rank, window=None, scope="tensor"):
@@ -87,6 +87,7 @@ def test_a_zero_reference_adds_no_direction(rng):
         assert np.all(np.asarray(state.rank_used) == 1)
 
 
+@fuses_on_cpu
 @pytest.mark.parametrize("rank", [2, 4, 8])
 def test_a_push_holds_no_more_than_rank_plus_one_copies(rank):
     params = {f"w{i}": jax.ShapeDtypeStruct((4096, 4096), jnp.float32) for i in range(12)}

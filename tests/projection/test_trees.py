@@ -14,7 +14,7 @@ from ogpsa_jax import (
     refresh,
 )
 
-from .helpers import assert_close, exact, random_tree
+from .helpers import assert_close, exact, fuses_on_cpu, random_tree
 
 
 def as_float64(leaf):
@@ -151,6 +151,7 @@ def test_nothing_is_aliased_so_that_all_can_be_donated(rng):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.basis))
 
 
+@fuses_on_cpu
 @pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
 def test_a_step_needs_no_temporary_of_parameter_size(basis_dtype, relaxed):
     params = {"a": jnp.zeros((512, 512)), "b": jnp.zeros((512, 256))}
