@@ -1,7 +1,19 @@
-"""Shared by all tests: eight virtual CPU devices, and the folder of real data if there is one."""
+"""Shared by all tests: eight virtual CPU devices, a folder to stand in, and real data if any.
+
+What a person has done in the checkout or in the shell must not decide what a test finds. So tests
+stand in a folder of their own, in which nothing has been made; caches are their own; what the
+documents tell people to export is not seen; and nobody beyond this machine is asked.
+"""
 
 import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Before anything imports jax. Most of the suite's time is the compiler's: unless XLA_FLAGS is set
 # (to nothing, say), it is to compile fast rather than well. Eight devices share few cores: they
@@ -17,17 +29,103 @@ os.environ["XLA_FLAGS"] += (
 # independent collectives, half of them can take all threads for one, half for another: forever.
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What people export to run several processes, to name a judge's key, to move a cache.
+UNSEEN = (
+    *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"),
+    *("JAX_ENABLE_X64", "JAX_DEBUG_NANS", "OPENAI_API_KEY"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"),
+)
+for name in UNSEEN:
+    os.environ.pop(name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Not empty in matplotlib's case: it would list all fonts of the machine again.
+_USERS_CACHE = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+os.environ.setdefault("MPLCONFIGDIR", str(Path(_USERS_CACHE) / "matplotlib"))
+_CACHE = tempfile.TemporaryDirectory(prefix="ogpsa-jax-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# Named from where the tests were started; they stand elsewhere.
+os.environ["OGPSA_DATA"] = str(
+    Path(os.environ.get("OGPSA_DATA", REPOSITORY.parent / "shared")).resolve()
+)
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+_LINKED = ("CHANGELOG.md", "README.md", "configs", "docs", "mkdocs.yml", "scripts", "tests")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fresh_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A current folder that has the checkout's files, and nothing of what its commands made."""
+    folder, before = tmp_path_factory.mktemp("checkout"), Path.cwd()
+    for name in _LINKED:
+        if (REPOSITORY / name).exists():  # the core's tests may have been copied alone
+            (folder / name).symlink_to(REPOSITORY / name)
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _left_as_found(_fresh_folder: Path) -> Iterator[None]:
+    """What a test leaves in the current folder, no other test finds."""
+    yield
+    for path in _fresh_folder.iterdir():
+        if path.is_symlink():
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _untouched_checkout() -> Iterator[None]:
+    """Fail where the tests have made something in the checkout, or changed what a command made."""
+    before = _made_in_checkout()
+    yield
+    after = _made_in_checkout()
+    changed = sorted(str(path) for path in after if after[path] != before.get(path))
+    assert not changed, (
+        f"while the tests ran, these were written into the checkout: {', '.join(changed[:9])}. "
+        "Tests write below tmp_path."
+    )
+
+
+_OUTPUTS = ("runs", "report", "evaluations", "data")
+
+
+def _made_in_checkout() -> dict[Path, float]:
+    """The outputs of commands, each with its time, and every other file but code and caches."""
+    found: dict[Path, float] = {}
+    for folder, names, files in os.walk(REPOSITORY):
+        names[:] = [n for n in names if not n.startswith(".") and n not in ("__pycache__", "site")]
+        place = Path(folder).relative_to(REPOSITORY)
+        output = place.parts[:1] and place.parts[0] in _OUTPUTS
+        for name in files:
+            if output or not name.endswith((".py", ".md")):  # which people write meanwhile
+                found[place / name] = (Path(folder) / name).stat().st_mtime if output else 0.0
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobody_is_asked() -> Iterator[None]:
+    """Connections of this process go to this machine alone."""
+    connect = socket.socket.connect
+
+    def local(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else None
+        if host is not None and host not in ("localhost", "127.0.0.1", "::1"):
+            raise OSError(f"a test asked {host}: tests need no network")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local)
+        yield
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder named by OGPSA_DATA (default ../shared): real models, data sets, trajectories."""
-    folder = Path(os.environ.get("OGPSA_DATA", REPOSITORY.parent / "shared"))
+    folder = Path(os.environ["OGPSA_DATA"])
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data: {folder}/data does not exist (set OGPSA_DATA)")
     return folder

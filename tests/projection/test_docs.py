@@ -1,13 +1,10 @@
-"""Every example of the core's documentation runs: docstrings, and the two pages."""
+"""Every example in the core's docstrings runs; those of the pages are in tests/documents."""
 
 import doctest
 import importlib
-from pathlib import Path
 
 import jax
 import pytest
-
-PAGES = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", ["transform", "refresh", "streaming", "reference", "diagnostics"])
@@ -17,13 +14,3 @@ def test_docstrings(name, strict):
         failed, tried = doctest.testmod(module)
     assert tried
     assert not failed
-
-
-@pytest.mark.parametrize("page", ["core.md", "own-loop.md"])
-def test_pages(page, strict):
-    for package in ("mktestdocs", "flax"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    from mktestdocs import check_md_file
-
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        check_md_file(PAGES / page, memory=True)
