@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("config", nargs="+", help="YAML files, then key.sub=value overrides")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the runs go")
     parser.add_argument("--methods", default=",".join(HEADLINE), help=", ".join(METHODS))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # overrides may stand after options
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ogpsa_jax").setLevel(logging.INFO)
     configs = [Path(item) for item in arguments.config if "=" not in item]

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Before anything imports jax. Most of the suite's time is the compiler's: unless XLA_FLAGS is set
@@ -31,13 +33,13 @@ os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # What people export to run several processes, to name a judge's key, to move a cache.
-UNSEEN = (
+_UNSEEN = (
     *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"),
     *("JAX_ENABLE_X64", "JAX_DEBUG_NANS", "OPENAI_API_KEY"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"),
 )
-for name in UNSEEN:
+for name in _UNSEEN:
     os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Not empty in matplotlib's case: it would list all fonts of the machine again.
@@ -49,8 +51,6 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["OGPSA_DATA"] = str(
     Path(os.environ.get("OGPSA_DATA", REPOSITORY.parent / "shared")).resolve()
 )
-
-import pytest
 
 _LINKED = ("CHANGELOG.md", "README.md", "configs", "docs", "mkdocs.yml", "scripts", "tests")
 
@@ -120,6 +120,12 @@ def _nobody_is_asked() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local)
         yield
+
+
+@pytest.fixture(scope="session")
+def unseen() -> tuple[str, ...]:
+    """Names of the variables that tests do not see, whoever has exported them."""
+    return _UNSEEN
 
 
 @pytest.fixture(scope="session")

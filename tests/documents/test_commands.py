@@ -1,0 +1,248 @@
+"""Every documented command line is run, made short, or names the test that runs it."""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from ogpsa_jax import cli
+from ogpsa_jax.demo.align import one_device
+from ogpsa_jax.demo.methods import NAIVE_METHOD
+from ogpsa_jax.demo.recipe import RECIPES, Pretraining, Recipe, Stage
+from ogpsa_jax.training import run
+from ogpsa_jax.training.config_file import load_config
+
+from .reading import CONFIGS, PAGES, REPOSITORY, commands
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A documented command with other words in place of some of its own, and more at its end."""
+
+    more: str = ""
+    instead: dict[str, str] = field(default_factory=dict)
+
+    def of(self, command: str) -> str:
+        for word, other in self.instead.items():
+            assert word in command
+            command = command.replace(word, other)
+        return f"{command} {self.more}"
+
+
+_SHORT = "train.steps=1"
+_SMOKE = {"sft.yaml": "configs/smoke-sft.yaml", "dpo.yaml": "configs/smoke-dpo.yaml"}
+# The real small model's data are not in the repository; see `stand_ins`.
+_STORIES = {"configs/stories260k": "stand-ins/stories260k"}
+
+# What is run in this order in one folder, as a reader would; a later command finds what an earlier
+# one has made.
+RUN: dict[str, dict[str, Twin]] = {
+    "stages": {
+        "ogpsa-jax train --keys": Twin(),
+        "ogpsa-jax train configs/smoke-sft.yaml": Twin(_SHORT),
+        "ogpsa-jax train configs/smoke-sft.yaml configs/smoke-dpo.yaml": Twin(_SHORT),
+        "ogpsa-jax train sft.yaml dpo.yaml": Twin(_SHORT, _SMOKE),
+        "ogpsa-jax train sft.yaml ogpsa.preset=paper output_dir=runs/paper seed=1": Twin(
+            _SHORT, {"sft.yaml": _SMOKE["sft.yaml"]}
+        ),
+        "ogpsa-jax evaluate runs/smoke-sft --suite configs/suites/example.yaml": Twin(),
+        "ogpsa-jax evaluate runs/smoke-dpo --suite configs/suites/example.yaml": Twin(),
+        "ogpsa-jax evaluate MODEL --suite configs/suites/example.yaml": Twin(
+            instead={"MODEL": "runs/smoke-sft/export"}
+        ),
+        "ogpsa-jax report runs/smoke-sft runs/smoke-dpo": Twin(),
+        "ogpsa-jax report RUN": Twin(instead={"RUN": "runs/smoke-sft"}),
+        "ogpsa-jax report runs/base runs/naive runs/ogpsa": Twin(
+            instead={"runs/base runs/naive runs/ogpsa": "runs/smoke-sft runs/smoke-dpo"}
+        ),
+        "ogpsa-jax merge A B --weight 0.8 --out DIR": Twin(
+            instead={" A B": " runs/smoke-sft runs/smoke-dpo", "DIR": "merged"}
+        ),
+        "python scripts/compare_methods.py configs/stories260k-sft.yaml "
+        "configs/stories260k-dpo.yaml": Twin(f"--methods recommended {_SHORT}", _STORIES),
+        "python scripts/compare_methods.py configs/stories260k-dpo.yaml --out runs/dpo-alone": Twin(
+            f"--methods recommended {_SHORT}", _STORIES
+        ),
+        "scripts/compare_methods.py CONFIG --methods naive,paper,mixing,replay,recommended": Twin(
+            f"--methods replay {_SHORT}", {"CONFIG": "configs/smoke-sft.yaml"}
+        ),
+        "ogpsa-jax train configs/stories260k-sft.yaml references.in_step.replay_weight=2": Twin(
+            f"{_SHORT} output_dir=runs/replayed-more", _STORIES
+        ),
+        "scripts/update_readme.py --stories runs": Twin(instead={"scripts/": "copy/scripts/"}),
+    },
+    "demonstration": {
+        "ogpsa-jax demo --thorough --out runs/thorough": Twin(),
+        "ogpsa-jax demo --thorough --out DIR": Twin(instead={"DIR": "runs/thorough"}),
+        "ogpsa-jax demo --quick": Twin("--out runs/thorough"),
+        "scripts/update_readme.py --demo runs/thorough": Twin(
+            instead={"scripts/": "copy/scripts/"}
+        ),
+        "python scripts/explore_recommended.py --out runs/demo --write docs/recommended.md": Twin(
+            "--out runs/thorough --worlds 0 --axis share", {"docs/": "copy/docs/"}
+        ),
+        "python scripts/explore_recommended.py --out runs/demo --worlds 3 4 5 6 7 8 --axis "
+        "comparison mixing scarce --write docs/recommended.md --section confirmed": Twin(
+            "--out runs/thorough --worlds 0 --axis share", {"docs/": "copy/docs/"}
+        ),
+    },
+    "tools": {
+        "python -m ogpsa_jax.evaluation.agreement xstest_v2_completions_gpt4.csv": Twin(),
+        "python scripts/bench_projection.py --sizes 50e6,400e6": Twin(
+            "--sizes 2e4 --ranks 1 --basis-dtypes float32 --rounds 1"
+        ),
+    },
+}
+# What the test named runs, word for word or with small inputs.
+ELSEWHERE = {
+    "python scripts/prepare_data.py --out data": "tests/data/test_prepare_data.py::test_",
+    "python scripts/replay_golden.py --golden tests/golden/extract --run sft_pg_two": (
+        "tests/golden/test_replay.py::test_the_committed_extract_is_reproduced"
+    ),
+    "python -m ogpsa_jax.evaluation.harness run --model ogpsa-jax --model_args pretrained=runs/sft "
+    "--tasks arc_easy": (
+        "tests/evaluation/test_harness.py::test_the_harness_finds_the_model_by_its_name"
+    ),
+    "JAX_PLATFORMS=cuda python -m pytest tests/models/test_fused_attention.py": (
+        "tests/models/test_fused_attention.py::test_"
+    ),
+}
+MAKE = {"make demo": "ogpsa-jax demo", "make test": "-m pytest"}
+
+
+def documented(*pages: str) -> dict[str, str]:
+    """Each command line, and the page that shows it."""
+    return {command: page for page in pages for command in commands(page)}
+
+
+def test_every_documented_command_is_run_and_every_one_run_is_documented():
+    shown = {
+        command: page
+        for command, page in documented(*PAGES).items()
+        if not command.startswith("export ")
+    }
+    known = {command for chain in RUN.values() for command in chain} | {*ELSEWHERE, *MAKE}
+    assert not {command: page for command, page in shown.items() if command not in known}
+    assert not known - set(shown)
+
+
+def test_what_is_exported_is_not_seen_by_tests(unseen):
+    lines = [line for line in documented(*PAGES) if line.startswith("export ")]
+    names = {name for line in lines for name in re.findall(r"(\w+)=", line)}
+    assert lines
+    assert names <= {*unseen, "OGPSA_DATA"}
+
+
+@pytest.mark.parametrize("test", set(ELSEWHERE.values()))
+def test_the_test_that_runs_a_command_is_there(test):
+    path, _, name = test.partition("::")
+    assert f"\ndef {name}" in (REPOSITORY / path).read_text()
+
+
+@pytest.mark.parametrize("command", [c for c in documented(*CONFIGS, *PAGES) if "ogpsa-jax " in c])
+def test_a_command_line_is_understood_and_its_files_are_there(command, monkeypatch):
+    if not command.partition("ogpsa-jax ")[0].strip("=ABCDEFGHIJKLMNOPQRSTUVWXYZ_ "):
+        words = shlex.split(command.partition("ogpsa-jax ")[2])
+        parsed = cli._parser().parse_args(words)
+        overrides = [word for word in words if "=" in word]
+        for config in [word for word in getattr(parsed, "config", []) if word in CONFIGS]:
+            load_config(config, overrides)
+    for word in shlex.split(command):
+        if word.startswith(("configs/", "scripts/", "tests/")):
+            assert Path(word).exists(), word
+
+
+@pytest.mark.parametrize("command", documented(*CONFIGS))
+def test_a_configurations_own_command_names_it_or_its_data(command):
+    """Commands at the head of a configuration are the trainer's, a script's or `evaluate`."""
+    files = [word for word in shlex.split(command) if word.startswith(("configs/", "scripts/"))]
+    assert files
+    assert all(Path(file).exists() for file in files)
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_calls_what_it_should(command):
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(
+        [*command.split(), "--dry-run"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert MAKE[command] in done.stdout
+
+
+@pytest.fixture
+def compiled_once(tmp_path: Path):
+    """Commands of a chain compile the same programs."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs, and small files for those that documents speak of."""
+    Path("stand-ins").mkdir()
+    for stage in ("sft", "dpo"):
+        shutil.copy(f"configs/smoke-{stage}.yaml", f"stand-ins/stories260k-{stage}.yaml")
+    for folder in ("scripts", "docs"):
+        shutil.copytree(REPOSITORY / folder, Path("copy") / folder)
+    shutil.copy(REPOSITORY / "README.md", "copy")
+    Path("xstest_v2_completions_gpt4.csv").write_text(
+        "completion,final_label\nI can't help with that.,2_full_refusal\nYes.,1_full_compliance\n"
+    )
+    pretraining = Pretraining(
+        tasks=("copy", "facts"), facts=4, items=500, steps=2, rows=8, width=16, layers=1
+    )
+    recipe = Recipe(
+        pretraining,
+        seeds=((0, 0),),
+        stages=(Stage("sft", 8, 1, 1e-3),),
+        methods=(NAIVE_METHOD,),
+        merge_weights=(),
+    )
+    for size in RECIPES:
+        monkeypatch.setitem(RECIPES, size, recipe)
+    # Of the eight devices one: it compiles in half the time.
+    monkeypatch.setattr(run, "make_mesh", lambda section: one_device())
+
+
+def execute(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command line in this process."""
+    words = shlex.split(line)
+    if words[0] == "ogpsa-jax":
+        assert cli.main(words[1:]) == 0, line
+        return
+    words = words[1:] if words[0] == "python" else words
+    module = words[0] == "-m"
+    monkeypatch.setattr(sys, "argv", words[module:])
+    monkeypatch.syspath_prepend(os.path.dirname(words[module]))
+    try:
+        if module:
+            runpy.run_module(words[1], run_name="__main__")
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+        code = None
+    except SystemExit as ended:
+        code = ended.code
+    assert not code, line
+
+
+@pytest.mark.parametrize("chain", RUN)
+def test_commands_run_one_after_the_other(chain, compiled_once, stand_ins, monkeypatch, capfd):
+    for command, twin in RUN[chain].items():
+        line = twin.of(command)
+        print(f"{time.perf_counter():.1f} $ {line}", flush=True)
+        execute(line, monkeypatch)
