@@ -7,9 +7,10 @@ the configuration leaves open, so a resolved configuration is explicit and round
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
+from ogpsa_jax.training.origin import Origin
 
 FloatDType = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -284,6 +285,7 @@ class RunConfig(Section):
     mesh: MeshSection = Field(default_factory=MeshSection)
     output_dir: str = Field("runs/run", pattern=r"\S", description="the run directory")
     seed: int = Field(0, ge=0, lt=2**31, description="of data order, adapters and random weights")
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @model_validator(mode="before")
     @classmethod
@@ -350,13 +352,6 @@ class RunConfig(Section):
                     "references.in_step.replay_weight: a projected update cannot hold the replayed "
                     "gradient; set it to 0, or ogpsa.placement to gradient"
                 )
-        if self.train.batch_size % self.train.micro_batch_size and (
-            self.train.batch_size > self.train.micro_batch_size
-        ):
-            raise ValueError(
-                f"train.batch_size ({self.train.batch_size}) must be a multiple of "
-                f"train.micro_batch_size ({self.train.micro_batch_size})"
-            )
         return self
 
     @property

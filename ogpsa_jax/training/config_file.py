@@ -1,17 +1,22 @@
 """Reading a configuration: YAML, overrides from the command line, and errors that name the line."""
 
+import contextlib
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.files import Yaml12Loader, expand_environment, line_of, read_yaml
+from ogpsa_jax.files import Yaml12Loader, expand_environment, read_yaml
 from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.origin import Location, Origin, location_of
+
+_KEY = re.compile(r"[a-z_]+(\.\w+)*")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -39,14 +44,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         overridden[_apply_override(raw, override)] = override
     raw = expand_environment(raw, path)
+    origin = Origin(path, root, overridden)
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         complaints = error.errors()
         # A misspelt key is also a missing one: the unknown one says more.
         unknown = [detail for detail in complaints if detail["type"] == "extra_forbidden"]
         detail = (unknown or complaints)[0]
-        raise InputError(_sentence(detail, path, root, overridden)) from error
+        raise InputError(_sentence(detail, origin)) from error
+    config._origin = origin
+    return config
+
+
+@contextlib.contextmanager
+def located(config: RunConfig) -> Iterator[None]:
+    """Put file and line, or the override, before errors that begin with a key of `config`."""
+    try:
+        yield
+    except InputError as error:
+        location = _key_of(str(error))
+        where = config._origin.where(location) if location else ""
+        if not where:
+            raise
+        raise InputError(f"{where}: {error}") from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -89,7 +110,7 @@ def schema_lines(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
         yield f"{prefix}{name} [{shown}]{allowed}: {field.description}"
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
+def _apply_override(raw: dict[str, Any], override: str) -> Location:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"override '{override}': expected key.sub=value.")
@@ -99,7 +120,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
         raise InputError(
             f"override '{override}': the value is not valid YAML; put text in quotes."
         ) from error
-    steps: list[str | int] = [int(part) if part.isdecimal() else part for part in key.split(".")]
+    steps = location_of(key)
     at: Any = raw
     for position, step in enumerate(steps):
         last = position == len(steps) - 1
@@ -119,39 +140,20 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]
             at[step] = value
         else:
             at = at[step]
-    return tuple(steps)
+    return steps
 
 
-def _sentence(
-    detail: ErrorDetails,
-    path: Path,
-    root: yaml.Node | None,
-    overridden: dict[tuple[str | int, ...], str],
-) -> str:
+def _sentence(detail: ErrorDetails, origin: Origin) -> str:
     """One sentence for one of pydantic's complaints."""
-    location = tuple(part for part in detail["loc"])
+    location = detail["loc"]
     key = ".".join(str(part) for part in location)
-    override = next(
-        (
-            text
-            for steps, text in overridden.items()
-            if location and location[: len(steps)] == steps[: len(location)]
-        ),
-        None,
-    )
-    if override:
-        where = f"override '{override}'"
-    elif overridden and not location:  # what does not go together may come from either
-        where = f"{path} with {', '.join(repr(text) for text in overridden.values())}"
-    else:
-        line = line_of(root, location)
-        where = f"{path}, line {line}" if line else str(path)
+    message = detail["msg"].removeprefix("Value error, ")
+    where = origin.where(location or (() if origin.overrides else _key_of(message)))
     if detail["type"] == "extra_forbidden":
         siblings = _keys_beside(location)
         close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
         remedy = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(siblings)}."
         return f"{where}: unknown key '{key}'; {remedy}"
-    message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if detail["type"] == "missing":
         section = _section_of(location)
@@ -163,11 +165,11 @@ def _sentence(
     return f"{where}: {subject}{message}{shown}."
 
 
-def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
+def _keys_beside(location: Location) -> list[str]:
     return list(_section_of(location).model_fields)
 
 
-def _section_of(location: tuple[str | int, ...]) -> type[BaseModel]:
+def _section_of(location: Location) -> type[BaseModel]:
     """The section that holds the key at `location`."""
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
@@ -177,3 +179,21 @@ def _section_of(location: tuple[str | int, ...]) -> type[BaseModel]:
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     return model
+
+
+def _key_of(sentence: str) -> Location:
+    """The location of the key with which a sentence begins; empty where it begins with none."""
+    match = _KEY.match(sentence)
+    location = location_of(match[0]) if match else ()
+    kind: Any = RunConfig
+    for part in location:
+        if get_origin(kind) in (tuple, dict):  # a list's number, a mapping's name
+            kind = get_args(kind)[0 if isinstance(part, int) else -1]
+            continue
+        kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
+        section = next((k for k in kinds if issubclass(k, BaseModel)), None)
+        field = section.model_fields.get(str(part)) if section else None
+        if field is None:
+            return ()
+        kind = field.annotation
+    return location

@@ -4,6 +4,7 @@ Parameters, optimizer state and basis follow the table in :mod:`ogpsa_jax.models
 a batch are split over data and fsdp together.
 """
 
+import logging
 import math
 import os
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training.config import MeshSection, RunConfig
 
+logger = logging.getLogger(__name__)
 ROWS = ("data", "fsdp")
 
 
@@ -111,10 +113,17 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     Raises:
       InputError: as :func:`rows_per_micro_batch`.
     """
-    riding = config.reference_rows
+    riding, most = config.reference_rows, config.train.micro_batch_size
     for rows in (config.train.batch_size - riding, riding):
         if rows:
-            rows_per_micro_batch(rows, config.train.micro_batch_size, mesh)
+            share = rows // row_shards(mesh)
+            size = rows_per_micro_batch(rows, most, mesh) // row_shards(mesh)
+            if size < min(share, most):
+                logger.info(
+                    "train.micro_batch_size: %d does not divide the %d rows of a device, so its "
+                    "micro-batches hold %d",
+                    *(most, share, size),
+                )
 
 
 def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,9 +1,10 @@
 """From a configuration to what the loop needs: data first, checked whole, then the model."""
 
+import contextlib
 import dataclasses
 import datetime
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import DataSection, RunConfig, SourceSection
 from ogpsa_jax.training.loop import Evaluation, Task
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
+from ogpsa_jax.training.origin import about
 from ogpsa_jax.training.reference_model import add_reference_log_probs
 from ogpsa_jax.training.step import Objective
 from ogpsa_jax.training.verdict import judge_lengths
@@ -117,36 +119,53 @@ def prepare_data(
             f"data.max_length ({config.data.max_length}) exceeds the model's "
             f"max_position_embeddings ({model.max_position_embeddings}); lower it."
         )
-    template = ChatTemplate(tokenizer_of(config), config.data.template, date=date)
+    tokenizer = tokenizer_of(config)
+    tokenizer_key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
+    with about(tokenizer_key if config.data.template is None else "data.template"):
+        template = ChatTemplate(tokenizer, config.data.template, date=date)
     reports: dict[str, DataReport] = {}
 
     def read(
-        name: str, sources: Sequence[SourceSection], *, pairs: bool, all_tokens: bool = False
+        name: str,
+        sources: Sequence[SourceSection],
+        keys: Sequence[str],
+        *,
+        pairs: bool,
+        all_tokens: bool = False,
     ) -> list[Example]:
-        examples, reports[name] = prepare(
-            [data_source(source) for source in sources],
-            template,
-            kind="preference" if pairs else "sft",
-            max_length=config.data.max_length,
-            all_tokens=all_tokens,
-            too_long=config.data.too_long,
-            seed=config.seed,
-        )
+        with _about_one(sources, keys):
+            examples, reports[name] = prepare(
+                [data_source(source) for source in sources],
+                template,
+                kind="preference" if pairs else "sft",
+                max_length=config.data.max_length,
+                all_tokens=all_tokens,
+                too_long=config.data.too_long,
+                seed=config.seed,
+            )
         largest = max(int(t.ids.max()) for example in examples for t in example.sequences)
         if largest >= model.vocab_size:
             raise InputError(
-                f"{config.model.tokenizer or config.model.path}: the tokenizer gives token "
-                f"{largest}, but the model knows {model.vocab_size}; name its own tokenizer."
+                f"{tokenizer_key}: {config.model.tokenizer or config.model.path}: the tokenizer "
+                f"gives token {largest}, but the model knows {model.vocab_size}; name its own "
+                "tokenizer."
             )
         return examples
 
-    train = read("train", config.data.train, pairs=config.objective == "dpo")
+    own = config.data.train
+    train = read(
+        "train",
+        own,
+        [f"data.train.{i}" for i in range(len(own))],
+        pairs=config.objective == "dpo",
+    )
     pairs = config.references.loss in ("dpo", "official")
     try:
         references = [
             read(
                 f"references.{i}",
                 [section],
+                [f"references.sets.{i}"],
                 pairs=pairs,
                 all_tokens=config.references.loss == "all_tokens",
             )
@@ -156,13 +175,14 @@ def prepare_data(
         if not pairs:
             raise
         raise InputError(
-            f"{error} (references.loss: {config.references.loss} needs pairs; `response` and "
-            "`all_tokens` do not.)"
+            f"{str(error).removesuffix('.')} (references.loss: {config.references.loss} needs "
+            "pairs; `response` and `all_tokens` do not)."
         ) from error
     evaluations = {
         name: read(
             f"eval.{name}",
             [section],
+            [f"data.eval.{name}"],
             pairs=section.measure == "preference",
             all_tokens=section.measure == "all_tokens",
         )
@@ -180,8 +200,23 @@ def tokenizer_of(config: RunConfig) -> Any:
     Raises:
       InputError: none there, or not as it must be.
     """
+    key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
     path = config.model.tokenizer or str(config.model.path)
-    return load_tokenizer(str(resolve_folder(path)) if Path(path).is_dir() else path)
+    with about(key):
+        return load_tokenizer(str(resolve_folder(path)) if Path(path).is_dir() else path)
+
+
+@contextlib.contextmanager
+def _about_one(sources: Sequence[SourceSection], keys: Sequence[str]) -> Iterator[None]:
+    """Put the key of the source whose path an error names before it, or that of their list."""
+    try:
+        yield
+    except InputError as error:
+        named = [
+            key for source, key in zip(sources, keys, strict=True) if source.path in str(error)
+        ]
+        whole = keys[0] if len(keys) == 1 else keys[0].rpartition(".")[0]
+        raise InputError(f"{named[0] if len(named) == 1 else whole}: {error}") from error
 
 
 def data_source(section: SourceSection) -> DataSource:
@@ -198,7 +233,8 @@ def model_config(config: RunConfig) -> DecoderConfig:
     """
     if config.model.path is None:
         raise InputError("model.path is missing: name a Hugging Face folder or hub id.")
-    return read_config(resolve_folder(str(config.model.path)))
+    with about("model.path"):
+        return read_config(resolve_folder(str(config.model.path)))
 
 
 def prepare_model(config: RunConfig, mesh: Mesh, *, unrounded: bool = True) -> Decoder:
@@ -221,12 +257,13 @@ def prepare_model(config: RunConfig, mesh: Mesh, *, unrounded: bool = True) -> D
         "remat": config.train.remat,
         "mesh": mesh,
     }
-    if section.initial_weights == "pretrained":
-        model = load_pretrained(str(section.path), unrounded=unrounded, **options)
-    else:
-        folder = resolve_folder(str(section.path))
-        model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)
-        model.source = str(folder)
+    with about("model.path"):
+        if section.initial_weights == "pretrained":
+            model = load_pretrained(str(section.path), unrounded=unrounded, **options)
+        else:
+            folder = resolve_folder(str(section.path))
+            model = Decoder(read_config(folder), rngs=nnx.Rngs(config.seed), **options)
+            model.source = str(folder)
     lora = section.lora
     if lora is not None and lora.rank > model.config.hidden_size:
         raise InputError(
@@ -234,7 +271,8 @@ def prepare_model(config: RunConfig, mesh: Mesh, *, unrounded: bool = True) -> D
             "lower it."
         )
     if lora is not None and lora.adapter is not None:
-        load_lora(model, lora.adapter)
+        with about("model.lora.adapter"):
+            load_lora(model, lora.adapter)
         for linear in model.linears().values():
             if linear.lora is not None:
                 linear.lora.dropout = lora.dropout

@@ -29,6 +29,7 @@ from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import row_shards, shard_rows
+from ogpsa_jax.training.origin import about
 
 logger = logging.getLogger(__name__)
 _VERSION = 1  # of the computation: raise it when the numbers would come out otherwise
@@ -91,13 +92,14 @@ def add_reference_log_probs(
 
 
 def _other(config: RunConfig, mesh: Mesh) -> Any:
-    return load_pretrained(
-        config.dpo.reference_model,
-        dtype=config.model.dtype,
-        param_dtype=config.model.param_dtype,
-        mesh=mesh,
-        unrounded=True,
-    )
+    with about("dpo.reference_model"):
+        return load_pretrained(
+            config.dpo.reference_model,
+            dtype=config.model.dtype,
+            param_dtype=config.model.param_dtype,
+            mesh=mesh,
+            unrounded=True,
+        )
 
 
 def _compute(model: Any, examples: list[Example], config: RunConfig, mesh: Mesh) -> np.ndarray:
@@ -129,14 +131,16 @@ def _model_key(config: RunConfig) -> bytes:
     """A digest of the reference model: its files, or what its random weights are drawn from."""
     found = hashlib.blake2b(f"{_VERSION} {config.model.dtype} {config.model.param_dtype}".encode())
     initial = config.dpo.reference_model == "initial"
-    folder = resolve_folder(str(config.model.path) if initial else config.dpo.reference_model)
+    with about("model.path" if initial else "dpo.reference_model"):
+        folder = resolve_folder(str(config.model.path) if initial else config.dpo.reference_model)
     files = [folder / "config.json"]
     if initial and config.model.initial_weights == "random":
         found.update(f"random {config.seed}".encode())
     else:
         files += weights_files(folder)
     if initial and config.model.lora is not None and config.model.lora.adapter is not None:
-        files += sorted(resolve_folder(config.model.lora.adapter).glob("adapter_*"))
+        with about("model.lora.adapter"):
+            files += sorted(resolve_folder(config.model.lora.adapter).glob("adapter_*"))
     for path in files:
         found.update(path.name.encode())
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from ogpsa_jax.models import Decoder, save_lora
 from ogpsa_jax.models.folders import MODEL_CARD
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import ExportSection, MeshSection, RunConfig
-from ogpsa_jax.training.config_file import dump_config, load_config
+from ogpsa_jax.training.config_file import dump_config, load_config, located
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
 from ogpsa_jax.training.loop import Evaluation, fit
@@ -100,7 +100,10 @@ def train_stages(
     for config in configs[1:]:
         # Its own model is not there yet; the first one's has the same tokenizer and architecture.
         model = config.model.model_copy(update={"path": configs[0].model.path})
-        prepare_data(config.model_copy(update={"model": model}), model_config(configs[0]))
+        with located(configs[0]):
+            architecture = model_config(configs[0])
+        with located(config):
+            prepare_data(config.model_copy(update={"model": model}), architecture)
     summaries = [train(config) for config in configs]
     if len(summaries) > 1 and jax.process_index() == 0:
         text = json.dumps({"stages": summaries}, indent=1) + "\n"
@@ -119,8 +122,14 @@ def train(config: RunConfig) -> dict[str, Any]:
       projection did.
 
     Raises:
-      InputError: before the first step, for bad data, model or settings.
+      InputError: before the first step, for bad data, model or settings; names the file and line
+        of the configuration that they stand in.
     """
+    with located(config):
+        return _train(config)
+
+
+def _train(config: RunConfig) -> dict[str, Any]:
     run_dir = Path(config.output_dir)
     finished = run_dir / "summary.json"
     _check_same_run(run_dir, config)
@@ -229,7 +238,8 @@ def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None
             )
         config = config.model_copy(update={"export": ExportSection(dtype=dtype)})
     mesh = make_mesh(MeshSection())  # whatever devices are here: it may have been trained on others
-    network = Network.of(prepare_model(config, mesh), trained_parameters(config))
+    with located(config):
+        network = Network.of(prepare_model(config, mesh), trained_parameters(config))
     optimizer = make_optimizer(config, total_steps=1)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints, write=False)
     opt_state = replicate_rest(optimizer.init(network.trained), mesh)

@@ -13,6 +13,7 @@ CONFIGS = sorted(
     str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").glob("*.yaml")
 )
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_LOOP = re.compile(r"^for (\w+) in (\S+)[^\n;]*[\n;]\s*do\s(.*?)^\s*done", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 # A command in a sentence: a name alone (`ogpsa-jax evaluate`) only speaks of it.
 _COMMAND = re.compile(r"(ogpsa-jax \S+|(python )?scripts/\S+\.py|python -m \S+|make|bash \S+) \S+")
@@ -25,12 +26,13 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> Iterator[str]:
-    """Command lines of a page: of its bash blocks without comments, and those in its sentences."""
+    """Command lines of a page: of its bash blocks, loops by their first round, and of its text."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     if page.endswith(".yaml"):
         lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#   ")]
     else:
         block = "".join(blocks(page, "bash") + blocks(page, "sh") + blocks(page, "console"))
+        block = _LOOP.sub(lambda loop: loop[3].replace(f"${loop[1]}", loop[2]), block)
         lines = re.sub(r"\\\n\s*", "", block).splitlines()
         lines += [code for code in _INLINE.findall(_BLOCK.sub("", text)) if _COMMAND.match(code)]
     for line in lines:

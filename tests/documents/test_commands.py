@@ -11,14 +11,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from ogpsa_jax import cli
 from ogpsa_jax.demo.align import one_device
 from ogpsa_jax.demo.methods import NAIVE_METHOD
 from ogpsa_jax.demo.recipe import RECIPES, Pretraining, Recipe, Stage
+from ogpsa_jax.demo.run import keep_compiled
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config_file import load_config
 
@@ -69,16 +68,15 @@ RUN: dict[str, dict[str, Twin]] = {
             instead={" A B": " runs/smoke-sft runs/smoke-dpo", "DIR": "merged"}
         ),
         "python scripts/compare_methods.py configs/stories260k-sft.yaml "
-        "configs/stories260k-dpo.yaml": Twin(f"--methods recommended {_SHORT}", _STORIES),
+        "configs/stories260k-dpo.yaml": Twin(f"--methods naive {_SHORT}", _STORIES),
         "python scripts/compare_methods.py configs/stories260k-dpo.yaml --out runs/dpo-alone": Twin(
-            f"--methods recommended {_SHORT}", _STORIES
+            f"--methods naive {_SHORT}", _STORIES
         ),
         "scripts/compare_methods.py CONFIG --methods naive,paper,mixing,replay,recommended": Twin(
-            f"--methods replay {_SHORT}", {"CONFIG": "configs/smoke-sft.yaml"}
+            f"--methods naive {_SHORT}", {"CONFIG": "configs/smoke-sft.yaml"}
         ),
-        "ogpsa-jax train configs/stories260k-sft.yaml references.in_step.replay_weight=2": Twin(
-            f"{_SHORT} output_dir=runs/replayed-more", _STORIES
-        ),
+        "ogpsa-jax train configs/smoke-sft.yaml optimizer.learning_rate=1e-5 "
+        "output_dir=runs/rate-1e-5": Twin(f"{_SHORT} ogpsa.preset=off"),
         "scripts/update_readme.py --stories runs": Twin(instead={"scripts/": "copy/scripts/"}),
     },
     "demonstration": {
@@ -112,6 +110,9 @@ ELSEWHERE = {
     "python -m ogpsa_jax.evaluation.harness run --model ogpsa-jax --model_args pretrained=runs/sft "
     "--tasks arc_easy": (
         "tests/evaluation/test_harness.py::test_the_harness_finds_the_model_by_its_name"
+    ),
+    "ogpsa-jax train configs/stories260k-sft.yaml references.in_step.replay_weight=2": (
+        "tests/training/test_in_step.py::test_the_step_projects_with_its_own_references_and_replays_them"
     ),
     "JAX_PLATFORMS=cuda python -m pytest tests/models/test_fused_attention.py": (
         "tests/models/test_fused_attention.py::test_"
@@ -183,12 +184,8 @@ def test_make_calls_what_it_should(command):
 @pytest.fixture
 def compiled_once(tmp_path: Path):
     """Commands of a chain compile the same programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
+    with keep_compiled(tmp_path / "compiled"):
+        yield
 
 
 @pytest.fixture
@@ -244,5 +241,5 @@ def execute(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands_run_one_after_the_other(chain, compiled_once, stand_ins, monkeypatch, capfd):
     for command, twin in RUN[chain].items():
         line = twin.of(command)
-        print(f"{time.perf_counter():.1f} $ {line}", flush=True)
+        print(f"{time.process_time():.0f} s: {line}", flush=True)
         execute(line, monkeypatch)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from ogpsa_jax import cli
 from ogpsa_jax.files import only_writer
 from ogpsa_jax.training import loop
+from ogpsa_jax.training.origin import location_of
 
 Refused = Callable[..., str]
 
@@ -88,6 +90,79 @@ def test_a_bad_setting_is_told(refused, override, parts):
     assert all(part in sentence for part in parts), sentence
 
 
+_PAIRS = {
+    "objective": "dpo",
+    "data.train.0.path": "{ground}/pairs.jsonl",
+    "references.sets.0.path": "{ground}/general.jsonl",
+    "references.loss": "response",
+    "train.batch_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "changes, key, line",
+    [
+        ({"model.path": "nowhere/at/all"}, "model.path", "path: nowhere/at/all"),
+        ({"model.tokenizer": "nowhere/at/all"}, "model.tokenizer", "tokenizer: nowhere/at/all"),
+        ({"model.dtype": "float16"}, "model.dtype", "dtype: float16"),
+        ({"model.lora": {"rank": 999}}, "model.lora.rank", "rank: 999"),
+        ({"model.lora": {"adapter": "no/such"}}, "model.lora.adapter", "adapter: no/such"),
+        ({"data.train": []}, "data.train", "train: []"),
+        ({"data.train.0.path": "nowhere.jsonl"}, "data.train.0", "path: nowhere.jsonl"),
+        (
+            {"data.train.0.format": "none", "data.train.0.path": "{ground}/pairs.jsonl"},
+            "data.train.0",
+            "- format: none",
+        ),
+        ({"data.train.1": {"path": "no/such.csv"}}, "data.train.1", "path: no/such.csv"),
+        ({"data.eval.general.path": "nowhere.jsonl"}, "data.eval.general", "general:"),
+        ({"data.template": "nowhere.jinja"}, "data.template", "template: nowhere.jinja"),
+        ({"data.max_length": 10**6}, "data.max_length", "max_length: 1000000"),
+        ({"references.sets.0.path": "no/such.json"}, "references.sets.0", "path: no/such.json"),
+        ({"references.in_step": {"share": 0.01}}, "references.in_step.share", "share: 0.01"),
+        ({"train.batch_size": 6}, "train.batch_size", "batch_size: 6"),
+        ({"train.steps": 10**9}, "train.steps", "steps: 1000000000"),
+        ({"mesh": {"fsdp": 3}}, "mesh", "mesh:"),
+        ({"output_dir": "/dev/null/run"}, "output_dir", "output_dir: /dev/null/run"),
+        (
+            {**_PAIRS, "dpo.reference_model": "no/such"},
+            "dpo.reference_model",
+            "reference_model: no/such",
+        ),
+        ({**_PAIRS, "references.loss": "dpo"}, "references.sets.0", "general.jsonl"),
+    ],
+)
+def test_a_bad_setting_is_told_with_the_file_the_line_and_the_key(
+    refused, ground, tmp_path, changes, key, line
+):
+    """Also where what is wrong is met long after the configuration was read."""
+    raw = yaml.safe_load((ground / "run.yaml").read_text())
+    raw["output_dir"] = str(tmp_path / "run")
+    for name, value in changes.items():
+        value = value.format(ground=ground) if isinstance(value, str) else value
+        *sections, last = location_of(name)
+        at = raw
+        for part in sections:
+            at = at[part] if isinstance(at, list) else at.setdefault(part, {})
+        if isinstance(at, list):
+            at.append(value)
+        else:
+            at[last] = value
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    lines = path.read_text().splitlines()
+    number = max(i for i, text in enumerate(lines, start=1) if line in text)
+    sentence = refused(configs=[path])
+    assert sentence.startswith(f"ogpsa-jax: {path}, line {number}: {key}"), sentence
+
+
+def test_a_bad_setting_of_the_command_line_is_told_with_its_override(refused):
+    sentence = refused("data.train.0.path=nowhere.jsonl")
+    assert sentence.startswith(
+        "ogpsa-jax: override 'data.train.0.path=nowhere.jsonl': data.train.0: nowhere.jsonl: "
+    )
+
+
 def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(refused, ground, tmp_path):
     second = tmp_path / "second.yaml"
     second.write_text(
@@ -100,7 +175,7 @@ def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(refused, 
     first.write_text(
         (ground / "run.yaml").read_text().replace(str(ground / "never"), str(tmp_path / "run"))
     )
-    assert "nowhere.jsonl" in refused(configs=[first, second])
+    assert f"{second}, line 1: data.train.0: " in refused(configs=[first, second])
 
 
 def test_a_missing_configuration_is_told(capsys):
