@@ -18,6 +18,7 @@ from ogpsa_jax.demo.align import align, one_device
 from ogpsa_jax.demo.findings import findings, findings_text
 from ogpsa_jax.demo.methods import (
     MIXING_METHOD,
+    MORE_MIXING_METHOD,
     NAIVE_METHOD,
     PLENTY,
     RECOMMENDED_METHOD,
@@ -62,11 +63,9 @@ def _scarce(label: str, **changes: object) -> Method:
     return varied(f"{label}, {SCARCE} samples", general=SCARCE, **changes)
 
 
-_MORE_MIXING = dataclasses.replace(MIXING_METHOD, label="mixing 75 %", kind="mixing", mixing=0.75)
-
 AXES: dict[str, list[Method]] = {
     "comparison": [NAIVE_METHOD, MIXING_METHOD, RECOMMENDED_METHOD, REPLAY_METHOD],
-    "mixing": [_MORE_MIXING, scarce(_MORE_MIXING)],
+    "mixing": [MORE_MIXING_METHOD, scarce(MORE_MIXING_METHOD)],
     "momentum": [varied("momentum projected", project_momentum=True)],
     "replay": [
         varied("replay 0", replay_weight=0.0),

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Final
 
 from ogpsa_jax.demo.methods import (
+    MIXING_DATA_METHOD,
     MIXING_METHOD,
+    MORE_MIXING_METHOD,
     PAPER_METHOD,
     RECOMMENDED_METHOD,
     REPLAY_METHOD,
@@ -22,6 +24,14 @@ from ogpsa_jax.evaluation.tables import Row, heading, with_spread
 _LOWER_IS_BETTER: Final = (OVER_REFUSAL,)
 _TAX_REMOVED: Final = 0.85
 _MOST_OVER_REFUSAL: Final = 0.05
+# What documents compare the recommended setting with, where it was run.
+_OTHERS: Final = (
+    PAPER_METHOD,
+    MIXING_METHOD,
+    MORE_MIXING_METHOD,
+    MIXING_DATA_METHOD,
+    REPLAY_METHOD,
+)
 COMPARED: Final = (
     "One method beats another where the mean of the differences seed by seed is larger than their "
     "standard deviation (with one seed, the standard error), and is behind it where it is worse by "
@@ -59,12 +69,12 @@ def findings(records: Sequence[Record]) -> list[Finding]:
         ours = rows.get((RECOMMENDED_METHOD.label, stage))
         if ours is not None:
             found += _own(ours)
-        for other in (PAPER_METHOD, MIXING_METHOD, REPLAY_METHOD):
+        for other in _OTHERS:
             theirs = rows.get((other.label, stage))
             if ours is not None and theirs is not None:
                 found += compare(ours, theirs, SCORES, beats=False)
         few = rows.get((scarce(RECOMMENDED_METHOD).label, stage))
-        for other in (MIXING_METHOD, REPLAY_METHOD):
+        for other in (MIXING_METHOD, MORE_MIXING_METHOD, REPLAY_METHOD):
             theirs = rows.get((scarce(other).label, stage))
             if few is not None and theirs is not None:
                 scored = [name for name in SCORES if name != SAFETY]

@@ -180,6 +180,12 @@ RECOMMENDED_METHOD: Final = Method(
 MIXING_METHOD: Final = Method(
     "mixing 50 %", "mixing", "half of every batch is general data, equal compute", mixing=0.5
 )
+MORE_MIXING_METHOD: Final = dataclasses.replace(
+    MIXING_METHOD,
+    label="mixing 75 %",
+    why="three quarters of every batch are general data, equal compute",
+    mixing=0.75,
+)
 LORA_METHOD: Final = Method(
     "LoRA",
     "LoRA",

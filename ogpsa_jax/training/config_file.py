@@ -63,7 +63,7 @@ def located(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        location = _key_of(str(error))
+        location = key_of(str(error))
         where = config._origin.where(location) if location else ""
         if not where:
             raise
@@ -148,7 +148,7 @@ def _sentence(detail: ErrorDetails, origin: Origin) -> str:
     location = detail["loc"]
     key = ".".join(str(part) for part in location)
     message = detail["msg"].removeprefix("Value error, ")
-    where = origin.where(location or (() if origin.overrides else _key_of(message)))
+    where = origin.where(location or (() if origin.overrides else key_of(message)))
     if detail["type"] == "extra_forbidden":
         siblings = _keys_beside(location)
         close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
@@ -181,7 +181,7 @@ def _section_of(location: Location) -> type[BaseModel]:
     return model
 
 
-def _key_of(sentence: str) -> Location:
+def key_of(sentence: str) -> Location:
     """The location of the key with which a sentence begins; empty where it begins with none."""
     match = _KEY.match(sentence)
     location = location_of(match[0]) if match else ()
