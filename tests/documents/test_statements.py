@@ -1,15 +1,23 @@
 """Statements of the documents that the code can decide."""
 
 import dataclasses
+import inspect
+import itertools
 import re
+from typing import get_args
 
 import pytest
 import yaml
 
+from ogpsa_jax import ogpsa_project
+from ogpsa_jax.data.formats import FORMATS
+from ogpsa_jax.data.templates import BUILT_IN
 from ogpsa_jax.demo.methods import PAPER_METHOD, plan
 from ogpsa_jax.demo.recipe import RECIPES
-from ogpsa_jax.evaluation.suite import JudgeSettings, Suite
-from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.evaluation.suite import JudgeSettings, Suite, Task
+from ogpsa_jax.objectives.dpo import REFERENCE_FREE
+from ogpsa_jax.training import run
+from ogpsa_jax.training.config import DpoSection, MeshSection, ReferencesSection, RunConfig
 from ogpsa_jax.training.config_file import key_of, load_config
 
 from .reading import PAGES, REPOSITORY, blocks
@@ -56,3 +64,55 @@ def test_the_demonstrations_published_setting_has_the_steps_that_the_page_says()
     steps = [plan(method, stage, 0, "run").steps for method in (oftener, PAPER_METHOD)]
     text = (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
     assert "that would leave {} steps instead of {} |".format(*steps) in text
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """The cells of the rows of a page's table whose head begins so."""
+    lines = (REPOSITORY / page).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {head}"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def names(page: str, head: str) -> set[str]:
+    """What stands in backticks in the first column."""
+    return {name for row in table(page, head) for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+def test_formats_losses_kinds_and_settings_are_those_of_the_code():
+    assert names("docs/data.md", "`format`") == {
+        name for formats in FORMATS.values() for name, *_ in formats
+    }
+    losses = {row[0].strip("`"): row[2] for row in table("docs/dpo.md", "`dpo.loss`")}
+    assert losses == {
+        loss: "no" if loss in REFERENCE_FREE else "yes"
+        for loss in get_args(DpoSection.model_fields["loss"].annotation)
+    }
+    assert names("docs/dpo.md", "`references.loss`") == set(
+        get_args(ReferencesSection.model_fields["loss"].annotation)
+    )
+    assert names("docs/evaluation.md", "kind |") == {
+        get_args(task.model_fields["kind"].annotation)[0] for task in get_args(get_args(Task)[0])
+    }
+    assert names("docs/training.md", "axis |") == {f"mesh.{a}" for a in MeshSection.model_fields}
+    settings = set(inspect.signature(ogpsa_project).parameters)
+    assert names("docs/core.md", "setting |") <= settings
+
+
+def test_the_templates_that_the_page_names_are_built_in():
+    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+    named = re.search(r"a jinja file or\s+one of ([^.]*)\.", text)
+    assert named is not None
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(BUILT_IN)
+
+
+def test_what_a_resumed_run_may_change_is_what_the_page_says():
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    sentence = re.search(r"A resumed run may differ in (.*?);", text, re.DOTALL)
+    assert sentence is not None
+    free = {
+        key if keys is ... else f"{key}.{name}"
+        for key, keys in run._FREE_ON_RESUME.items()
+        for name in ([None] if keys is ... else keys)
+    }
+    assert set(re.findall(r"`([\w.]+)`", sentence[1])) == free - {"output_dir"}
