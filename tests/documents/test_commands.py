@@ -64,6 +64,9 @@ RUN: dict[str, dict[str, Twin]] = {
         "ogpsa-jax report runs/base runs/naive runs/ogpsa": Twin(
             instead={"runs/base runs/naive runs/ogpsa": "runs/smoke-sft runs/smoke-dpo"}
         ),
+        "ogpsa-jax export RUN DIR --dtype float32": Twin(
+            instead={"RUN DIR": "runs/smoke-sft exported"}
+        ),
         "ogpsa-jax merge A B --weight 0.8 --out DIR": Twin(
             instead={" A B": " runs/smoke-sft runs/smoke-dpo", "DIR": "merged"}
         ),

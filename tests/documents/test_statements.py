@@ -26,6 +26,8 @@ _NEEDED = {
     "references": {"sets": [{"path": "general.jsonl"}]},
     "optimizer": {"learning_rate": 1e-6},
 }
+# Keys that go with another value than the default of some other key.
+_TOGETHER = {"optimizer.stochastic_rounding": ["model.param_dtype=bfloat16"]}
 # `train.steps`, `data.train[].weight`, `references.in_step: {window: 1}` in a sentence or a table.
 _KEY = re.compile(r"`([a-z_]+(?:\.[a-z_\[\]]+)+)(: [^`\n]+)?`")
 
@@ -54,7 +56,7 @@ def test_every_key_that_a_page_names_is_there(tmp_path):
             named += 1
             assert key_of(key.replace("[]", ".0")), f"{page}: `{key}` is no key"
             if value:  # on the command line it is the same, and off is text there as well
-                load_config(settings, [f"{key}={value[2:]}"])
+                load_config(settings, [f"{key}={value[2:]}", *_TOGETHER.get(key, ())])
     assert named > 20
 
 
@@ -115,4 +117,8 @@ def test_what_a_resumed_run_may_change_is_what_the_page_says():
         for key, keys in run._FREE_ON_RESUME.items()
         for name in ([None] if keys is ... else keys)
     }
-    assert set(re.findall(r"`([\w.]+)`", sentence[1])) == free - {"output_dir"}
+    shown = set(re.findall(r"`([\w.]+)`", sentence[1]))
+    # Of a section of one key, the page names the key.
+    assert {name.removesuffix("export.dtype") or "export" for name in shown} == free - {
+        "output_dir"
+    }
