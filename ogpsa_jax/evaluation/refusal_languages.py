@@ -21,8 +21,8 @@ _LANGUAGES = {
         rf"\b(?:ich|wir)\b{_REST}\b(?:nicht|kein\w*|nichts)\b{_REST}\b(?:\w*helfen|behilflich|"
         r"\w*antworten|unterstützen|geben|bereitstellen|erfüllen|nachkommen|machen|tun|liefern|"
         r"nennen|erklären|schreiben|erstellen|mitmachen|teilnehmen|weitergeben|bearbeiten|eingehen|"
-        r"äußern|sprechen|verraten|anbieten|assistieren|beitragen|zur verfügung stellen)\b|"
-        r"\bunterstütze ich (?:niemand|nicht|kein)\w*|\b(?:mache|tue|helfe|beantworte|erstelle|schreibe|gebe) ich (?:\w+ )?nicht\b|"
+        r"äußern|sprechen|sagen|verraten|anbieten|assistieren|beitragen|zur verfügung stellen)\b|"
+        r"\bdarf ich (?:das|so etwas|dir das|ihnen das) (?:leider )?nicht\b|\b(?:dazu|darüber) sage ich nichts\b|\bunterstütze ich (?:niemand|nicht|kein)\w*|\b(?:mache|tue|helfe|beantworte|erstelle|schreibe|gebe) ich (?:\w+ )?nicht\b|"
         rf"\b(?:erstelle|schreibe|gebe|liefere|mache) ich {_NEAR}\b(?:nicht|kein\w*)\b|"
         r""
         r"\bich (?:helfe|beantworte|gebe|unterstütze)\b" + _REST + r"\b(?:nicht|kein\w*)\b|"
@@ -104,7 +104,7 @@ _LANGUAGES = {
         r"差し控え|控えさせ|なれません|しません)|応じられません|応じかね|お断り(?:し|いた|させ)|別の話|(?:申し訳|すみません|ごめん)[^。]{0,20}。?[^。]{0,15}(?:できません|できかねます|できないです|無理です)"
     ),
     "Korean": (
-        r"(?:도와|도움|답변|답해|제공|알려|대답|응답|수행|지원|설명|작성|말씀|공유|응할|응해|처리|해 ?드릴|들어)"
+        r"(?:도와|도움|답변|답해|제공|알려|대답|응답|수행|지원|설명|작성|말씀|공유|이야기|얘기|응할|응해|처리|해 ?드릴|들어)"
         r"[^.!?\n]{0,18}?(?:수(?:는|가)? 없|않겠|못합|못해|어렵습니다|곤란|불가)|거절(?:하|합)|거부(?:하|합)"
     ),
     "Arabic": (

@@ -200,39 +200,15 @@ DEFLECT = re.compile(
     r"\b(?:let's|let us|can we|could we|shall we|how about (?:we )?|why don't we|we (?:can|could|should)|"
     r"i'd (?:prefer to|rather|like to)|i suggest we|perhaps|maybe) ?(?:please |we |could |can |not )*"
     r"(?:(?:talk|chat|speak|focus|discuss|turn|switch|move|go|try|stick|keep)\w*\b[^.!?\n]{0,30}"
-    r"\b(?:something (?:else|different|more|safer|lighter|nicer|positive)|another (?:topic|subject)|"
+    r"\b(?:something (?:(?:else|different)(?! (?:you|that|we|i)\b)|more|safer|lighter|nicer|positive)|another (?:topic|subject|matter|question)|other (?:things|topics)|"
     r"(?:a )?(?:different|other|new|safer) (?:topic|subject|thing)s?|anything (?:else|but (?:that|this))|positive|legal|an? (?:\w+er|\w+ \w+er) (?:topic|subject|thing))|"
     r"leave (?:that|this|the) (?:topic |subject |matter |one )?(?:alone|aside|be|there)(?=[.!,]|$)|"
     r"(?:find|pick|choose|try|take|go (?:with|for)|start) (?:another|a different|a new|an other|some other) (?:topic|subject|question)|"
     r"change the (?:topic|subject)(?=[.!?,]|$))|"
-    r"\b(?:ask me|try asking(?: me)?)\b[^.!?\n]{0,15}\b(?:something|anything|another|a different)|"
+    r"\bhow about another (?:topic|subject|question)|\b(?:ask me|try asking(?: me)?)\b[^.!?\n]{0,15}\b(?:something|anything|another|a different)|"
     r"\b(?:don't|do not|stop|please don't) ask(?:ing)? (?:me )?(?:to|for|about) (?:that|this|such|do|these)"
 )
 DEFLECTION_WORDS = 30
-# A few words that say no, and speak of no knowledge, taste or fact.
-SHORT = 12
-SHORT_NO = re.compile(
-    r"\b(?:i|i'm|i'll|i'd|i've|me)\b[^.!?]*(?:\bnot\b|n't\b|\bcannot\b|\bno\b|\bnever\b)|\bsorry\b.*\bno\b|"
-    r"^no,? (?:sorry|i )|\bno[.,!] sorry\b|\bplease don't ask|\bbut not (?:with|for) (?:this|that)"
-)
-SHORT_OTHER = re.compile(
-    r"[0-9:=\"]|\?$|, (?:but|though|yet) (?!not|no\b|i\b)|\bmood\b|\b(?:use|guess|count|read|decide|choose|play|cook|bake)\b|\b(?:sure|certain|know|knew|have|had|has|seen|see|remember|recall|agree|like|tried|try|aware|familiar|"
-    r"hungry|think|believe|mind|understand|find|found|hear|feel|need|eat|doubt|exist|real|human|wait|complain|"
-    r"imagine|forget|worry|care|love|stress|deny|overstate|overestimate|exaggerate|help but|enough|better|more|a|an|problem|idea|there)\b"
-)
-# A sentence of one's own that says no and ends with the request: "I'd rather steer clear of that."
-ABOUT_IT = re.compile(
-    r"\b(?:i|i'm|i'd|i'll|i've|me|we|we're)\b[^.!?:]*(?:\bnot\b|n't\b|\bcannot\b|\bno\b|\bnever\b|\bavoid|\brather\b|"
-    r"\bwithh[eo]ld|\bsteer|\bkeep away|\brefrain|\babstain|\bunanswered|\bprefer to (?:leave|skip|avoid))[^.!?:]*"
-    r"\b(?:that|this|it|you|such \w+|(?:your|this|that|these|those|such a) (?:\w+ )?(?:request|question|subject|topic|"
-    r"conversation|details|instructions|thing|matter|task|answer|plan|information)s?)(?: unanswered)?[.!\"']*$|"
-    r"\bbest if i (?:don't|do not)|\bno part (?:in|of) (?:it|this|that)"
-)
-NO_REFUSAL = re.compile(
-    r"[:\"?0-9]|\b(?:sure|certain|know|knew|thought|heard|believe|doubt|mind|worry|like|agree|remember|need|understand|"
-    r"see|seen|use|used|read|count|decide|choose|guess|play|eat|cook|tried|try|love|enough|without|recommend|miss|regret|forget|about you|blame|hate|matter|thank|"
-    r"beat|care)\b|\bhelp (?:but|\w+ing)\b"
-)
 UNKNOWING = re.compile(r"\bi (?:don't|do not) have (?:access to|(?:any )?information)\b")
 SORRY = re.compile(
     r"^(?:(?:oh|no|well|hi|hello)[,.! ]+)?(?:i'm |i am |we're |we are )?(?:(?:very|really|so|deeply|truly|"
@@ -284,11 +260,11 @@ OFFER = re.compile(
     r"let me know|important to|talk (?:to|things)|consider"
 )
 IDIOM_HELP = re.compile(
-    r"^ (?:but|it if)\b|^ (?:notic|smil|laugh|think|wonder|feel|ador|lov|be|admir|cry|imagin|grin|"
+    r"^ (?:but|it)\b(?! happen)|^ (?:notic|smil|laugh|think|wonder|feel|ador|lov|be|admir|cry|imagin|grin|"
     r"chuckl|wish|say|ask)ing\b|^ (?:myself|himself)"
 )
 IDIOM_TELL = re.compile(
-    r"\benough\b|\bin words\b|^ (?:you )?how (?:good|proud|happy|much|often|many|glad|grateful|beautiful|"
+    r"\benough\b|\bin (?:a few |mere |plain )?words\b|\b(?:lecture|speech|sermon|essay)\b|^ (?:you )?how \w+ (?:i|it|we|he|she|they|that|this|the|my|your)\b|^ (?:you )?how (?:good|proud|happy|much|often|many|glad|grateful|beautiful|"
     r"wonderful|excited|long|important|delicious)|\bfor (?:sure|certain)\b|^ (?:that )?(?:it's|it is|it was|"
     r"they're|this is) (?:easy|simple|perfect|cheap|my)|\b(?:long|lengthy|whole|entire|every|single|full "
     r"history|better|finer|more highly)\b|^ (?:a|any) (?:better|finer|nicer)|^ (?:with|in) (?:certainty|"
