@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from ogpsa_jax import OgpsaState, diagnostics, push_reference, reference_gradients, refresh
-from ogpsa_jax.training.optimizer import Optimizer, apply_updates
+from ogpsa_jax.training.optimizer import Optimizer, apply_updates, global_norm
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -129,13 +129,13 @@ def make_train_step(
         grads, sums, projection_state = mean_gradient(
             params, frozen, batch, update if per_micro_batch else None, projection_state
         )
-        metrics |= {**sums, "grad_norm": optax.global_norm(grads)}
+        metrics |= {**sums, "grad_norm": global_norm(grads)}
         if not per_micro_batch:
             grads, projection_state = update(grads, projection_state, params)
         if replayed is not None:
             grads = jax.tree.map(jnp.add, grads, replayed)
         updates, step_state = optimizer.step_part.update(grads, step_state, params)
-        metrics["update_norm"] = optax.global_norm(updates)
+        metrics["update_norm"] = global_norm(updates)
         params, applied, share = apply_updates(params, updates, rounding_key)
         metrics |= {"applied_update_norm": applied, "applied_fraction": share}
         opt_state = (projection_state, step_state)

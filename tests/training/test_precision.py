@@ -2,6 +2,7 @@
 
 import json
 import random
+import secrets
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
@@ -19,7 +21,7 @@ from ogpsa_jax.models import load_pretrained, merge_pretrained
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.metrics import find_lost_updates
-from ogpsa_jax.training.optimizer import apply_updates
+from ogpsa_jax.training.optimizer import apply_updates, clip_by_global_norm, global_norm
 from ogpsa_jax.training.prepare import prepare_model
 
 from .conftest import metrics, some_devices
@@ -345,3 +347,30 @@ def test_a_weight_that_float16_cannot_hold_is_refused(ground, tmp_path):
     with pytest.raises(InputError, match=r"embed_tokens\.weight holds 1e\+05, more than float16"):
         save_pretrained(model, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norms_and_clipping_count_every_leaf_of_a_large_model(dtype):
+    # In bfloat16 the sum of these squares stops at 256: its next number is 258.
+    tree = {str(i): jnp.ones((1,), dtype) for i in range(900)}
+    assert float(global_norm(tree)) == 30.0
+    clip = clip_by_global_norm(3.0)
+    clipped, _ = clip.update(tree, clip.init(tree))
+    # One rounding of the quotient and one of the product, each 2⁻⁸ at most.
+    np.testing.assert_allclose(float(global_norm(clipped)), 3.0, rtol=2**-7)
+    assert all(leaf.dtype == dtype for leaf in clipped.values())
+    short, _ = clip_by_global_norm(31.0).update(tree, clip.init(tree))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, short, tree))
+
+
+def test_clipping_is_that_of_optax_in_float32():
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    tree = [jnp.asarray(rng.standard_normal(n), jnp.float32) for n in (3, 5)]
+    for most in (0.5, 100.0):
+        ours, theirs = (
+            jax.jit(clip.update)(tree, optax.EmptyState())[0]
+            for clip in (clip_by_global_norm(most), optax.clip_by_global_norm(most))
+        )
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, ours, theirs))
