@@ -59,7 +59,7 @@ def read_yaml(path: Path, what: str) -> tuple[Any, yaml.Node | None]:
       InputError: it cannot be read, or is not YAML; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return yaml.load(text, Loader=Yaml12Loader), yaml.compose(text, Loader=Yaml12Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -181,7 +181,7 @@ def read_json(path: Path, remedy: str = "mend the file") -> dict[str, Any]:
       InputError: the file is missing, is not JSON, or holds no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing; {remedy}.") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON

@@ -35,7 +35,7 @@ from ogpsa_jax.files import make_folder
 
 def read(source: DataSource, kind: Kind) -> list[Record]:
     """The records of a source that teach something, each answer once."""
-    records, _ = read_records(source, kind)
+    records = read_records(source, kind).records
     distinct = {
         (record.messages, record.chosen, record.rejected): record
         for record in records
@@ -59,7 +59,10 @@ def draw(records: Sequence[Record], rows: int | None, seed: int, what: str) -> l
 
 def as_row(record: Record) -> dict[str, Any]:
     """A record in the conversational layout that TRL reads too."""
-    turns = [{"role": m.role, "content": m.content} for m in record.messages]
+    turns: list[dict[str, Any]] = [
+        {"role": m.role, "content": m.content} | ({} if m.learnt else {"weight": 0})
+        for m in record.messages
+    ]
     if record.chosen is None:
         return {"messages": turns}
     sides = {"chosen": record.chosen, "rejected": record.rejected}

@@ -1,8 +1,9 @@
 """Examples: tokenised rows. A whole data set is read, checked and tokenised before step 0."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data.reading import and_others, read_records
-from ogpsa_jax.data.records import DataSource, Kind, Message, Record
+from ogpsa_jax.data.records import DataSource, Kind, Message, Record, as_context
 from ogpsa_jax.data.templates import ChatTemplate, Encoded
 from ogpsa_jax.errors import InputError
 
@@ -59,8 +60,9 @@ class DataReport:
       lengths: tokens of every conversation before it was cut.
       split: conversations that came to several examples, because the template shows an earlier turn
         otherwise than when it is answered.
-      skipped: rows that do not count because of what their format says of them.
+      skipped: rows that say of themselves that they do not count, by the way they say it.
       refused: pairs, and rows passed over in a draw, that were left out: place and reason.
+      notes: sentences on what of the rows is not used.
     """
 
     rows: int = 0
@@ -70,22 +72,28 @@ class DataReport:
     cut_prompts: int = 0
     lengths: list[int] = field(default_factory=list)
     split: int = 0
-    skipped: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
     refused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts for the summary, and the first refused rows by name."""
+        """Counts for the summary, why rows are skipped, and the first refused rows by name."""
         counts: dict[str, Any] = {
             "rows": self.rows,
             "tokens": self.tokens,
             "learnt_tokens": self.learnt,
             "truncated_rows": self.truncated,
             "cut_prompts": self.cut_prompts,
-            "skipped_rows": self.skipped,
+            "skipped_rows": self.skipped.total(),
             "refused_rows": len(self.refused),
         }
-        counts |= {"split_rows": self.split} if self.split else {}
-        return {**counts, "refused": self.refused[:_TOLD]} if self.refused else counts
+        if self.split:
+            counts["split_rows"] = self.split
+        if self.skipped:
+            counts["skipped"] = dict(self.skipped)
+        if self.refused:
+            counts["refused"] = self.refused[:_TOLD]
+        return counts
 
 
 def digest(examples: Sequence[Example], start: bytes = b"") -> str:
@@ -144,8 +152,9 @@ def prepare(
     examples: list[Example] = []
     report = DataReport()
     for number, source in enumerate(sources):
-        records, skipped = read_records(source, kind)
+        records, skipped, notes = read_records(source, kind)
         report.skipped += skipped
+        report.notes += notes
         outcomes = _drawn(source, records, tokenise, seed)
         told = [outcome.problem for outcome in outcomes if outcome.problem]
         made = [outcome for outcome in outcomes if not outcome.problem]
@@ -269,7 +278,7 @@ def _conversations(record: Record) -> list[tuple[Message, ...]]:
         return []
     if record.chosen is None or record.rejected is None:
         return [record.messages]
-    given = [replace(message, learnt=False) for message in record.messages]
+    given = as_context(record.messages)
     answers = (record.chosen, record.rejected)
     return [(*given, Message("assistant", answer)) for answer in answers]
 
@@ -309,15 +318,21 @@ def _cut(
         whole.append(Tokens(np.asarray(ids, np.int32), flags))
     tokens = [Tokens(t.ids[:max_length], t.learnt[:max_length]) for t in whole]
     longest = max(len(ids) for ids, _ in sequences)
-    if all(sequence.learnt[1:].any() for sequence in tokens):
-        return _Outcome((tuple(tokens),), longest)
-    if cut_prompts:
-        return _Outcome((_without_middle(whole, max_length),), longest, cut_prompt=True)
-    return _Outcome(
-        problem=f"{where}: the prompt alone fills data.max_length ({max_length} tokens), so "
-        "nothing is left to learn",
-        too_long=True,
-    )
+    cut_prompt = not all(sequence.learnt[1:].any() for sequence in tokens)
+    if cut_prompt and not cut_prompts:
+        return _Outcome(
+            problem=f"{where}: the prompt alone fills data.max_length ({max_length} tokens), so "
+            "nothing is left to learn",
+            too_long=True,
+        )
+    if cut_prompt:
+        tokens = list(_without_middle(whole, max_length))
+    if len(tokens) == 2 and np.array_equal(tokens[0].ids, tokens[1].ids):
+        return _Outcome(
+            problem=f"{where}: chosen and rejected are the same tokens within data.max_length "
+            f"({max_length} tokens)"
+        )
+    return _Outcome((tuple(tokens),), longest, cut_prompt=cut_prompt)
 
 
 def _without_middle(whole: Sequence[Tokens], max_length: int) -> tuple[Tokens, ...]:

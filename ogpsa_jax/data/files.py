@@ -13,8 +13,16 @@ from ogpsa_jax.errors import InputError
 Located = tuple[dict[str, Any], str]  # a row and where it stands
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
-_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
-_SPLITS = re.compile(r"^(train|test|val|valid|validation|dev|eval)(?=[-_.]|$)")  # of file names
+# Files about a data set, by their names.
+_ABOUT = re.compile(
+    r"(readme|licen[sc]e|copying|copyright|notice|authors|citation|changelog|changes|contributing|"
+    r"requirements|manifest|metadata|state|config|package|dataset_infos?|dataset_dict)([-_. ]|$)",
+    re.IGNORECASE,
+)
+_KEYWORD = re.compile(
+    r"(?<![^-_. ])(train|test|val|valid|validation|dev|eval)(?=[-_. \d]|$)", re.IGNORECASE
+)
+_SHARD = re.compile(r"([-_. ]?(part|shard|chunk)?[-_. ]?\d+([-_]of[-_]\d+)?)+$", re.IGNORECASE)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BEYOND = "nested too deeply, or a number of too many digits; mend the row."
 
@@ -44,17 +52,56 @@ def located_rows(source: DataSource) -> list[Located]:
 def _folder_rows(path: Path, split: str) -> list[Located]:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved_rows(path, split)
-    files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.name not in _METADATA)
+    files = [p for p in sorted(path.rglob("*")) if p.suffix in _SUFFIXES and _holds_data(p, path)]
     if not files:
-        raise InputError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file.")
-    named = [p for p in files if re.split("[-.]", p.stem)[0] == split]  # train-00000-of-00002
-    named = named or [p for p in files if p.stem.startswith(f"{split}_")]
-    if not named and (split != "train" or any(_SPLITS.match(p.stem) for p in files)):
+        raise InputError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file with data.")
+    chosen = _files_of_split(files, path, split)
+    texts = [p for p in chosen if p.suffix == ".txt"]
+    if texts and len(texts) < len(chosen):
         raise InputError(
-            f"{path}: no file of split '{split}'; the folder holds "
+            f"{path}: the folder holds both text files ({texts[0].name}) and rows "
+            f"({next(p.name for p in chosen if p not in texts)}); name the file to read."
+        )
+    return [row for file in chosen for row in _file_rows(file)]
+
+
+def _holds_data(file: Path, folder: Path) -> bool:
+    """Whether a file may hold rows: it is not hidden, nor about the folder (README, LICENSE)."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.is_file() and not hidden and not _ABOUT.match(file.stem)
+
+
+def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """The files of a split, by their names.
+
+    Raises:
+      InputError: there are none, or those of several splits whose names begin alike.
+    """
+    splits = {file: _split_of(file, folder) for file in files}
+    found = [file for file in files if splits[file] == split]
+    if not found:  # `train` is that of train_sft, if there is no other
+        found = [f for f in files if split in _KEYWORD.findall(splits[f])]
+    if not found and split == "train" and not any(splits.values()):
+        return files
+    names = sorted({splits[file] for file in found or files} - {""})
+    if len(found) == 0:
+        raise InputError(
+            f"{folder}: no file of split '{split}'; the folder holds "
             f"{', '.join(p.name for p in files[:8])}."
         )
-    return [row for file in named or files for row in _file_rows(file)]
+    if len(names) > 1:
+        raise InputError(
+            f"{folder}: '{split}' may be any of the splits {', '.join(names)}; name one of them."
+        )
+    return found
+
+
+def _split_of(file: Path, folder: Path) -> str:
+    """The split that a file's name tells, or its folder's; empty if neither tells one."""
+    for name in (file.stem, *reversed(file.relative_to(folder).parent.parts)):
+        if _KEYWORD.search(name):
+            return _SHARD.sub("", name)
+    return ""
 
 
 def _file_rows(path: Path) -> list[Located]:
@@ -103,6 +150,8 @@ def csv_rows(content: str, path: Path) -> list[Located]:
     Raises:
       InputError: not CSV, a row that does not fit the header, or a column that stands twice.
     """
+    # A field may be as long as the file; Python's own limit is 131,072 characters.
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     located: list[Located] = []
     try:
@@ -228,11 +277,16 @@ def _saved_rows(path: Path, split: str) -> list[Located]:
 
     try:
         found = datasets.load_from_disk(str(path))
-        rows = found[split] if isinstance(found, dict) else found
     except Exception as error:  # of many kinds
         raise InputError(
-            f"{path}: split '{split}' of this saved data set cannot be loaded ({_reason(error)})."
+            f"{path}: this saved data set cannot be loaded ({_reason(error)})."
         ) from error
+    splits = list(found) if isinstance(found, dict) else [str(found.split), "train"]
+    if split not in splits:
+        raise InputError(
+            f"{path}: this saved data set has no split '{split}'; it has {', '.join(splits)}."
+        )
+    rows = found[split] if isinstance(found, dict) else found
     return [(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 

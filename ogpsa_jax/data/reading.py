@@ -1,28 +1,42 @@
 """From a source to records: its rows, the part of them that is asked for, each one validated."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from ogpsa_jax.data import fields
 from ogpsa_jax.data.files import Located, located_rows
-from ogpsa_jax.data.formats import reader_for
-from ogpsa_jax.data.records import DataSource, Kind, Record
+from ogpsa_jax.data.formats import Format, format_of
+from ogpsa_jax.data.records import DataSource, Kind, Record, Row, Skipped
 from ogpsa_jax.errors import InputError
 
 _SLICE = re.compile(r"^[^\[\]]+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?$")
 _TOLD = 5  # malformed rows that one message names
 
 
-def read_records(source: DataSource, kind: Kind) -> tuple[list[Record], int]:
+class ReadRows(NamedTuple):
+    """What a source holds.
+
+    Attributes:
+      records: in file order.
+      skipped: how many rows say that they do not count, by the way they say it.
+      notes: sentences on what of the rows is not used.
+    """
+
+    records: list[Record]
+    skipped: Counter[str]
+    notes: list[str]
+
+
+def read_records(source: DataSource, kind: Kind) -> ReadRows:
     """All records of a source, validated; `source.samples` is not applied here.
 
     Args:
       source: what to read.
       kind: ``"sft"`` or ``"preference"``.
-
-    Returns:
-      The records, in file order, and the number of rows that the format itself says do not count.
 
     Raises:
       InputError: unreadable, of no known format, malformed rows, or no usable row at all.
@@ -36,18 +50,24 @@ def read_records(source: DataSource, kind: Kind) -> tuple[list[Record], int]:
         )
     if not by_prompt:
         located = located[slice(*_within(bounds, len(located), source, "rows"))]
-    records = _read(located, source, kind)
-    skipped = len(located) - len(records)
+    records, skipped, notes = _read(located, source, kind)
     if by_prompt:
         prompts = list(dict.fromkeys(record.prompt for record in records))
         chosen = set(prompts[slice(*_within(bounds, len(prompts), source, "prompts"))])
         records = [record for record in records if record.prompt in chosen]
     if not records:
         raise InputError(
-            f"{source.path}: split '{source.split}' holds no usable row; its format says of all "
-            f"{skipped} of them that they do not count."
+            f"{source.path}: split '{source.split}' holds no usable row: {told_skipped(skipped)}; "
+            "name another file or mend the rows."
         )
-    return records, skipped
+    return ReadRows(records, skipped, notes)
+
+
+def told_skipped(skipped: Counter[str]) -> str:
+    """``3 rows are skipped ('is_safe' says that the answer is bad: 2; …: 1)``."""
+    rows = "1 row is" if skipped.total() == 1 else f"{skipped.total()} rows are"
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+    return f"{rows} skipped ({reasons})"
 
 
 def split_by_prompt(
@@ -77,14 +97,17 @@ def split_by_prompt(
     )
 
 
-def _read(located: list[Located], source: DataSource, kind: Kind) -> list[Record]:
-    reader = reader_for([row for row, _ in located[:1]], kind, source.format, source.path)
+def _read(located: list[Located], source: DataSource, kind: Kind) -> ReadRows:
+    known = format_of([row for row, _ in located[:1]], kind, source.format, source.path)
     records: list[Record] = []
+    skipped: Counter[str] = Counter()
+    unused: dict[str, list[str]] = {}  # where each field stands
+    rated: dict[str, list[float]] = {}
     malformed: list[tuple[str, str]] = []
     columns = list(located[0][0])
     for row, where in located:
         try:
-            record = reader(row, where)
+            found = _record(row, where, known, unused)
         except InputError as error:
             problem = str(error).removesuffix(".")
             if source.format == "auto" and set(row) != set(columns):
@@ -94,12 +117,37 @@ def _read(located: list[Located], source: DataSource, kind: Kind) -> list[Record
                 )
             malformed.append((problem, where))
             continue
-        if record is not None:
-            records.append(record)
+        if isinstance(found, Skipped):
+            skipped[found.reason] += 1
+            continue
+        records.append(found)
+        for column, rating in () if known.pair else fields.ratings(row).items():
+            rated.setdefault(column, []).append(rating)
     if malformed:
         others = and_others([where for _, where in malformed[1:]])
         raise InputError(f"{malformed[0][0]}{others}.")
-    return records
+    notes = [
+        f"{places[0]}: '{name}' is not used{and_others(places[1:])}; the format {known.name} "
+        f"does not know it"
+        for name, places in unused.items()
+    ]
+    notes += [
+        f"{source.path}: '{column}' rates the answers from {min(found):g} to {max(found):g}, and "
+        "all above 0 are learnt; leave those out of the file that must not be"
+        for column, found in rated.items()
+        if min(found) < max(found)
+    ]
+    return ReadRows(records, skipped, notes)
+
+
+def _record(row: Row, where: str, known: Format, unused: dict[str, list[str]]) -> Record | Skipped:
+    """The row's record; fields that nothing is known of are added to `unused`."""
+    reason = fields.bad_pair(row, where) if known.pair else fields.bad_answer(row, where)
+    if reason:
+        return Skipped(reason)
+    for name in fields.unused(row, where, known.name, known.uses, known.pair):
+        unused.setdefault(name, []).append(where)
+    return known.read(row, where)
 
 
 def and_others(places: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Records: what a data set holds once its format is forgotten, and where each row came from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ogpsa_jax.errors import InputError
@@ -82,10 +82,22 @@ class Record:
         return ""
 
     def answered(self) -> "Record":
-        """A pair as the conversation that ends with its chosen answer."""
+        """A pair as the conversation that ends with its chosen answer, which alone is learnt."""
         if self.chosen is None:
             return self
-        return Record(self.where, (*self.messages, Message("assistant", self.chosen)))
+        return Record(self.where, (*as_context(self.messages), Message("assistant", self.chosen)))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What becomes of a row that says of itself that it does not count, and how it says so."""
+
+    reason: str
+
+
+def as_context(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Turns of which nothing is learnt."""
+    return tuple(replace(m, learnt=False) if m.role == "assistant" else m for m in messages)
 
 
 def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:
@@ -108,63 +120,3 @@ def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:
             "row."
         ) from None
     return value
-
-
-def conversation(
-    turns: Any, where: str, role_key: str, text_key: str, *, empty_end: bool = False
-) -> tuple[Message, ...]:
-    """Messages out of a list of turns, whatever its keys are called.
-
-    Args:
-      turns: what the row holds.
-      where: of the row, for the message.
-      role_key: the key of the speaker.
-      text_key: the key of what is said.
-      empty_end: whether the last turn may be empty.
-
-    Raises:
-      InputError: not a list of turns, an unknown role, or a turn out of order.
-    """
-    if not isinstance(turns, list) or not turns:
-        found = "nothing" if turns is None else "an empty list" if turns == [] else type(turns)
-        found = found if isinstance(found, str) else found.__name__
-        raise InputError(f"{where}: expected a list of turns, found {found}; mend the row.")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise InputError(
-                f"{where}: turn {number} must hold '{role_key}' and '{text_key}', found "
-                f"{type(turn).__name__}; mend the row."
-            )
-        named = text_of(turn, role_key, f"{where}, turn {number}")
-        role = _ROLES.get(named)
-        if role is None:
-            raise InputError(
-                f"{where}, turn {number}: unknown role {named!r}; expected one of "
-                f"{', '.join(_ROLES)}; mend or remove the row."
-            )
-        may_be_empty = role == "system" or (empty_end and number == len(turns))
-        said = text_of(turn, text_key, f"{where}, turn {number}", empty=may_be_empty)
-        messages.append(Message(role, said))
-    spoken = [m.role for m in messages if m.role != "system"]
-    expected = ["user", "assistant"] * len(spoken)
-    if (
-        not spoken
-        or spoken != expected[: len(spoken)]
-        or "system" in [m.role for m in messages[1:]]
-    ):
-        raise InputError(
-            f"{where}: turns must alternate user, assistant, after at most one system message; "
-            f"found {', '.join(m.role for m in messages)}; mend or remove the row."
-        )
-    return tuple(m for m in messages if m.content or m.role != "system")
-
-
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}

@@ -24,6 +24,7 @@ from ogpsa_jax.data import (
     load_tokenizer,
     prepare,
 )
+from ogpsa_jax.data.reading import told_skipped
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import (
     Decoder,
@@ -76,6 +77,7 @@ def data_warnings(reports: Mapping[str, DataReport], section: DataSection, limit
     """
     found = []
     for name, report in reports.items():
+        found += [f"{name}: {note}" for note in report.notes]
         if report.split:
             found.append(
                 f"{name}: {report.split} conversations became several examples each, because the "
@@ -143,6 +145,8 @@ def prepare_data(
                 too_long=config.data.too_long,
                 seed=config.seed,
             )
+        if skipped := reports[name].skipped:
+            logger.info("%s: %s", name, told_skipped(skipped))
         largest = max(int(t.ids.max()) for example in examples for t in example.sequences)
         if largest >= model.vocab_size:
             raise InputError(

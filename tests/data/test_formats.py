@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ogpsa_jax.data import DataSource, Message, Record, read_records
+from ogpsa_jax.data.records import as_context
 from ogpsa_jax.errors import InputError
 
 
@@ -60,7 +61,7 @@ SFT: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
     "prompt_completion, response": ({"prompt": "Q", "response": "A"}, QA),
     "prompt_completion, messages": (
         {"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]},
-        LONG,
+        (*as_context(LONG[:-1]), LONG[-1]),
     ),
     "question_answer": ({"question": "Q", "answer": "A"}, QA),
     "halueval": ({"user_query": "Q", "chatgpt_response": "A", "hallucination": "no"}, QA),
@@ -80,7 +81,7 @@ PREFERENCE: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
     "pku_saferlhf": (PKU, QA[:1]),
     "pku_saferlhf, other way": (
         {**PKU, "response_0": "B", "response_1": "A", "is_response_0_safe": False}
-        | {"is_response_1_safe": True},
+        | {"is_response_1_safe": True, "safer_response_id": 1},
         QA[:1],
     ),
     "pku_saferlhf, pair": ({"prompt": "Q", "response": ["A", "B"]}, QA[:1]),
@@ -179,9 +180,9 @@ def test_sft_format_is_recognised(name: str, write: Writer, tmp_path: Path) -> N
     row, messages = SFT[name]
     path = write(tmp_path / "data", [row, row])
     for format_name in ("auto", name.partition(",")[0]):
-        records, skipped = read_records(DataSource(str(path), format=format_name), "sft")
+        records, skipped, notes = read_records(DataSource(str(path), format=format_name), "sft")
         assert [record.messages for record in records] == [messages, messages]
-        assert skipped == 0
+        assert (skipped.total(), notes) == (0, [])
 
 
 @pytest.mark.parametrize("write", [as_json, as_json_lines, as_parquet, as_saved])
@@ -190,20 +191,20 @@ def test_preference_format_is_recognised(name: str, write: Writer, tmp_path: Pat
     row, given = PREFERENCE[name]
     path = write(tmp_path / "data", [row])
     for format_name in ("auto", name.partition(",")[0]):
-        [record], _ = read_records(DataSource(str(path), format=format_name), "preference")
+        [record], *_ = read_records(DataSource(str(path), format=format_name), "preference")
         assert (record.messages, record.chosen, record.rejected) == (given, "A", "B")
 
 
 @pytest.mark.parametrize("name", ["alpaca", "pku_saferlhf", "halueval", "preference", "hh_rlhf"])
 def test_flat_rows_are_read_from_csv(name: str, tmp_path: Path) -> None:
     row, messages = SFT[name]
-    [record, _], _ = read_records(DataSource(str(as_csv(tmp_path / "data", [row, row]))), "sft")
+    [record, _], *_ = read_records(DataSource(str(as_csv(tmp_path / "data", [row, row]))), "sft")
     assert record.messages == messages
 
 
 def test_plain_text_is_one_record(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Once\nupon a time")
-    [record], _ = read_records(DataSource(str(tmp_path / "a.txt")), "sft")
+    [record], *_ = read_records(DataSource(str(tmp_path / "a.txt")), "sft")
     assert record.text == "Once\nupon a time"
     path = as_json_lines(tmp_path / "b", [{"text": "one"}, {"text": "two"}])
     assert [r.text for r in read_records(DataSource(str(path)), "sft")[0]] == ["one", "two"]
@@ -212,12 +213,16 @@ def test_plain_text_is_one_record(tmp_path: Path) -> None:
 def test_rows_that_their_format_discards_are_counted(tmp_path: Path) -> None:
     halueval = {"user_query": "Q", "chatgpt_response": "A", "hallucination": "no"}
     rows = [halueval, {**halueval, "hallucination": "yes"}, halueval]
-    records, skipped = read_records(DataSource(str(as_json(tmp_path / "h", rows))), "sft")
-    assert (len(records), skipped) == (2, 1)
+    records, skipped, _ = read_records(DataSource(str(as_json(tmp_path / "h", rows))), "sft")
+    assert (len(records), skipped.total()) == (2, 1)
     unsafe = {**PKU, "is_response_0_safe": False}
     both = {**PKU, "is_response_1_safe": True}
     path = str(as_json(tmp_path / "p", [PKU, unsafe, both]))
-    assert [read_records(DataSource(path), kind)[1] for kind in ("sft", "preference")] == [1, 2]
+    skipped = [read_records(DataSource(path), kind).skipped for kind in ("sft", "preference")]
+    assert skipped == [
+        {"neither of its answers is safe": 1},
+        {"neither of its answers is safe": 1, "both of its answers are safe": 1},
+    ]
 
 
 def test_pair_is_told_to_teach_nothing() -> None:
@@ -244,7 +249,11 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "system": ("sft", {"instruction": "Q", "output": "A", "system": 1}, "'system' must be text"),
     "surrogate": ("sft", {"instruction": "Q\ud800", "output": "A"}, "half a surrogate pair"),
     "no turns": ("sft", {"messages": []}, "expected a list of turns, found an empty list"),
-    "turn": ("sft", {"messages": ["Q"]}, "turn 1 must hold 'role' and 'content', found str"),
+    "turn": (
+        "sft",
+        {"messages": ["Q"]},
+        "turn 1 must hold 'role' and 'content', or 'from' and 'value', found str",
+    ),
     "role": ("sft", {"messages": [{"role": "owl", "content": "Q"}]}, "turn 1: unknown role 'owl'"),
     "order": ("sft", {"messages": MESSAGES[2:]}, "turns must alternate"),
     "only system": ("sft", {"messages": MESSAGES[:1]}, "turns must alternate"),

@@ -109,6 +109,90 @@ def test_folder_of_test_files_is_not_trained_on(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "asks"),
+    [
+        (
+            ("train_sft-00000-of-00001", "train_prefs-00000-of-00001"),
+            "train",
+            "train_prefs, train_s",
+        ),
+        (("train-en", "train-de"), "train", "train-de, train-en"),
+        (("sft_test", "prefs_test_2", "train"), "test", "prefs_test, sft_test"),
+        (("train_sft/0000", "train_gen/0000"), "train", "train_gen, train_sft"),
+    ],
+)
+def test_folder_of_several_splits_asks_which(
+    names: tuple[str, ...], split: str, asks: str, tmp_path: Path
+) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(rows(1, number))
+    said = refusal(DataSource(str(tmp_path), split=split))
+    assert f"'{split}' may be any of the splits {asks}" in said
+    named = said.partition("splits ")[2].partition(",")[0]
+    assert len(answers(DataSource(str(tmp_path), split=named))) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train/0", "test/0"),
+        ("my_train", "my_test"),
+        ("data/rows-train-00000-of-00002", "data/rows-test-00000-of-00001"),
+        ("train_sft", "test_sft"),
+        ("train1", "test1"),
+    ],
+)
+def test_no_file_of_another_split_is_read(train: str, test: str, tmp_path: Path) -> None:
+    for number, name in enumerate((train, test)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(rows(1, number))
+    assert answers(DataSource(str(tmp_path))) == ["A0"]
+    assert answers(DataSource(str(tmp_path), split="test")) == ["A1"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "LICENSE.txt README.txt license.json Readme.en.txt NOTICE.txt COPYING.txt requirements.txt "
+    "dataset_info.json metadata.json .cache/x.jsonl".split(),
+)
+def test_file_about_the_data_is_no_data(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("Permission is granted.")
+    assert "holds no .jsonl, .json" in refusal(DataSource(str(tmp_path)))
+    (tmp_path / "data.jsonl").write_text(rows(2))
+    assert answers(DataSource(str(tmp_path))) == ["A0", "A1"]
+
+
+def test_folder_of_texts_and_rows_asks_which(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Once")
+    (tmp_path / "b.jsonl").write_text(rows(1))
+    assert "both text files (a.txt) and rows (b.jsonl); name the file" in refusal(
+        DataSource(str(tmp_path))
+    )
+
+
+def test_split_that_a_saved_data_set_lacks_is_told(tmp_path: Path) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list([{"prompt": "Q", "completion": "A0"}])
+    datasets.DatasetDict({"train_sft": made, "train_prefs": made}).save_to_disk(tmp_path / "two")
+    made.save_to_disk(tmp_path / "one")
+    assert "no split 'train'; it has train_sft, train_prefs" in refusal(
+        DataSource(str(tmp_path / "two"))
+    )
+    assert answers(DataSource(str(tmp_path / "two"), split="train_sft")) == ["A0"]
+    assert "no split 'test'" in refusal(DataSource(str(tmp_path / "one"), split="test"))
+    assert answers(DataSource(str(tmp_path / "one"))) == ["A0"]
+
+
+def test_csv_field_may_be_of_any_length(tmp_path: Path, rng: random.Random) -> None:
+    text = "x" * rng.randint(131_073, 400_000)
+    (tmp_path / "a.csv").write_text(f"prompt,completion\nQ,{text}\n")
+    assert answers(DataSource(str(tmp_path / "a.csv"))) == [text]
+
+
 def test_folder_of_unnamed_files_is_one_split(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(rows(1))
     (tmp_path / "b.jsonl").write_text(rows(1, 1))
@@ -245,6 +329,6 @@ def test_file_has_no_other_split(tmp_path: Path) -> None:
 def test_source_whose_rows_are_all_discarded_is_refused(tmp_path: Path) -> None:
     row = {"user_query": "Q", "chatgpt_response": "A", "hallucination": "yes"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    assert "holds no usable row; its format says of all 1 of them" in refusal(
-        DataSource(str(tmp_path / "a.jsonl"))
-    )
+    assert (
+        "holds no usable row: 1 row is skipped ('hallucination' says that the answer is bad: 1)"
+    ) in refusal(DataSource(str(tmp_path / "a.jsonl")))

@@ -1,0 +1,195 @@
+"""What the columns of public data sets mean, whatever the format: the rules for those it ignores.
+
+A field that holds something is used by the format; or it is carried and ignored, because it says
+nothing of what is asked and answered (ids, sources, scores); or it is part of what is asked or
+answered, and the row is refused; or it is named, once for all rows. And a row may say that its
+answer is bad.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ogpsa_jax.data.records import Row
+from ogpsa_jax.data.turns import FLAGS
+from ogpsa_jax.errors import InputError
+
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_TURN = frozenset({"role", "content", "from", "value", "refusal", *FLAGS})
+
+# Part of the prompt or of the answer: to drop it would teach something else than the row says.
+_PART_OF_TEXT = re.compile(
+    r"(available_)?(tools|functions)|(tool|function)_calls?|tool_call_id|tool_choice|history|"
+    r"contexts?|passages?|documents|knowledge|images?|videos?|audios?|chat_template_kwargs|prefix|"
+    r"reasoning|reasoning_content|reasoning_text|reasoning_details|thinking|thoughts?|"
+    r"chain_of_thought|complex_cot|cot|" + "|".join(SYSTEM)
+)
+# What says nothing of the prompt and the answer.
+_CARRIED = re.compile(
+    r"|_+index_level_\d+_+|unnamed:?_*\d+|"  # of data frames
+    r"(.*_)?(ids?|idx|index|uid|uuid|guid|hash|sha256|md5|key|url|link)|"
+    r"(.*_)?(sources?|datasets?|subset|origins?|splits?|config|models?|authors?|annotators?|"
+    r"licen[sc]e|lang|languages?|locale)|"
+    r"(.*_)?(date|time|timestamp|created|updated)(_at)?|"
+    r"(.*_)?(category|categories|types?|tasks?|domain|topics?|tags?|difficulty|level|subject|meta|"
+    r"metadata|turns?)|"
+    r"(.*_)?(scores?|ratings?|ranks?|rewards?|margin|logps?|perplexity|length|len|tokens|count)|"
+    r"(score|rating|reward|num)_.*|helpfulness|correctness|coherence|complexity|verbosity|"
+    r"(is_)?prompt_.*(label|safe|harmful|toxic)"  # a verdict on the question
+)
+
+# Columns that judge the row's answer: true is good, or true is bad.
+_PLACE = r"(is_|was_|has_)?((response|answer|completion|output|assistant|chosen|final)_)?(is_)?"
+_GOOD = re.compile(
+    _PLACE + r"(safe|harmless|unharmful|correct|good|acceptable|accepted|preferred|chosen|"
+    r"desirable|valid|approved|passed|helpful|truthful|faithful)(_label|_flag)?"
+)
+_BAD = re.compile(
+    _PLACE + r"(unsafe|harm|harmful|toxic|bad|rejected|hallucination|hallucinated|flagged|"
+    r"jailbroken|deleted|spam|incorrect|wrong|undesirable|invalid|offensive|unhelpful|dangerous)"
+    r"(_label|_flag)?"
+)
+_OPEN = ("label", "kto_tag", "verdict", "review_result", "quality", "safety", "feedback")
+_GOOD_WORDS = frozenset(
+    "safe harmless unharmful nontoxic good correct desirable acceptable accepted positive passed "
+    "pass preferred chosen approved valid helpful".split()
+)
+_BAD_WORDS = frozenset(
+    "unsafe harmful toxic bad incorrect wrong undesirable unacceptable negative failed fail "
+    "rejected flagged invalid unhelpful".split()
+)
+# Columns that rate the row's answer. Their scales differ; on all of them 0 or less is bad.
+_RATINGS = (
+    "score",
+    "rating",
+    "overall_score",
+    "overall_rating",
+    "quality_score",
+    "helpfulness",
+    "correctness",
+)
+
+
+def unused(row: Row, where: str, format_name: str, uses: frozenset[str], pair: bool) -> list[str]:
+    """The row's fields that the format does not use and that nothing is known of.
+
+    Args:
+      row: the row.
+      where: of the row, for the message.
+      format_name: for the message.
+      uses: the format's columns.
+      pair: whether the row holds two answers, so that no column judges the one.
+
+    Raises:
+      InputError: a field that is part of what is asked or answered.
+    """
+    found = []
+    for column, value in row.items():
+        if _empty(value):
+            continue
+        if column in uses:
+            turns = value if isinstance(value, list) else [value]
+            keys = [k for t in turns if isinstance(t, Mapping) for k in t if not _empty(t[k])]
+            found += [(f"{column}[].{k}", k) for k in dict.fromkeys(keys) if k not in _TURN]
+        elif pair or _verdict(column, value, where) is None:
+            found.append((column, column))
+    for name, field in found:
+        if _PART_OF_TEXT.fullmatch(_plain(field)):
+            raise InputError(
+                f"{where}: '{name}' is part of what is asked or answered, but the format "
+                f"{format_name} does not use it; write it into the text as the chat template shows "
+                "it, or remove the field."
+            )
+    return [name for name, field in found if not _CARRIED.fullmatch(_plain(field))]
+
+
+def bad_answer(row: Row, where: str) -> str:
+    """How a row says that its one answer is bad; empty if it does not.
+
+    Raises:
+      InputError: a column that judges the answer and cannot be understood.
+    """
+    for column, value in row.items():
+        if _empty(value, but=False):
+            continue
+        if _verdict(column, value, where) is False:
+            return f"'{column}' says that the answer is bad"
+    for column, rating in ratings(row).items():
+        if rating <= 0:
+            return f"'{column}' rates the answer 0 or less"
+    return ""
+
+
+def ratings(row: Row) -> dict[str, float]:
+    """What the row rates its one answer, by column."""
+    found = {column: _number(row.get(column)) for column in _RATINGS}
+    return {column: rating for column, rating in found.items() if rating is not None}
+
+
+def bad_pair(row: Row, where: str) -> str:
+    """How a row says that its chosen answer is not the better one; empty if it does not."""
+    for column, value in row.items():
+        name = _plain(column)
+        if "chosen" not in name or _empty(value, but=False):
+            continue
+        if name != "chosen" and _verdict(name, value, where) is False:
+            return f"'{column}' says that the chosen answer is bad"
+        other = str(column).replace("chosen", "rejected")
+        if re.search("score|rating|reward", name):
+            chosen, rejected = _number(value), _number(row.get(other))
+            if chosen is not None and rejected is not None and chosen < rejected:
+                return f"'{column}' is below '{other}'"
+    return ""
+
+
+def _verdict(column: Any, value: Any, where: str) -> bool | None:
+    """Whether a column calls the answer good; None if it does not judge it."""
+    name = _plain(column)
+    true_is_good = bool(_GOOD.fullmatch(name)) or name in _OPEN
+    if not true_is_good and not _BAD.fullmatch(name):
+        return None
+    if name in ("chosen", "rejected") and isinstance(value, str):  # an answer, no verdict on one
+        return None
+    said = str(value).strip().lower()
+    word = said.partition("\n")[0].strip(" .!")  # Llama Guard goes on with a line of categories
+    if word in _GOOD_WORDS | _BAD_WORDS:
+        return word in _GOOD_WORDS
+    truth = {"true": True, "yes": True, "false": False, "no": False}.get(said)
+    number = _number(value)
+    if truth is None and number in (0, 1):
+        if name in _OPEN and name != "kto_tag":  # 1 is good here and harmful there
+            raise InputError(
+                f"{where}: '{column}' may judge the answer, but {value!r} does not tell how; write "
+                "true where the answer is good and false where it is bad, or remove the column."
+            )
+        truth = bool(number)
+    if truth is None and name.startswith("is_"):
+        raise InputError(
+            f"{where}: '{column}' must be true or false, found {value!r}; mend the row."
+        )
+    return None if truth is None else truth == true_is_good
+
+
+def _plain(name: Any) -> str:
+    return re.sub(r"[-. ]+", "_", str(name).strip().lower())
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _empty(value: Any, *, but: Any = None) -> bool:
+    """Whether a field holds nothing; `but` is a value that counts as something."""
+    if isinstance(value, bool):
+        return value is False and but is not False
+    if isinstance(value, float):
+        return math.isnan(value)  # what data frames write for nothing
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null", "None")
+    return value is None or (isinstance(value, list | Mapping) and not value)
