@@ -70,4 +70,4 @@ def template_source(tokenizer: Any, template: str | None) -> str | None:
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
-    return str(own) if own else None
+    return str(own).removeprefix("\ufeff") if own else None

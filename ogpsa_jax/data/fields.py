@@ -20,10 +20,10 @@ _TURN = frozenset({"role", "content", "from", "value", "refusal", *FLAGS})
 
 # Part of the prompt or of the answer: to drop it would teach something else than the row says.
 _PART_OF_TEXT = re.compile(
-    r"(available_)?(tools|functions)|(tool|function)_calls?|tool_call_id|tool_choice|history|"
-    r"contexts?|passages?|documents|knowledge|images?|videos?|audios?|chat_template_kwargs|prefix|"
-    r"reasoning|reasoning_content|reasoning_text|reasoning_details|thinking|thoughts?|"
-    r"chain_of_thought|complex_cot|cot|" + "|".join(SYSTEM)
+    r"(available_)?(tools|functions)|(tool|function)_calls?|tool_choice|history|contexts?|passages?|"
+    r"documents|knowledge|images?|videos?|audios?|files|chat_template_kwargs|prefix|suffix|"
+    r"(.*_)?(reasoning|thinking)(_.*)?|think|thoughts?|chain_of_thought|(.*_)?cot|"
+    + "|".join(SYSTEM)
 )
 # What says nothing of the prompt and the answer.
 _CARRIED = re.compile(
@@ -32,8 +32,7 @@ _CARRIED = re.compile(
     r"(.*_)?(sources?|datasets?|subset|origins?|splits?|config|models?|authors?|annotators?|"
     r"licen[sc]e|lang|languages?|locale)|"
     r"(.*_)?(date|time|timestamp|created|updated)(_at)?|"
-    r"(.*_)?(category|categories|types?|tasks?|domain|topics?|tags?|difficulty|level|subject|meta|"
-    r"metadata|turns?)|"
+    r"(.*_)?(category|categories|types?|tasks?|domain|topics?|tags?|difficulty|level|meta|metadata)|"
     r"(.*_)?(scores?|ratings?|ranks?|rewards?|margin|logps?|perplexity|length|len|tokens|count)|"
     r"(score|rating|reward|num)_.*|helpfulness|correctness|coherence|complexity|verbosity|"
     r"(is_)?prompt_.*(label|safe|harmful|toxic)"  # a verdict on the question
@@ -94,6 +93,7 @@ def unused(row: Row, where: str, format_name: str, uses: frozenset[str], pair: b
             found += [(f"{column}[].{k}", k) for k in dict.fromkeys(keys) if k not in _TURN]
         elif pair or _verdict(column, value, where) is None:
             found.append((column, column))
+    found = [(name, field) for name, field in found if not _CARRIED.fullmatch(_plain(field))]
     for name, field in found:
         if _PART_OF_TEXT.fullmatch(_plain(field)):
             raise InputError(
@@ -101,7 +101,7 @@ def unused(row: Row, where: str, format_name: str, uses: frozenset[str], pair: b
                 f"{format_name} does not use it; write it into the text as the chat template shows "
                 "it, or remove the field."
             )
-    return [name for name, field in found if not _CARRIED.fullmatch(_plain(field))]
+    return [name for name, _ in found]
 
 
 def bad_answer(row: Row, where: str) -> str:

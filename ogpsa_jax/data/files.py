@@ -13,6 +13,7 @@ from ogpsa_jax.errors import InputError
 Located = tuple[dict[str, Any], str]  # a row and where it stands
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+_UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tsv", ".arrow", ".ndjson", ".feather")
 # Files about a data set, by their names.
 _ABOUT = re.compile(
     r"(readme|licen[sc]e|copying|copyright|notice|authors|citation|changelog|changes|contributing|"
@@ -52,11 +53,17 @@ def located_rows(source: DataSource) -> list[Located]:
 def _folder_rows(path: Path, split: str) -> list[Located]:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved_rows(path, split)
-    files = [p for p in sorted(path.rglob("*")) if p.suffix in _SUFFIXES and _holds_data(p, path)]
+    data = [p for p in sorted(path.rglob("*")) if _holds_data(p, path)]
+    files = [p for p in data if p.suffix.lower() in _SUFFIXES]
+    if unread := next((p for p in data if p.suffix.lower() in _UNREAD), None):
+        raise InputError(
+            f"{path}: the folder holds {unread.name}, a kind of file that is not read; unpack or "
+            f"convert it to one of {', '.join(_SUFFIXES)}, or name the file to read."
+        )
     if not files:
         raise InputError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file with data.")
     chosen = _files_of_split(files, path, split)
-    texts = [p for p in chosen if p.suffix == ".txt"]
+    texts = [p for p in chosen if p.suffix.lower() == ".txt"]
     if texts and len(texts) < len(chosen):
         raise InputError(
             f"{path}: the folder holds both text files ({texts[0].name}) and rows "
@@ -105,18 +112,19 @@ def _split_of(file: Path, folder: Path) -> str:
 
 
 def _file_rows(path: Path) -> list[Located]:
-    if path.suffix not in _SUFFIXES:
+    kind = path.suffix.lower()
+    if kind not in _SUFFIXES:
         raise InputError(
             f"{path}: files of this kind are not read; expected one of {', '.join(_SUFFIXES)}."
         )
-    if path.suffix == ".parquet":
+    if kind == ".parquet":
         return _parquet_rows(path)
     content = _content(path)
-    if path.suffix == ".txt":
+    if kind == ".txt":
         return [({"text": content}, str(path))]
-    if path.suffix == ".csv":
+    if kind == ".csv":
         return csv_rows(content, path)
-    if path.suffix == ".json" and content[_space(content, 0) :][:1] == "[":
+    if kind == ".json" and content[_space(content, 0) :][:1] == "[":
         return _json_rows(content, path)
     return _json_lines_rows(content, path)
 

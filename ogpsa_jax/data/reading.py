@@ -15,6 +15,7 @@ from ogpsa_jax.errors import InputError
 
 _SLICE = re.compile(r"^[^\[\]]+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?$")
 _TOLD = 5  # malformed rows that one message names
+_NAMED = 12  # unused fields that one message names
 
 
 class ReadRows(NamedTuple):
@@ -126,11 +127,16 @@ def _read(located: list[Located], source: DataSource, kind: Kind) -> ReadRows:
     if malformed:
         others = and_others([where for _, where in malformed[1:]])
         raise InputError(f"{malformed[0][0]}{others}.")
-    notes = [
-        f"{places[0]}: '{name}' is not used{and_others(places[1:])}; the format {known.name} "
-        f"does not know it"
-        for name, places in unused.items()
-    ]
+    notes = []
+    if unused:
+        told = ", ".join(
+            f"'{name}' ({_how_many(places)})" for name, places in list(unused.items())[:_NAMED]
+        )
+        more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+        notes.append(
+            f"{source.path}: the format {known.name} does not use {told}{more}; remove what says "
+            "nothing of the prompt or the answer, and write the rest into them"
+        )
     notes += [
         f"{source.path}: '{column}' rates the answers from {min(found):g} to {max(found):g}, and "
         "all above 0 are learnt; leave those out of the file that must not be"
@@ -148,6 +154,12 @@ def _record(row: Row, where: str, known: Format, unused: dict[str, list[str]]) -
     for name in fields.unused(row, where, known.name, known.uses, known.pair):
         unused.setdefault(name, []).append(where)
     return known.read(row, where)
+
+
+def _how_many(places: Sequence[str]) -> str:
+    """``line 2``, or ``3 rows, the first is line 2``."""
+    first = places[0].rpartition(", ")[2]
+    return first if len(places) == 1 else f"{len(places)} rows, the first is {first}"
 
 
 def and_others(places: Sequence[str]) -> str:

@@ -145,14 +145,21 @@ def test_column_that_nothing_is_known_of_is_named_once(
     row = {**layout, column: "something"}
     records, _, [note] = read(tmp_path, layout, row, row, kind=kind)
     assert len(records) == 3
-    assert f"line 2: '{column}' is not used (and 1 row more: line 3)" in note
+    assert f"does not use '{column}' (2 rows, the first is line 2); remove" in note
+
+
+def test_all_unused_columns_of_a_file_are_one_note(tmp_path: Path) -> None:
+    odd = {f"odd{number}": "x" for number in range(15)}
+    _, _, [note] = read(tmp_path, {**QA, **odd}, QA)
+    assert "'odd0' (line 1), 'odd1' (line 1)" in note
+    assert "and 3 more" in note
 
 
 def test_rendered_prompt_beside_an_instruction_is_not_the_question(tmp_path: Path) -> None:
     rendered = "### Instruction:\nQ\n### Response:\nA"
     [record], _, [note] = read(tmp_path, {**ALPACA, "input": "I", "prompt": rendered})
     assert said(record) == ["user: Q\nI", "assistant: A"]
-    assert "'prompt' is not used" in note
+    assert "does not use 'prompt' (line 1)" in note
 
 
 TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -161,6 +168,8 @@ PARTS: list[dict[str, Any]] = [
     {**QA, "context": "C"},
     {**QA, "images": ["a.png"]},
     {**QA, "reasoning_content": "R"},
+    {**QA, "Complex_CoT": "R"},
+    {**QA, "my_thinking_trajectories": ["R"]},
     {**QA, "chat_template_kwargs": {"enable_thinking": False}},
     {"messages": TALK, "tools": [{"name": "f"}]},
     {"messages": TALK, "history": [["Q", "A"]]},
@@ -187,7 +196,7 @@ def test_part_of_the_text_that_would_be_dropped_is_refused(
 
 def test_name_of_a_speaker_is_told(tmp_path: Path) -> None:
     _, _, [note] = read(tmp_path, {"messages": [{**TALK[0], "name": "Ann"}, TALK[1]]})
-    assert "'messages[].name' is not used" in note
+    assert "does not use 'messages[].name' (line 1)" in note
 
 
 SYSTEMS: list[tuple[str, dict[str, Any]]] = [

@@ -165,6 +165,15 @@ def test_file_about_the_data_is_no_data(name: str, tmp_path: Path) -> None:
     assert answers(DataSource(str(tmp_path))) == ["A0", "A1"]
 
 
+@pytest.mark.parametrize("name", ["more.jsonl.gz", "more.tsv", "more.arrow"])
+def test_folder_with_files_that_are_not_read_says_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(rows(1))
+    (tmp_path / name).write_text("x")
+    assert f"the folder holds {name}, a kind of file that is not read" in refusal(
+        DataSource(str(tmp_path))
+    )
+
+
 def test_folder_of_texts_and_rows_asks_which(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Once")
     (tmp_path / "b.jsonl").write_text(rows(1))

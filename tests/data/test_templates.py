@@ -330,3 +330,13 @@ def test_an_answer_that_is_context_is_not_learnt(make_tokenizer: Maker) -> None:
     ]
     encoded = ChatTemplate(tokenizer, "qwen").encode(turns, "row")
     assert learnt_parts(tokenizer, *encoded) == ["answer<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("place", ["file", "tokenizer"])
+def test_byte_order_mark_is_no_part_of_a_template(
+    place: str, make_tokenizer: Maker, tmp_path: Path
+) -> None:
+    (tmp_path / "marked.jinja").write_text(BUILT_IN["chatml"], encoding="utf-8-sig")
+    tokenizer = make_tokenizer(template="\ufeff" + BUILT_IN["chatml"])
+    template = ChatTemplate(tokenizer, str(tmp_path / "marked.jinja") if place == "file" else None)
+    assert template.render([Message("user", "Q")]) == "<|im_start|>user\nQ<|im_end|>\n"
