@@ -1,6 +1,7 @@
 """One decoder for Llama 2/3.x, Mistral without a window, Qwen2/2.5 and Qwen3, in Flax NNX."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -8,8 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from ogpsa_jax import Kernel, SecondMoment, second_moment
 from ogpsa_jax.models.config import DecoderConfig
 from ogpsa_jax.models.layers import (
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    MLP_INPUT,
+    MLP_OUTPUT,
     AttentionKind,
     DecoderLayer,
     Linear,
@@ -22,6 +28,17 @@ from ogpsa_jax.models.rope import rope_table
 from ogpsa_jax.models.sharding import ShardingRules, check_mesh
 
 Remat = Literal["none", "full", "dots"]
+FINAL_HIDDEN = "final_hidden"
+DECODER_KERNELS = {
+    rf"\blayers\b.*\b{names}\b.*\b(kernel|a)\b": Kernel(inputs, stacked=(0,))
+    for names, inputs in {
+        "(q_proj|k_proj|v_proj)": ATTENTION_INPUT,
+        "o_proj": ATTENTION_OUTPUT,
+        "(gate_proj|up_proj)": MLP_INPUT,
+        "down_proj": MLP_OUTPUT,
+    }.items()
+} | {r"\blm_head\b": Kernel(FINAL_HIDDEN)}
+"""The matrices of a decoder, and of LoRA adapters on it (``a``, which meets the layer's input)."""
 
 
 class Embedding(nnx.Module):  # type: ignore[misc]
@@ -133,6 +150,48 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         Returns:
           [batch, length, hidden] after the final norm, in the dtype of the computation.
         """
+        return self._run(input_ids, positions, segment_ids, dropout_keys)[0]
+
+    def input_moments(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        size: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, SecondMoment]:
+        """Second moments of what every kernel multiplies, for a subspace of inputs.
+
+        Layer by layer, so that the inputs of one layer are all that exists at a time.
+
+        Args:
+          input_ids: as in :meth:`__call__`.
+          positions: as in :meth:`__call__`.
+          segment_ids: as in :meth:`__call__`; tokens of segment 0, padding, do not count.
+          size: see :func:`ogpsa_jax.second_moment`.
+          seed: see :func:`ogpsa_jax.second_moment`.
+
+        Returns:
+          Moments by the names of :data:`DECODER_KERNELS`, those of the layers stacked ``[layers]``.
+        """
+        mask = None if segment_ids is None else segment_ids > 0
+
+        def measure(inputs: jax.Array) -> SecondMoment:
+            return second_moment(inputs, mask, size=size, seed=seed)
+
+        hidden, found = self._run(input_ids, positions, segment_ids, None, measure)
+        return found if self.lm_head is None else {**found, FINAL_HIDDEN: measure(hidden)}
+
+    def _run(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        dropout_keys: jax.Array | None,
+        measure: Callable[[jax.Array], SecondMoment] | None = None,
+    ) -> tuple[jax.Array, dict[str, SecondMoment]]:
+        """The last hidden states, and what was measured of the kernels' inputs in every layer."""
         mask = None
         if segment_ids is not None:
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
@@ -143,9 +202,16 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
 
-        def step(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
+        def step(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> Any:
             weights, keys = layer
-            return nnx.merge(graphdef, weights)(x, rope, mask, dropout_keys=keys), None
+            found: dict[str, SecondMoment] = {}
+
+            def tap(name: str, inputs: jax.Array) -> None:
+                if measure is not None:
+                    found[name] = measure(inputs)
+
+            layer_fn = nnx.merge(graphdef, weights)
+            return layer_fn(x, rope, mask, dropout_keys=keys, tap=tap), found
 
         if self.remat != "none":
             policy = None
@@ -158,8 +224,8 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             keys: Any = None
             if dropout_keys is not None:
                 keys = split_keys(dropout_keys, self.config.num_layers)
-            x, _ = jax.lax.scan(step, self.embed(input_ids), (stacked, keys))
-            return self.norm(x)
+            x, found = jax.lax.scan(step, self.embed(input_ids), (stacked, keys))
+            return self.norm(x), found
 
     def rope(
         self, input_ids: jax.Array, positions: jax.Array | None

@@ -19,6 +19,10 @@ from ogpsa_jax.models.rope import apply_rope
 from ogpsa_jax.models.sharding import ShardingRules, constrain
 
 AttentionKind = Literal["auto", "xla", "cudnn"]
+Tap = Callable[[str, jax.Array], None] | None
+# What the kernels of a layer multiply, by the names that taps and `DECODER_KERNELS` know it by.
+ATTENTION_INPUT, ATTENTION_OUTPUT = "attention_input", "attention_output"
+MLP_INPUT, MLP_OUTPUT = "mlp_input", "mlp_output"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,9 +244,12 @@ class Attention(nnx.Module):  # type: ignore[misc]
         mask: jax.Array | None,
         cache: Cache | None,
         dropout_keys: jax.Array | None,
+        tap: Tap,
     ) -> jax.Array:
         """Attention of :class:`DecoderLayer`; see there for the arguments."""
         batch, length, _ = x.shape
+        if tap is not None:
+            tap(ATTENTION_INPUT, x)
         q_key, k_key, v_key, o_key = split_keys(dropout_keys, 4)
 
         def heads(projection: Linear, axis: str, key: jax.Array | None) -> jax.Array:
@@ -274,7 +281,10 @@ class Attention(nnx.Module):  # type: ignore[misc]
             is_causal=not decoding,
             implementation="xla" if decoding else self._implementation(q.shape, k.shape),
         )
-        return self.o_proj(y.reshape(batch, length, -1), o_key)
+        y = y.reshape(batch, length, -1)
+        if tap is not None:
+            tap(ATTENTION_OUTPUT, y)
+        return self.o_proj(y, o_key)
 
     def _implementation(
         self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
@@ -313,11 +323,16 @@ class Mlp(nnx.Module):  # type: ignore[misc]
         self.down_proj = linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"))
         self.placement = placement
 
-    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None, tap: Tap) -> jax.Array:
         """[batch, length, hidden] -> the same."""
         gate_key, up_key, down_key = split_keys(dropout_keys, 3)
+        if tap is not None:
+            tap(MLP_INPUT, x)
         y = jax.nn.silu(self.gate_proj(x, gate_key)) * self.up_proj(x, up_key)
-        return self.down_proj(self.placement.constrain(y, "batch", "length", "mlp"), down_key)
+        y = self.placement.constrain(y, "batch", "length", "mlp")
+        if tap is not None:
+            tap(MLP_OUTPUT, y)
+        return self.down_proj(y, down_key)
 
 
 class DecoderLayer(nnx.Module):  # type: ignore[misc]
@@ -338,6 +353,7 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
         mask: jax.Array | None,
         cache: Cache | None = None,
         dropout_keys: jax.Array | None = None,
+        tap: Tap = None,
     ) -> jax.Array:
         """One layer.
 
@@ -348,12 +364,13 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
             on top of causality, except for a single token with a cache: there it is all there is.
           cache: updated in place when given.
           dropout_keys: of the adapters' dropout; none drops nothing.
+          tap: called with the name and the value of what the kernels multiply.
 
         Returns:
           Like ``x``.
         """
         attention_key, mlp_key = split_keys(dropout_keys, 2)
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attention_key)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attention_key, tap)
         x = self.placement.constrain(x, "batch", "length", "features")
-        x = x + self.mlp(self.post_attention_layernorm(x), mlp_key)
+        x = x + self.mlp(self.post_attention_layernorm(x), mlp_key, tap)
         return self.placement.constrain(x, "batch", "length", "features")

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import find_states
+from ogpsa_jax.projection.inputs import InputState
 from ogpsa_jax.projection.reference import as_list
+from ogpsa_jax.projection.state import OgpsaState
 
 
 def diagnostics(opt_state: Any) -> dict[str, Any]:
@@ -25,6 +27,8 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
       states), ``projected_moments`` (int32, the leaves of first moments that the last refresh
       projected; 0 where it was not asked to). Under ``"groups"``, by label: a dict of the first
       four, each ``()`` or ``(layers,)``.
+      A subspace of inputs has its inputs as groups; ``reference_coverage`` is the share of their
+      second moment that it holds, and ``dimension_fraction`` the share of their dimensions.
 
     Raises:
       ValueError: no :class:`OgpsaState` in `opt_state`.
@@ -41,7 +45,17 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     states = find_states(opt_state)
     groups: dict[str, dict[str, jax.Array]] = {}
     totals = [jnp.zeros([], jnp.float32)] * 6
+    count = 0
+    spans: list[OgpsaState] = []
     for state in states:
+        if isinstance(state, InputState):
+            spans += [] if state.others is None else [state.others]
+            columns = _of_inputs(state, groups)
+            totals = [total + jnp.sum(part) for total, part in zip(totals, columns, strict=True)]
+            count += len(columns[0])
+        else:
+            spans.append(state)
+    for state in spans:
         # Leaves, because an nnx.Optimizer keeps each array in a Variable.
         squared, removed, in_span, rank, spectrum, missed = jax.tree.leaves(
             (
@@ -64,7 +78,7 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
                 for name, value in values.items()
             }
     squared, removed, in_span, rank, captured, missed = totals
-    count = sum(group.rows.stop - group.start for s in states for group in s.settings.groups)
+    count += sum(group.rows.stop - group.start for s in spans for group in s.settings.groups)
     return {
         "removed_fraction": _fraction(removed, squared),
         "in_span_fraction": _fraction(in_span, squared),
@@ -76,6 +90,25 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
         "projected_moments": _sum([state.projected_moments for state in states]),
         "groups": groups,
     }
+
+
+def _of_inputs(state: InputState, groups: dict[str, dict[str, jax.Array]]) -> tuple[jax.Array, ...]:
+    """The columns of a subspace of inputs, each ``[G]``; its groups are added to `groups`."""
+    squared, removed, in_span, rank, held = jax.tree.leaves(
+        (state.squared_norm, state.removed, state.in_span, state.rank_used, state.energy_held)
+    )
+    rows = state.settings.rows()
+    for name, kernels in state.settings.groups.items():
+        part, layers = rows[name], kernels[0].layers
+        groups[name] = {
+            "removed_fraction": _fraction(removed, squared)[part].reshape(layers),
+            "in_span_fraction": _fraction(in_span, squared)[part].reshape(layers),
+            "effective_rank": rank[part].reshape(layers),
+            "reference_coverage": held[part].reshape(layers),
+            "dimension_fraction": rank[part].astype(jnp.float32).reshape(layers) / kernels[0].width,
+        }
+    known = (rank > 0).astype(jnp.float32)
+    return squared, removed, in_span, rank.astype(jnp.float32), held, known - held
 
 
 def first_order_change(references: Sequence[Any], updates: Any) -> jax.Array:

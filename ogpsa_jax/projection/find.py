@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 
+from ogpsa_jax.projection.inputs import InputState
 from ogpsa_jax.projection.state import OgpsaState
 
 
 def _is_ours(node: Any) -> bool:
-    return isinstance(node, OgpsaState)
+    return isinstance(node, OgpsaState | InputState)
 
 
-def find_states(opt_state: Any) -> list[OgpsaState]:
+def find_states(opt_state: Any) -> list[OgpsaState | InputState]:
     """All states of :func:`ogpsa_jax.ogpsa_project` in `opt_state`, in tree order.
 
     Raises:
@@ -27,8 +28,8 @@ def find_states(opt_state: Any) -> list[OgpsaState]:
     return found
 
 
-def replace_states(opt_state: Any, change: Callable[[OgpsaState], OgpsaState]) -> Any:
-    """`opt_state` with every state of ours changed.
+def replace_states(opt_state: Any, change: Callable[[Any], Any]) -> Any:
+    """`opt_state` with every state of ours changed that holds any leaves.
 
     Raises:
       ValueError: as :func:`find_states`.

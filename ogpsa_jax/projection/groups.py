@@ -31,6 +31,11 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def key_names(path: Any) -> tuple[str, ...]:
+    """A path without the kinds of its containers: an optimizer may use others than the model."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
 class Group(NamedTuple):
     """Leaves that share one subspace, or one subspace per layer where they stack layers."""
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogpsa_jax.projection.find import find_states
-from ogpsa_jax.projection.groups import Group, is_masked
+from ogpsa_jax.projection.groups import MASKED, Group, is_masked, key_names
+from ogpsa_jax.projection.inputs import InputState, project_inputs
 from ogpsa_jax.projection.moments import is_moment, second_moment, why_impossible
 from ogpsa_jax.projection.project import Subspaces, project
 from ogpsa_jax.projection.state import OgpsaState
@@ -67,22 +68,36 @@ def project_first_moments(opt_state: Any, momentum: Momentum = True) -> Any:
     def count(node: Any) -> Any:
         if not _is_ours(node):
             return node
-        return replace(node, projected_moments=jnp.asarray(next(counts), jnp.int32))
+        node = replace(node, projected_moments=jnp.asarray(next(counts), jnp.int32))
+        if isinstance(node, InputState) and node.others is not None:
+            return replace(node, others=count(node.others))
+        return node
 
     return jax.tree.map(count, new, is_leaf=_is_ours)
 
 
 def _is_ours(node: Any) -> bool:
-    return isinstance(node, OgpsaState)
+    return isinstance(node, OgpsaState | InputState)
+
+
+def _with_others(states: Sequence[OgpsaState | InputState]) -> list[OgpsaState | InputState]:
+    """The states, each followed by the gradient span of what is no matrix, where it has one."""
+    found: list[OgpsaState | InputState] = []
+    for state in states:
+        others = state.others if isinstance(state, InputState) else None
+        found += [state] if others is None else [state, others]
+    return found
 
 
 class _Walk:
     """One walk through a state: what it was told, and what it has done."""
 
-    def __init__(self, states: Sequence[OgpsaState], rules: Mapping[str, bool]) -> None:
-        self.states, self.rules = states, rules
-        self.places = [_places(state) for state in states]
-        self.counts = [0] * len(states)  # leaves projected, by state
+    def __init__(
+        self, states: Sequence[OgpsaState | InputState], rules: Mapping[str, bool]
+    ) -> None:
+        self.states, self.rules = _with_others(states), rules
+        self.places = [_places(state) for state in self.states]
+        self.counts = [0] * len(self.states)  # leaves projected, by state
         self.used: set[str] = set()
 
     def told(self, path: Path) -> bool | None:
@@ -107,7 +122,7 @@ class _Walk:
         )
         if jax.tree_util.treedef_is_leaf(treedef):
             return node
-        names = [_names(key)[0] for key, _ in keyed]
+        names = [key_names(key)[0] for key, _ in keyed]
         second = second_moment(type(node), dict(zip(names, (x for _, x in keyed), strict=True)))
         after = []
         for key, child in keyed:
@@ -124,7 +139,7 @@ class _Walk:
           ValueError: it may be a moment, and cannot be projected as one.
         """
         told = self.told(path)
-        known = is_moment(owner, _names(key)[0]) if told is None else told
+        known = is_moment(owner, key_names(key)[0]) if told is None else told
         if known is False:
             return child
         leaves = _leaves(child)
@@ -179,9 +194,9 @@ class _Walk:
         leaves = [leaf for _, leaf in keyed]
         for number, (state, place) in enumerate(zip(self.states, self.places, strict=True)):
             positions = {
-                place.held[_names(key)][0]: i
+                place.held[key_names(key)][0]: i
                 for i, (key, leaf) in enumerate(keyed)
-                if not is_masked(leaf) and _names(key) in place.held
+                if not is_masked(leaf) and key_names(key) in place.held
             }
             if not positions:
                 continue
@@ -192,12 +207,18 @@ class _Walk:
         return treedef.unflatten(leaves)
 
 
-def project_some(state: OgpsaState, leaves: dict[int, jax.Array]) -> dict[int, jax.Array]:
+def project_some(
+    state: OgpsaState | InputState, leaves: dict[int, jax.Array]
+) -> dict[int, jax.Array]:
     """Apply the state's rule to some of the leaves it holds, given by their positions.
 
     A group of which only some leaves are given is projected off the restriction of its basis to
     them, whose Gram matrix is made here.
     """
+    if isinstance(state, InputState):
+        given = [leaves.get(place, MASKED) for place in range(len(state.settings.paths))]
+        out, _ = project_inputs(given, state, freeze=False)
+        return {place: out[place] for place in leaves}
     full = state.subspaces()
     order = sorted(leaves)
     groups: list[Group] = []
@@ -243,15 +264,18 @@ def _encloses(node: Any) -> bool:
     return any(_is_ours(x) for x in jax.tree.leaves(node, is_leaf=_is_ours))
 
 
-def _places(state: OgpsaState) -> _Place:
+def _places(state: OgpsaState | InputState) -> _Place:
+    if isinstance(state, InputState):
+        kernels = {kernel.path: (kernel.leaf, kernel.shape) for kernel in state.settings.kernels}
+        return _Place(kernels, set(state.settings.paths) - set(kernels))
     held: dict[tuple[str, ...], tuple[int, tuple[int, ...]]] = {}
     masked = set()
     tree = state.basis[0]
     for key, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked):
         if is_masked(leaf):
-            masked.add(_names(key))
+            masked.add(key_names(key))
         else:
-            held[_names(key)] = (len(held), leaf.shape)
+            held[key_names(key)] = (len(held), leaf.shape)
     return _Place(held, masked)
 
 
@@ -259,15 +283,10 @@ def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
     """The floating-point arrays of a tree, by their names."""
     keyed = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        _names(key): leaf
+        key_names(key): leaf
         for key, leaf in keyed
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-
-
-def _names(path: Path) -> tuple[str, ...]:
-    """A path without the kinds of its containers: an optimizer may use others than the model."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _named(path: Path) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.find import replace_states
+from ogpsa_jax.projection.find import find_states, replace_states
+from ogpsa_jax.projection.inputs import InputState, refresh_inputs
 from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.reference import as_list
+from ogpsa_jax.projection.second_moments import Moments
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
     Leaves,
@@ -30,15 +32,22 @@ from ogpsa_jax.projection.subspace import (
 
 
 def refresh(
-    opt_state: Any, references: Sequence[Any], *, project_momentum: Momentum = False
+    opt_state: Any,
+    references: Sequence[Any] | None = None,
+    *,
+    moments: Moments | None = None,
+    project_momentum: Momentum = False,
 ) -> Any:
-    """Span the basis anew with reference gradients. Pure and jittable.
+    """Span the basis anew with reference gradients, or moments. Pure and jittable.
 
     Args:
       opt_state: any Optax state, ``TrainState`` or pytree with an :class:`OgpsaState` inside
         (``chain``, ``MultiSteps``, ``masked``, ``partition``, ``inject_hyperparams``, ...).
       references: m gradients, pytrees like the parameters, any float dtypes. More than the rank:
-        their principal directions are kept; fewer: the other directions are zero.
+        their principal directions are kept; fewer: the other directions are zero. None where
+        every subspace is one of inputs.
+      moments: for subspaces of inputs: second moments by input, from
+        :func:`ogpsa_jax.input_moments` or :func:`ogpsa_jax.gradient_moments`.
       project_momentum: also project every first moment found with the new basis: whatever the
         optimizer adds up with gradients. Off reproduces the paper; on is recommended: a first
         moment carries components along the old basis, and at high learning rates undoes the
@@ -46,14 +55,15 @@ def refresh(
         of paths in the state whether they are first moments, and stands for True otherwise.
 
     Returns:
-      The new optimizer state. References that are not finite change nothing and are counted in
-      ``refused_refreshes``.
+      The new optimizer state. References or moments that are not finite change nothing and are
+      counted in ``refused_refreshes``.
 
     Raises:
-      ValueError: no reference, no list of them, no :class:`OgpsaState`, or a reference of another
-        shape; and with `project_momentum` where some moment cannot be found or projected (the
-        optimizer's state is not known, or its steps do not come from moments alone, as those of
-        GaLore, COCOB, MADGRAD, L-BFGS, schedule-free and Mechanic, SAM, and lookahead).
+      ValueError: no reference, no list of them, no state of ours, a reference of another shape,
+        moments that are missing or of another shape, or nothing that takes what is given; and with
+        `project_momentum` where some moment cannot be found or projected (the optimizer's state
+        is not known, or its steps do not come from moments alone, as those of GaLore, COCOB,
+        MADGRAD, L-BFGS, schedule-free and Mechanic, SAM, and lookahead).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -69,9 +79,39 @@ def refresh(
       Sun et al., `Safety Alignment as Continual Learning
       <https://arxiv.org/abs/2602.07892>`_, 2026.
     """
-    references = as_list(references, "references", "reference gradient")
-    opt_state = replace_states(opt_state, partial(_refreshed, references=references))
+    if references is None and moments is None:
+        raise ValueError("references: expected reference gradients, or moments=, got neither")
+    if references is not None:
+        references = as_list(references, "references", "reference gradient")
+    states = find_states(opt_state)
+    _check_taken(states, references is not None, moments is not None)
+    change = partial(_anew, references=references, moments=moments)
+    opt_state = replace_states(opt_state, change)
     return project_first_moments(opt_state, project_momentum)
+
+
+def _check_taken(states: Sequence[Any], references: bool, moments: bool) -> None:
+    """Refuse what no state takes, and leaving a state without what it takes."""
+    inputs = [state for state in states if isinstance(state, InputState)]
+    spans = [s for s in states if not isinstance(s, InputState)] + [s for s in inputs if s.others]
+    if moments and not inputs:
+        raise ValueError("moments: no subspace of inputs here; ogpsa_project(subspace='inputs')?")
+    if references and not spans:
+        raise ValueError("references: every subspace here is one of inputs; pass moments=")
+    if not moments and not spans:
+        raise ValueError("moments: every subspace here is one of inputs, and none are given")
+
+
+def _anew(
+    state: OgpsaState | InputState, references: Sequence[Any] | None, moments: Moments | None
+) -> OgpsaState | InputState:
+    if isinstance(state, InputState):
+        if moments is not None:
+            state = refresh_inputs(state, moments)
+        if references is not None and state.others is not None:
+            state = replace(state, others=_refreshed(state.others, references))
+        return state
+    return state if references is None else _refreshed(state, references)
 
 
 def _refreshed(state: OgpsaState, references: Sequence[Any]) -> OgpsaState:

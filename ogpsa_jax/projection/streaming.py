@@ -1,6 +1,7 @@
 """References that arrive one at a time, folded into the basis without the others at hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import replace_states
 from ogpsa_jax.projection.groups import inner
+from ogpsa_jax.projection.inputs import InputState
 from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.refresh import with_basis, with_subspace
 from ogpsa_jax.projection.state import Alignment, OgpsaState
@@ -80,7 +82,11 @@ def push_reference(
     return project_first_moments(opt_state, project_momentum)
 
 
-def _pushed(state: OgpsaState, reference: Any, window: int | None, kept: jax.Array) -> OgpsaState:
+def _pushed(state: Any, reference: Any, window: int | None, kept: jax.Array) -> Any:
+    if isinstance(state, InputState):
+        if state.others is None:
+            return state
+        return replace(state, others=_pushed(state.others, reference, window, kept))
     groups = state.settings.groups
     held = Alignment(state, reference, "reference").leaves
     shrunk = shrink([leaf[None] for leaf in held], groups)
