@@ -4,6 +4,7 @@ Logits are made, used and forgotten for a few positions of every row at a time, 
 backward: at a vocabulary of 152,000 they would otherwise be the largest tensor by far.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +41,31 @@ def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Arr
     Returns:
       float32 ``[B, T]``, zero where nothing is learnt, and the mask, bool ``[B, T]``.
     """
+    return _of_every_target(model, batch, chunk_size, _log_probs)
+
+
+def _log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    # Picking the target by comparison, not by index, leaves a sharded vocabulary sharded.
+    vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    picked = jnp.sum(jnp.where(vocabulary == targets[..., None], logits, 0.0), axis=-1)
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _log_probs_and_entropies(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    every = jax.nn.log_softmax(logits, axis=-1)
+    return _log_probs(logits, targets), -jnp.sum(jnp.exp(every) * every, axis=-1)
+
+
+def _of_every_target(
+    model: Any,
+    batch: Batch,
+    chunk_size: int,
+    measure: Callable[[jax.Array, jax.Array], Any],
+) -> tuple[Any, jax.Array]:
+    """`measure` of logits ``[B, C, V]`` and targets ``[B, C]``, for a few positions at a time.
+
+    Its arrays ``[B, C]`` come back as ``[B, T]``, zero where nothing is learnt, with the mask.
+    """
     rows, length = batch["input_ids"].shape
     dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
     hidden = model.hidden_states(
@@ -59,19 +85,17 @@ def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Arr
         return jnp.moveaxis(split, 1, 0)
 
     @jax.checkpoint
-    def log_probs(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = model.unembed(hidden)
-        # Picking the target by comparison, not by index, leaves a sharded vocabulary sharded.
-        vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-        picked = jnp.sum(jnp.where(vocabulary == targets[..., None], logits, 0.0), axis=-1)
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+    def measured(hidden: jax.Array, targets: jax.Array) -> Any:
+        return measure(model.unembed(hidden), targets)
 
-    def body(_: None, chunks: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        return None, log_probs(*chunks)
+    def body(_: None, chunks: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
+        return None, measured(*chunks)
+
+    def joined(x: jax.Array) -> jax.Array:
+        return jnp.where(mask, jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], 0.0)
 
     _, found = jax.lax.scan(body, None, (cut(hidden), cut(targets)))
-    found = jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :length]
-    return jnp.where(mask, found, 0.0), mask
+    return jax.tree.map(joined, found), mask
 
 
 def token_cross_entropy(
@@ -108,6 +132,26 @@ def sequence_log_probs(
     found, mask = target_log_probs(model, _as_rows(batch), chunk_size)
     counts = jnp.sum(mask, axis=-1, dtype=jnp.float32)
     return pairwise_sum(found).reshape(shape), counts.reshape(shape)
+
+
+def surprise(
+    model: Any, batch: Batch, *, chunk_size: int = 512
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy beside the model's own entropy: what its own answers would cost on average.
+
+    Args:
+      model: has ``hidden_states`` and ``unembed``.
+      batch: arrays ``[B, T]``, or pairs ``[B, 2, T]``, whose rows all count.
+      chunk_size: positions of each row whose logits exist at a time.
+
+    Returns:
+      (nats, tokens, the sum ``entropy`` in nats), float32 scalars.
+    """
+    (found, entropies), mask = _of_every_target(
+        model, _as_rows(batch), chunk_size, _log_probs_and_entropies
+    )
+    weight = jnp.sum(mask, dtype=jnp.float32)
+    return -jnp.sum(found), weight, {"entropy": jnp.sum(entropies)}
 
 
 def pairwise_sum(values: jax.Array) -> jax.Array:

@@ -90,6 +90,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     simpo_gamma: float = 0.5,
     chunk_size: int = 512,
+    per_row: bool = False,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """A preference loss over a batch of pairs; the weight is the number of pairs.
 
@@ -102,6 +103,7 @@ def dpo_loss(
       label_smoothing: probability that a label is flipped.
       simpo_gamma: SimPO's target margin.
       chunk_size: positions of each row whose logits exist at a time.
+      per_row: also give each pair's loss, ``row_loss`` and ``row_weight``, float32 ``[B]``.
 
     Returns:
       (loss sum, pairs, sums of: rewards of chosen and rejected answers, their margin and how often
@@ -149,4 +151,7 @@ def dpo_loss(
             jnp.mean((policy - reference) / jnp.maximum(counts, 1.0), axis=-1), -20.0, 20.0
         )
         metrics["kl_per_token"] = total(jnp.expm1(-d) + d)
-    return jnp.sum(jnp.where(valid, losses, 0.0)), jnp.sum(valid, dtype=jnp.float32), metrics
+    losses = jnp.where(valid, losses, 0.0)
+    if per_row:
+        metrics |= {"row_loss": losses, "row_weight": valid.astype(jnp.float32)}
+    return jnp.sum(losses), jnp.sum(valid, dtype=jnp.float32), metrics

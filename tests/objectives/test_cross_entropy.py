@@ -19,11 +19,13 @@ from ogpsa_jax.models.config import read_config
 from ogpsa_jax.objectives.cross_entropy import (
     pairwise_sum,
     sequence_log_probs,
+    surprise,
     target_log_probs,
     target_mask,
     token_cross_entropy,
 )
 from ogpsa_jax.objectives.dpo import dpo_loss
+from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.step import Network, TrainState, make_train_step
@@ -67,6 +69,44 @@ def test_chunks_of_any_size_give_the_same_values_and_gradients(
         jax.tree.leaves(log_probs(True, params)),
         jax.tree.leaves(log_probs(False, params)),
     )
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_surprise_is_cross_entropy_beside_the_models_own_entropy(
+    chunk: int, toy: Toy, draw_rows: Drawer
+) -> None:
+    batch = draw_rows(3, 13)
+    total, weight, sums = jax.jit(partial(surprise, toy, chunk_size=chunk))(batch)
+    logits = toy.unembed(
+        toy.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
+    )
+    p = np.asarray(jax.nn.softmax(logits[:, :-1]), np.float64)
+    entropy = -(p * np.log(p)).sum(-1)[np.asarray(target_mask(batch))[:, :-1]].sum()
+    # Sums of some tens of float32 values.
+    assert float(sums["entropy"]) == pytest.approx(entropy, rel=1e-5)
+    nats, tokens = token_cross_entropy(toy, batch)
+    assert float(total) == pytest.approx(float(nats), rel=1e-6)
+    assert float(weight) == float(tokens)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_add_up_to_the_whole(pairs: bool, toy: Toy, draw_rows: Drawer) -> None:
+    batch = draw_rows(5, 11, pairs=pairs)
+    losses = [partial(sft_loss, toy)]
+    if pairs:
+        batch = {**batch, "reference_logps": jnp.full((5, 2), -7.0)}
+        losses.append(partial(dpo_loss, toy, beta=0.3))
+    for loss in losses:
+        total, weight, _ = jax.jit(loss)(batch)
+        _, _, rows = jax.jit(partial(loss, per_row=True))(batch)
+        assert rows["row_loss"].shape == rows["row_weight"].shape == (5,)
+        # Another order of some tens of float32 values.
+        assert float(rows["row_loss"].sum()) == pytest.approx(float(total), rel=1e-5)
+        assert float(rows["row_weight"].sum()) == float(weight)
+        first = {name: array[:1] for name, array in batch.items()}
+        alone, count, _ = loss(first)
+        assert float(rows["row_loss"][0]) == pytest.approx(float(alone), rel=1e-5)
+        assert float(rows["row_weight"][0]) == float(count)
 
 
 def test_chosen_and_rejected_in_one_pass_equal_two_passes(toy: Toy, draw_rows: Drawer) -> None:
