@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ogpsa_jax.errors import InputError
 
+logger = logging.getLogger("ogpsa_jax.cli")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it succeeded, 2 with one sentence on stderr for bad input."""
@@ -217,6 +219,7 @@ def _train(parsed: argparse.Namespace) -> None:
             "train: name at least one configuration file, as in configs/smoke-sft.yaml."
         )
 
+    logger.info("starting JAX")
     from ogpsa_jax.training.rounding import rounding_lines
     from ogpsa_jax.training.run import train_stages
 
@@ -224,7 +227,10 @@ def _train(parsed: argparse.Namespace) -> None:
         print(f"{summary['name']}: {summary['steps']} steps in {summary['seconds']} s")
         for name, after in summary["after"].items():
             before = summary["before"].get(name, math.nan)
-            print(f"  {name}: {before:.4f} -> {after:.4f}")
+            change = summary.get("change", {}).get(name, {})
+            error = change.get("standard_error")
+            by = "" if error is None else f"  ({change['mean']:+.4f}, standard error {error:.4f})"
+            print(f"  {name}: {before:.4f} -> {after:.4f}{by}")
         print(f"  checkpoint: {summary['export']}")
         for line in rounding_lines(summary["rounding"]) if "rounding" in summary else ():
             print(f"    {line}")

@@ -19,7 +19,13 @@ from jax.sharding import Mesh
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import replicate_rest, shard_rows
-from ogpsa_jax.training.metrics import Line, MetricsLog, find_lost_updates, find_problems
+from ogpsa_jax.training.metrics import (
+    Line,
+    MetricsLog,
+    find_foreign_references,
+    find_lost_updates,
+    find_problems,
+)
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
 from ogpsa_jax.training.progress import Progress
 from ogpsa_jax.training.step import (
@@ -48,7 +54,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A held-out set: batches stacked as [batches, rows, ...] and what is measured on them."""
+    """A held-out set: batches stacked as [batches, rows, ...] and what is measured on them.
+
+    Where the objective gives ``row_loss`` and ``row_weight``, the lines of before and after keep
+    them, so that both can be compared row by row.
+    """
 
     batches: HostBatch
     objective: Objective
@@ -66,6 +76,8 @@ class Task:
       reference_rows: rows of all of them together.
       reference_loss: what is differentiated on reference rows.
       in_step_batches: instead of `references`, the reference rows that ride in every step's batch.
+      reference_starts: rows of each reference set, by name, whose loss and entropy are measured
+        before the first step.
       evaluations: held-out sets by name.
     """
 
@@ -75,6 +87,7 @@ class Task:
     reference_rows: int = 0
     reference_loss: Objective | None = None
     in_step_batches: Batches | None = None
+    reference_starts: Mapping[str, Evaluation] = field(default_factory=dict)
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
 
@@ -83,7 +96,12 @@ class Terminated(SystemExit):
 
 
 def fit(
-    network: Network, task: Task, config: RunConfig, mesh: Mesh, run_dir: Path
+    network: Network,
+    task: Task,
+    config: RunConfig,
+    mesh: Mesh,
+    run_dir: Path,
+    progress: Progress | None = None,
 ) -> tuple[Network, list[Line]]:
     """Train `network`, resuming from the newest checkpoint in `run_dir` if there is one.
 
@@ -93,6 +111,7 @@ def fit(
       config: the run's settings.
       mesh: the devices.
       run_dir: metrics and checkpoints are written here.
+      progress: what a person sees, if it is shown already.
 
     Returns:
       The trained network, and all lines of the run's metrics.
@@ -111,6 +130,7 @@ def fit(
         in_step=in_step_settings(task, config),
     )
     evaluator = Evaluator(network, task.evaluations, mesh)
+    reference_evaluator = Evaluator(network, task.reference_starts, mesh)
     refresh_step = None
     references: tuple[dict[str, jax.Array], ...] = ()
     if task.references and task.reference_loss is not None:
@@ -126,7 +146,7 @@ def fit(
     pending: list[tuple[int, dict[str, jax.Array], bool]] = []
     told: set[str] = set()
 
-    def flush(progress: Progress) -> None:
+    def flush() -> None:
         lines: list[Line] = []
         for step, metrics, refreshed in pending:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -137,7 +157,7 @@ def fit(
             lines.append(line)
         pending.clear()
         log.flush()
-        progress.add(lines)
+        shown.add(lines)
         problems = find_problems(lines) | find_lost_updates(lines, config.optimizer.learning_rate)
         for kind, problem in problems.items():
             if kind not in told:
@@ -147,10 +167,17 @@ def fit(
     with (
         _Sigterm() as terminated,
         contextlib.closing(MetricsLog(run_dir, start)) as log,
-        Progress(config.name, total, start) as progress,
+        contextlib.nullcontext(progress) if progress else progress_of(config) as shown,
     ):
+        shown.begin(total, start)
         if start == 0:
-            evaluator.log(state.params, 0, log)
+            if task.evaluations or task.reference_starts:
+                shown.doing("measuring before the first step, compiling that")
+            at_start = reference_evaluator.measure(state.params)
+            evaluator.log(state.params, 0, log, at_start, rows=True)
+            for problem in find_foreign_references(log.lines, config):
+                logger.warning("%s", problem)
+        shown.doing("compiling the first step")
         for step in range(start, total):
             refreshed = refresh_step is not None and step % config.ogpsa.refresh_every == 0
             if refreshed and refresh_step is not None:
@@ -168,15 +195,18 @@ def fit(
                 riding = shard_rows(task.in_step_batches.batch(step), mesh)
             state, metrics = train_step(state, network.frozen, batch, riding, rounding_key)
             done = step + 1
+            if step == start:
+                shown.doing("the first steps", say=False)
             pending.append((done, metrics, refreshed))
             evaluates = config.train.eval_every and done % config.train.eval_every == 0
             # Asked once a step: a signal that comes later than this belongs to the next step.
             stops = terminated(done)
             saves = done % config.train.save_every == 0 or done == total or stops
             if done % config.train.log_every == 0 or evaluates or saves:
-                flush(progress)
+                flush()
             if evaluates or done == total:
-                evaluator.log(state.params, done, log)
+                shown.doing("measuring the held-out sets", say=False)
+                evaluator.log(state.params, done, log, rows=done == total)
             if saves:
                 log.flush()
                 checkpoints.save(done, state)
@@ -188,6 +218,11 @@ def fit(
                 raise Terminated(143)
     checkpoints.close()
     return network._replace(trained=state.params), log.lines
+
+
+def progress_of(config: RunConfig) -> Progress:
+    """What a person sees of a run: a preference loss is counted in pairs."""
+    return Progress(config.name, "pairs" if config.objective == "dpo" else "targets")
 
 
 def in_step_settings(task: Task, config: RunConfig) -> InStep | None:
@@ -214,30 +249,60 @@ class Evaluator:
         self._sets = {
             name: (
                 shard_rows(item.batches, mesh),
-                make_evaluation(network.graphdef, item.objective),
+                make_evaluation(network.graphdef, item.objective, mesh),
             )
             for name, item in sets.items()
         }
 
-    def log(self, params: Any, step: int, log: MetricsLog) -> None:
-        """Write one line with all measures; none where there are no sets."""
-        if measures := self.measure(params):
-            line = {f"eval/{name}": value for name, value in measures.items()}
+    def log(
+        self,
+        params: Any,
+        step: int,
+        log: MetricsLog,
+        further: Mapping[str, float] | None = None,
+        *,
+        rows: bool = False,
+    ) -> None:
+        """Write one line with all measures and `further` ones; none where there are none.
+
+        With `rows`, also the loss and the weight of each row, by set.
+        """
+        measures, by_row = self._measure(params)
+        line = {f"eval/{name}": value for name, value in measures.items()} | dict(further or {})
+        if rows and by_row:
+            log.write({"step": step, **line, "rows": by_row})
+        elif line:
             log.write({"step": step, **line})
 
     def measure(self, params: Any) -> dict[str, float]:
         """``{set}/{measure}`` -> value with these trained parameters."""
+        return self._measure(params)[0]
+
+    def _measure(self, params: Any) -> tuple[dict[str, float], dict[str, Any]]:
         measures: dict[str, float] = {}
+        rows: dict[str, Any] = {}
         for name, (batches, measure) in self._sets.items():
             count = len(next(iter(batches.values())))
             parts = [
                 measure(params, self._frozen, {key: array[i] for key, array in batches.items()})
                 for i in range(count)
             ]
+            by_row = [
+                [np.asarray(sums.pop(key)) for key in ("row_loss", "row_weight")]
+                for _, _, sums in parts
+                if "row_loss" in sums
+            ]
             loss, weight, sums = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *parts)
             measures[f"{name}/loss"] = loss / weight
             measures |= {f"{name}/{key}": value / weight for key, value in sums.items()}
-        return measures
+            if by_row:
+                losses, weights = (np.concatenate(arrays) for arrays in zip(*by_row, strict=True))
+                full = weights > 0  # the last batch is filled up with empty rows
+                rows[name] = {
+                    "loss": [float(f"{x:.7g}") for x in losses[full].tolist()],
+                    "weight": weights[full].tolist(),
+                }
+        return measures, rows
 
 
 class _Sigterm:

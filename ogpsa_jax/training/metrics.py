@@ -19,6 +19,8 @@ from tensorboardX import SummaryWriter
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.verdict import Change, judge_references, paired_change
 
 logger = logging.getLogger(__name__)
 Line = dict[str, Any]
@@ -170,6 +172,38 @@ def find_lost_updates(lines: Sequence[Line], peak_rate: float) -> dict[str, str]
         "updates reached the parameters, whose type is too coarse for the rest; set "
         "model.param_dtype to float32, or optimizer.stochastic_rounding to true"
     }
+
+
+def held_out_changes(lines: Sequence[Line]) -> dict[str, tuple[float, Change]]:
+    """By held-out set, the loss before the first step and its change to the end of the run.
+
+    Only of sets whose rows were measured both times.
+    """
+    measured = [line for line in lines if "rows" in line]
+    if len(measured) < 2 or measured[0]["step"] != 0:
+        return {}
+    before, after = measured[0], measured[-1]
+    found = {}
+    for name, rows in before["rows"].items():
+        later = after["rows"].get(name)
+        if later is not None and later["weight"] == rows["weight"]:
+            change = paired_change(rows["loss"], later["loss"], rows["weight"])
+            found[name] = (before[f"eval/{name}/loss"], change)
+    return found
+
+
+def find_foreign_references(lines: Sequence[Line], config: RunConfig) -> list[str]:
+    """Which reference sets hold answers that the model would not give, as measured at step 0."""
+    in_step = config.references.in_step
+    replayed = config.projects and in_step is not None and in_step.replay_weight > 0
+    found = []
+    for line in lines:
+        for number in range(len(config.references.sets)):
+            name = f"references.{number}"
+            if f"{name}/entropy" in line:
+                loss, entropy = line[f"{name}/loss"], line[f"{name}/entropy"]
+                found.append(judge_references(name, loss, entropy, replayed))
+    return [sentence for sentence in found if sentence]
 
 
 def draw_curves(lines: list[Line], path: Path) -> None:

@@ -37,6 +37,7 @@ from ogpsa_jax.models import (
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.pretrained import check_computable
+from ogpsa_jax.objectives.cross_entropy import surprise
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import DataSection, RunConfig, SourceSection
@@ -48,6 +49,7 @@ from ogpsa_jax.training.step import Objective
 from ogpsa_jax.training.verdict import judge_lengths
 
 logger = logging.getLogger(__name__)
+_START_ROWS = 64  # of each reference set, on which the loss at the start is measured
 _MOST_ROWS = 10**8  # a run's rows are laid out before its first step
 
 
@@ -378,10 +380,20 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
         reference_rows=riding or sum(len(examples) for examples in data.references),
         reference_loss=preference if config.references.loss == "dpo" else cross_entropy,
         in_step_batches=in_step_batches,
+        reference_starts={
+            f"references.{number}": Evaluation(
+                fixed(examples[:_START_ROWS], micro_rows(own_rows)),
+                partial(surprise, chunk_size=config.train.loss_chunk),
+            )
+            for number, examples in enumerate(data.references)
+            if config.references.loss != "dpo"
+        },
         evaluations={
             name: Evaluation(
                 fixed(examples, micro_rows(own_rows)),
-                preference if len(examples[0].sequences) == 2 else cross_entropy,
+                preference_objective(config, per_row=True)
+                if len(examples[0].sequences) == 2
+                else partial(cross_entropy, per_row=True),
             )
             for name, examples in data.evaluations.items()
         },
@@ -401,7 +413,7 @@ def _check_length(config: RunConfig, data: RunData, rows_per_step: int) -> None:
         )
 
 
-def preference_objective(config: RunConfig) -> Objective:
+def preference_objective(config: RunConfig, *, per_row: bool = False) -> Objective:
     """The configured preference loss."""
     return partial(
         dpo_loss,
@@ -410,4 +422,5 @@ def preference_objective(config: RunConfig) -> Objective:
         label_smoothing=config.dpo.label_smoothing,
         simpo_gamma=config.dpo.simpo_gamma,
         chunk_size=config.train.loss_chunk,
+        per_row=per_row,
     )

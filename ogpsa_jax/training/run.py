@@ -1,6 +1,7 @@
 """A stage from configuration to exported checkpoint, and several stages in a row."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -24,13 +25,15 @@ from ogpsa_jax.training.config import ExportSection, MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config, located
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
-from ogpsa_jax.training.loop import Evaluation, fit
+from ogpsa_jax.training.loop import Evaluation, fit, progress_of
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
 from ogpsa_jax.training.metrics import (
     Line,
     draw_curves,
+    find_foreign_references,
     find_lost_updates,
     find_problems,
+    held_out_changes,
     read_metrics,
 )
 from ogpsa_jax.training.optimizer import make_optimizer
@@ -42,6 +45,7 @@ from ogpsa_jax.training.prepare import (
     prepare_task,
     trained_parameters,
 )
+from ogpsa_jax.training.progress import Progress
 from ogpsa_jax.training.rounding import (
     loading_warning,
     measure_rounding,
@@ -49,6 +53,7 @@ from ogpsa_jax.training.rounding import (
     rounding_warning,
 )
 from ogpsa_jax.training.step import Network, TrainState
+from ogpsa_jax.training.verdict import judge_training
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +157,22 @@ def _train(config: RunConfig) -> dict[str, Any]:
         return summary
     _check_writable(run_dir)
     join_processes()
+    with progress_of(config) as progress:
+        return _carry_out(config, run_dir, progress)
+
+
+def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]:
+    """Run a stage that is not finished."""
+    finished = run_dir / "summary.json"
     started = time.perf_counter()
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    progress.doing("reading the data")
     data = prepare_data(config, model_config(config), run_date(run_dir))
     if lost_at_start := loading_warning(config):
         logger.warning("%s", lost_at_start)
     policy = functools.cache(functools.partial(prepare_model, config, mesh))
+    progress.doing("loading the model")
     data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)
     network = Network.of(policy(), trained_parameters(config))
@@ -166,7 +180,8 @@ def _train(config: RunConfig) -> dict[str, Any]:
         if jax.process_index() == 0:
             held.enter_context(_started_run_dir(run_dir, config))
         check_same_inputs(run_dir, config, data)
-        network, lines = fit(network, task, config, mesh, run_dir)
+        network, lines = fit(network, task, config, mesh, run_dir, progress)
+        progress.doing("writing the export")
         model = network.model()
         rounding = None
         if export(config, model, run_dir / "export", keep_unrounded=True):
@@ -181,6 +196,8 @@ def _train(config: RunConfig) -> dict[str, Any]:
                     f"{run_dir / 'metrics.jsonl'}: no step of this run is left in it, so there is "
                     f"nothing to sum up; the weights are in {run_dir / 'export'}."
                 )
+            for sentence in judge_curve(config, lines):
+                logger.warning("%s", sentence)
             draw_curves(lines, run_dir / "curves.png")
             summary = summarise(config, lines)
             summary["warnings"] = data.warnings + summary["warnings"]
@@ -285,12 +302,15 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "loss" not in line]
     total = steps[-1]["step"]
+    changes = held_out_changes(lines)
     lost = find_lost_updates(steps, config.optimizer.learning_rate)
     warnings = [*find_problems(steps).values(), *lost.values()]
+    warnings += find_foreign_references(lines, config)
     if missing := total - len({line["step"] for line in steps}):
         warnings.append(
             f"the metrics of {missing} of {total} steps are lost; so is what needs them"
         )
+    warnings += judge_curve(config, lines)
     projection: dict[str, Any] = {}
     if config.projects:
         removed = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
@@ -311,7 +331,10 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
             "last": steps[-1]["loss"],
         },
         "before": _before(lines),
-        "after": _without_step(evaluations[-1]) if evaluations else {},
+        "after": _held_out(evaluations[-1]) if evaluations else {},
+        "change": {
+            f"{name}/loss": dataclasses.asdict(change) for name, (_, change) in changes.items()
+        },
         "projection": projection,
         # Sequences, as everywhere: a pair is two.
         "training_samples": total
@@ -319,6 +342,16 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
         * (2 if config.objective == "dpo" else 1),
         "warnings": warnings,
     }
+
+
+def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
+    """What the whole curve says of the training; nothing where steps of it are lost."""
+    steps = [line for line in lines if "loss" in line]
+    if [line["step"] for line in steps] != list(range(1, len(steps) + 1)):
+        return []
+    at_intervals = config.projects and not config.reference_rows
+    every = config.ogpsa.refresh_every if at_intervals else None
+    return list(judge_training(steps, held_out_changes(lines), every).values())
 
 
 def _refreshes(config: RunConfig, steps: int) -> int:
@@ -331,11 +364,15 @@ def _refreshes(config: RunConfig, steps: int) -> int:
 def _before(lines: Sequence[Line]) -> Line:
     """The measures of before the first step, where the metrics still hold them."""
     first = next((line for line in lines if "loss" not in line), None)
-    return _without_step(first) if first is not None and first["step"] == 0 else {}
+    return _held_out(first) if first is not None and first["step"] == 0 else {}
 
 
-def _without_step(line: Line) -> Line:
-    return {name.removeprefix("eval/"): value for name, value in line.items() if name != "step"}
+def _held_out(line: Line) -> Line:
+    return {
+        name.removeprefix("eval/"): value
+        for name, value in line.items()
+        if name.startswith("eval/")
+    }
 
 
 def _check_same_run(run_dir: Path, config: RunConfig) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax import OgpsaState, diagnostics, push_reference, reference_gradients, refresh
 from ogpsa_jax.training.optimizer import Optimizer, apply_updates, global_norm
@@ -248,12 +249,16 @@ def make_refresh(
 
 
 def make_evaluation(
-    graphdef: Any, objective: Objective
+    graphdef: Any, objective: Objective, mesh: Mesh
 ) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array, Metrics]]:
-    """``evaluate(params, frozen, batch) -> (loss sum, weight, metric sums)`` of one batch."""
-    loss = make_loss(graphdef, objective)
+    """``evaluate(params, frozen, batch) -> (loss sum, weight, metrics)`` of one batch.
 
-    @jax.jit
+    Metrics are sums or, where the objective gives them, of each row; every process gets them all.
+    """
+    loss = make_loss(graphdef, objective)
+    everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+
+    @partial(jax.jit, out_shardings=everywhere)
     def evaluate(
         params: Params, frozen: Params, batch: Batch
     ) -> tuple[jax.Array, jax.Array, Metrics]:

@@ -116,8 +116,8 @@ def judge_training(
       refresh_every: steps between refreshes; None where nothing is refreshed at intervals.
     """
     found: dict[str, str] = {}
-    curve = Curve.of(steps)
-    if len(curve.losses) >= 4 and np.isfinite(curve.losses).all():
+    if len(steps) >= 4 and all(math.isfinite(line["loss"]) for line in steps):
+        curve = Curve.of(steps)
         rules = {
             "unmoved": _unmoved(curve, held_out),
             "steep": _steep(curve),

@@ -2,9 +2,11 @@
 
 import datetime
 import json
+import logging
 import math
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from ogpsa_jax.training import inputs, run
 from ogpsa_jax.training.config import MeshSection
 from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.export import export
+from ogpsa_jax.training.loop import progress_of
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
 from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
@@ -92,7 +95,8 @@ def test_losses_of_pairs_have_axes_of_their_own(tmp_path, monkeypatch):
 
 def test_the_summary_is_that_of_the_metrics(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
-    lines = [line for line in metrics(uninterrupted) if "loss" in line]
+    all_lines = metrics(uninterrupted)
+    lines = [line for line in all_lines if "loss" in line]
     assert summary["steps"] == STEPS
     assert summary["train_loss"] == {"first": lines[0]["loss"], "last": lines[-1]["loss"]}
     assert summary["projection"]["refreshes"] == 2
@@ -101,8 +105,54 @@ def test_the_summary_is_that_of_the_metrics(uninterrupted):
     )
     assert summary["training_samples"] == 8 * STEPS
     assert summary["reference_samples"] == 2 * 12
-    assert summary["warnings"] == []
+    assert summary["warnings"] == run.judge_curve(
+        load_config(uninterrupted / "config.yaml"), all_lines
+    )
     assert summary["before"].keys() == summary["after"].keys() == {"general/loss"}
+    change = summary["change"]["general/loss"]
+    assert change["mean"] == pytest.approx(
+        summary["after"]["general/loss"] - summary["before"]["general/loss"], abs=1e-5
+    )
+    assert 0 < change["standard_error"] < 1
+    assert change["rows"] == 24
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_run_that_learnt_nothing_says_so(
+    ground, configured, tmp_path, on_some_devices, caplog, objective
+):
+    config = configured(
+        tmp_path / "run",
+        "optimizer.learning_rate=1e-9",
+        f"objective={objective}",
+        *([f"data.train.0.path={ground / 'pairs.jsonl'}"] if objective == "dpo" else []),
+    )
+    summary = run.train(config)
+    [told] = [warning for warning in summary["warnings"] if "hardly anything was learnt" in warning]
+    assert "optimizer.learning_rate (1e-09)" in told
+    assert told in caplog.messages
+    change = summary["change"]["general/loss"]
+    assert abs(change["mean"]) < 1e-4
+
+
+def test_references_that_the_model_would_not_say_are_told_before_the_first_step(
+    ground, configured, tmp_path, on_some_devices, caplog
+):
+    # A model that is sure of what it says, and says something else: its logits are 30 times as big.
+    shutil.copytree(ground / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 30
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    config = configured(
+        tmp_path / "run", f"model.path={tmp_path / 'model'}", "train={steps: 1, batch_size: 8}"
+    )
+    summary = run.train(config)
+    [told] = [warning for warning in summary["warnings"] if "start at a high loss" in warning]
+    assert told.startswith("references.0: ")
+    assert told in caplog.messages
+    line = metrics(tmp_path / "run")[0]
+    assert line["step"] == 0
+    assert line["references.0/loss"] - line["references.0/entropy"] > 1
 
 
 def test_lost_metrics_leave_no_false_figure(interrupted, configured, on_some_devices):
@@ -271,10 +321,10 @@ def test_a_run_whose_basis_is_empty_says_so_and_records_it(
     with caplog.at_level("WARNING", "ogpsa_jax"):
         summary = run.train(configured(tmp_path / "run", f"model.path={model}"))
     assert "the basis was empty, so nothing was projected" in caplog.text
-    (warning,) = summary["warnings"]
-    assert warning.startswith(f"step 1 and {STEPS - 1} more: the basis was empty")
+    [warning] = [warning for warning in summary["warnings"] if "the basis was empty" in warning]
+    assert warning.startswith(f"step 1 and {STEPS - 1} more: ")
     assert summary["projection"]["effective_rank"] == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == [warning]
+    assert warning in json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"]
 
 
 def test_refused_references_and_a_diverged_loss_are_found():
@@ -308,13 +358,68 @@ def test_metrics_count_up_to_the_first_line_that_is_not_whole(tmp_path, rest):
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_progress_counts_no_rate_before_there_is_one(capsys):
-    with Progress("run", total=40, start=0) as progress:
+@pytest.mark.parametrize("unit", ["targets", "pairs"])
+def test_progress_counts_no_rate_before_there_is_one(capsys, unit):
+    with Progress("run", unit) as progress:
+        progress.begin(total=40, start=0)
         progress.add([{"step": step, "loss": 1.0, "weight": 7.0} for step in (1, 2)])
         progress.add([{"step": step, "loss": 0.5, "weight": 7.0} for step in (3, 4, 5)])
         progress.add([])
     first, second = capsys.readouterr().err.strip().splitlines()
     assert first == "run: step 2/40  loss 1.0000"
     assert second.startswith("run: step 5/40  loss 0.5000  ")
-    assert "targets/s" in second
+    assert f"{unit}/s" in second
     assert "s left" in second
+
+
+def test_a_preference_loss_is_counted_in_pairs(configured, tmp_path, capsys):
+    for objective, unit in (("sft", "targets/s"), ("dpo", "pairs/s")):
+        with progress_of(configured(tmp_path / "run", f"objective={objective}")) as progress:
+            progress.begin(total=10, start=0)
+            for step in (1, 2):
+                progress.add([{"step": step, "loss": 0.5, "weight": 7.0}])
+        assert unit in capsys.readouterr().err
+
+
+def test_a_file_hears_now_and_then_what_takes_long(capsys):
+    now = [0.0]
+    with Progress("run", clock=lambda: now[0]) as progress:
+        progress.doing("compiling the first step")
+        for seconds in range(1, 1001):
+            now[0] = float(seconds)
+            progress.tell()
+        progress.begin(total=2, start=0)
+        progress.add([{"step": 1, "loss": 1.0, "weight": 7.0}])
+        now[0] += 299.0
+        progress.tell()
+        now[0] += 1.0
+        progress.tell()
+    lines = capsys.readouterr().err.strip().splitlines()
+    told = [5, 15, 35, 75, 155, 315, 615, 915]  # twice as long between lines, up to five minutes
+    assert lines == [
+        "run: compiling the first step",
+        *(f"run: compiling the first step, for {seconds} s so far" for seconds in told),
+        *["run: step 1/2  loss 1.0000"] * 2,
+    ]
+
+
+def test_a_terminal_shows_from_the_start_what_is_being_done(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes what it writes to for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    logger = logging.getLogger()
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    try:
+        now = [0.0]
+        with Progress("run", clock=lambda: now[0]) as progress:
+            progress.doing("compiling the first step")
+            now[0] = 42.0
+            progress._bar.refresh()
+            logger.warning("look here")
+        assert handler.stream is sys.stderr
+    finally:
+        logger.removeHandler(handler)
+    shown = capsys.readouterr().err
+    assert "compiling the first step, for 42 s so far" in shown
+    assert "look here\n" in shown
