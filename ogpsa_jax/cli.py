@@ -262,10 +262,12 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from ogpsa_jax.evaluation import report, text_table
+    from ogpsa_jax.evaluation import asked_differently, report, text_table
 
     records = report(parsed.runs, parsed.out, parsed.matched_safety)
     print(text_table(records, parsed.matched_safety))
+    for note in asked_differently(records):
+        print(f"warning: {note}")
     print(f"written to {parsed.out}: report.html, pareto.png, report.csv, report.md")
 
 

@@ -5,7 +5,8 @@ from ogpsa_jax.data.built_in import BUILT_IN
 from ogpsa_jax.data.examples import DataReport, Example, Tokens, digest, prepare
 from ogpsa_jax.data.reading import read_records, split_by_prompt
 from ogpsa_jax.data.records import DataSource, Message, Record
-from ogpsa_jax.data.templates import DEFAULT_DATE, ChatTemplate, load_tokenizer
+from ogpsa_jax.data.templates import DEFAULT_DATE, ChatTemplate
+from ogpsa_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
     "BUILT_IN",

@@ -30,29 +30,6 @@ Conversation = tuple[Sequence[Message], str]  # the turns, and where they stand
 Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are to be learnt
 
 
-def load_tokenizer(path: str) -> Any:
-    """A fast tokenizer from a local folder or a hub id; nothing of it is executed.
-
-    Raises:
-      InputError: no tokenizer there, not a fast one, or one without a token to stop at.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"{path}: no tokenizer could be loaded ({reason}).") from error
-    if not tokenizer.is_fast or not tokenizer.backend_tokenizer.get_vocab_size(False):
-        raise InputError(f"{path}: the tokenizer has no tokenizer.json; convert it to a fast one.")
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{path}: the tokenizer has no eos_token, so no model could learn to stop; name one in "
-            "tokenizer_config.json."
-        )
-    return tokenizer
-
-
 @dataclass(frozen=True)
 class _Turn:
     """An answer: what a model is given to write it, and the same text with the answer."""
@@ -67,6 +44,10 @@ class ChatTemplate:
 
     Where neither a template is named nor the tokenizer has one, plain text can still be encoded;
     the first conversation then raises :class:`InputError`.
+
+    Attributes:
+      source: the template's text, None where there is none.
+      dated: the same, with the date in the place of today's.
     """
 
     def __init__(
@@ -88,7 +69,7 @@ class ChatTemplate:
         """
         self.tokenizer = tokenizer
         self.source = template_source(tokenizer, template)
-        self._dated = _dated(self.source, date)
+        self.dated = _dated(self.source, date)
         bos = tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -220,7 +201,7 @@ class ChatTemplate:
         try:
             # Not apply_chat_template: its token mask fails on an empty part, and misses tokens
             # where a part ends with a character of several tokens.
-            texts, marks = render_jinja_template([turns], chat_template=self._dated, **given)
+            texts, marks = render_jinja_template([turns], chat_template=self.dated, **given)
         except Exception as error:  # a template is a program: it may fail in every way
             raise InputError(
                 f"{where}: the chat template cannot render the conversation ({error}); mend the "
@@ -245,12 +226,12 @@ class ChatTemplate:
                 messages[: i + 1], name, return_assistant_tokens_mask=self._marks
             )
             if not whole.startswith(prompt):
-                start = _common(prompt, whole)
+                start = max(_common(prompt, whole) - _SHOWN // 3, 0)
                 raise InputError(
-                    f"{name}: a model that is asked for this answer is given a prompt that ends "
-                    f"with {_tail(prompt, start)!r}, but the chat template's training text goes on "
-                    f"with {_tail(whole, start)!r} there; set data.template to one whose training "
-                    "text begins with its prompt, or mend or remove the row."
+                    f"{name}: the prompt of use ends with {_end(prompt[start:])!r}, but the chat "
+                    f"template's training text goes on with {_end(whole[start:])!r} there; set "
+                    "data.template to one whose training text begins with its prompt, or mend or "
+                    "remove the row."
                 )
             rest = whole[len(prompt) :]
             marks = [(a - len(prompt), b - len(prompt)) for a, b in marks if len(prompt) < b > a]
@@ -400,11 +381,6 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How much of their beginning two sequences share."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _tail(text: str, start: int) -> str:
-    """What a text says around the place where it differs from another."""
-    return text[max(start - _SHOWN // 3, 0) : start + _SHOWN]
 
 
 def _end(text: str) -> str:

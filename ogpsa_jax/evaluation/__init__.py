@@ -1,5 +1,6 @@
 """Safety and capability scores, the harness adapter, the safety–utility report."""
 
+from ogpsa_jax.evaluation.asking import asked_differently
 from ogpsa_jax.evaluation.evaluate import evaluate, results_text
 from ogpsa_jax.evaluation.figure import pareto_figure
 from ogpsa_jax.evaluation.page import cells_html, figure_html, html_page, table_html
@@ -12,6 +13,7 @@ __all__ = [
     "Cost",
     "Record",
     "aggregate",
+    "asked_differently",
     "cells_html",
     "classify_refusal",
     "csv_table",

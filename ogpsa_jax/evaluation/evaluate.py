@@ -182,7 +182,8 @@ def run_suite(
                     "none; remove the file, and the same command makes it anew."
                 ) from error
     asked = None if judge is None else judge.name
-    content, record = summary(model, suite, items, results, named, asked)
+    chat = any(_chat(model, task) for task in suite.tasks)
+    content, record = summary(model, suite, items, results, named, asked, chat)
     extra = {**content, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
     write_records(output_dir / "results.json", [record], extra)
     return {**extra, "records": [record.model_dump()]}

@@ -107,14 +107,7 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as text."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        return self.opened.render(chat_history, generation_prompt=add_generation_prompt)
 
     def _loglikelihood_tokens(
         self,
@@ -225,7 +218,7 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
         if self._texts is None:
             ids = [[i] for i in range(self.opened.model.config.vocab_size)]
             self._texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        found = {*self.opened.model.config.eos_token_ids, self.eot_token_id}
+        found = {*self.opened.stop_tokens}
         for stop in until:
             found |= {i for i, text in enumerate(self._texts) if stop and stop in text}
         return np.unique(list(found)).tolist()

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,11 +23,15 @@ class LanguageModel(Protocol):
       name: how results call it.
       fingerprint: changes whenever an answer might.
       chats: whether it has a chat template.
+      template: the text of that, if any.
+      stops: the texts of the tokens at which its answers end.
     """
 
     name: str
     fingerprint: str
     chats: bool
+    template: str | None
+    stops: tuple[str, ...]
 
     def generate(
         self,
@@ -78,16 +82,33 @@ class JaxModel:
         self.name, self.fingerprint = name, fingerprint
         self.model, self.tokenizer = model, tokenizer
         self.batch_size = batch_size
-        self.chats = bool(template or tokenizer.chat_template)
-        self._template = ChatTemplate(tokenizer, template) if self.chats else None
+        self._template = ChatTemplate(tokenizer, template)
+        self.template = self._template.source
+        self.chats = self.template is not None
+        # Of a chat, too, that is spoken to as a base model: its own end is an end there as well.
+        ends = {*model.config.eos_token_ids, *self._template.stop_tokens()}
+        self.stop_tokens = sorted(ends)
+        self.stops = tuple(map(str, tokenizer.convert_ids_to_tokens(self.stop_tokens)))
         self._warned = False
+
+    def render(self, chat_history: Sequence[Mapping[str, str]], *, generation_prompt: bool) -> str:
+        """A conversation as text; without a generation prompt, its last turn is left open."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                [dict(turn) for turn in chat_history],
+                chat_template=self._template.dated,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                continue_final_message=not generation_prompt,
+            )
+        )
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt, beginning of text included; never empty."""
         from ogpsa_jax.data import Message
 
         if chat:
-            if self._template is None:
+            if not self.chats:
                 raise InputError(
                     f"{self.name}: the tokenizer has no chat template; name one with --template, "
                     "or set `chat: false` in the suite."
@@ -133,6 +154,7 @@ class JaxModel:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            stop_tokens=self.stop_tokens,
         )
         # Where the template opens the model's thoughts in the prompt, the answer has the marker.
         tails = [str(self.tokenizer.decode(row[-8:])) for row in rows]
@@ -260,14 +282,9 @@ def open_model(
     read_config(folder)  # so that a mistake in it is not told as the tokenizer's, who reads it too
     tokenizer = load_tokenizer(str(folder))
     model = load_pretrained(folder, dtype=dtype, param_dtype=dtype, mesh=placed)
-    return JaxModel(
-        model,
-        tokenizer,
-        name=str(path),
-        fingerprint=fingerprint(folder, dtype, template),
-        template=template,
-        batch_size=batch_size,
-    )
+    opened = JaxModel(model, tokenizer, name=str(path), template=template, batch_size=batch_size)
+    opened.fingerprint = fingerprint(folder, dtype, opened.template, *opened.stops)
+    return opened
 
 
 def fingerprint(folder: Path, *settings: str | None) -> str:

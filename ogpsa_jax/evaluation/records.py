@@ -76,6 +76,10 @@ class Record(_Strict):
         default_factory=dict,
         description="how each score was measured; only equal definitions share a column",
     )
+    asked: dict[str, str] = Field(
+        default_factory=dict,
+        description="a digest of the chat template, and the tokens at which answers ended",
+    )
     cost: Cost = Cost()
 
 
@@ -189,6 +193,16 @@ def _merged(records: list[Record], where: Path) -> list[Record]:
                 "scores": {**before.scores, **record.scores},
                 "spread": {**before.spread, **record.spread},
                 "definitions": {**before.definitions, **record.definitions},
+                "asked": _both(before.asked, record.asked),
             }
         )
     return list(joined.values())
+
+
+def _both(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
+    """How a model was asked in two evaluations whose scores are one record."""
+    found = dict(first)
+    for key, value in second.items():
+        parts = found[key].split(" / ") if key in found else []
+        found[key] = " / ".join(dict.fromkeys([*parts, value]))
+    return found

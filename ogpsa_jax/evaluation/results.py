@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ogpsa_jax.evaluation.asking import asking
 from ogpsa_jax.evaluation.items import Item
 from ogpsa_jax.evaluation.language_model import LanguageModel
 from ogpsa_jax.evaluation.provenance import Provenance
@@ -28,6 +29,7 @@ def summary(
     results: dict[str, TaskResult],
     named: Provenance,
     judge: str | None,
+    chat: bool,
 ) -> tuple[dict[str, Any], Record]:
     """The keys of ``results.json`` but its records, and its record.
 
@@ -38,12 +40,15 @@ def summary(
       results: of each task, by its name.
       named: how the report names the model.
       judge: the name of the judge, where there is one.
+      chat: whether any task was put as a user's turn.
     """
+    asked, asked_shortly = asking(model, chat)
     scores, errors = _scores(suite, results)
     content = {
         "model": model.name,
         "fingerprint": model.fingerprint,
         "suite": suite.name,
+        "asked": asked,
         "tasks": {name: result.__dict__ for name, result in results.items()},
         "scores": dict(scores),
         "confidence": 0.95,
@@ -69,6 +74,7 @@ def summary(
         scores=scores,
         spread=errors,
         definitions=definitions,
+        asked=asked_shortly,
         cost=named.cost,
     )
     return content, record

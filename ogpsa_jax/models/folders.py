@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import read_json
 
 # Everything beside weights and config.json that a checkpoint is used with.
 COMPANIONS = (
@@ -163,3 +164,22 @@ def copy_companions(source: Path, target: Path) -> None:
     templates = "additional_chat_templates"
     if (source / templates).is_dir():
         shutil.copytree(source / templates, target / templates)
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a model folder, in whichever of the places that transformers reads.
+
+    Raises:
+      InputError: a file that may hold it is not JSON.
+    """
+    with contextlib.suppress(OSError):
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / name
+        found = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(found, list):  # several, by name
+            named = {item.get("name"): item.get("template") for item in found}
+            found = named.get("default")
+        if isinstance(found, str):
+            return found
+    return None

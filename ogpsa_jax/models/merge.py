@@ -5,6 +5,8 @@ Works on the files, tensor by tensor: beside the result, one tensor of each mode
 
 import contextlib
 import dataclasses
+import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,13 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.files import read_json, write_whole
 from ogpsa_jax.models.config import read_config
-from ogpsa_jax.models.folders import copy_companions, resolve_folder, written_beside
+from ogpsa_jax.models.folders import (
+    chat_template,
+    copy_companions,
+    resolve_folder,
+    written_beside,
+)
 from ogpsa_jax.models.safetensors_files import (
     CheckpointReader,
     checkpoint_writer,
     weights_reader,
 )
+
+logger = logging.getLogger(__name__)
 
 # What two models may differ in and still compute the same function of their weights.
 _FREE_FIELDS = frozenset(
@@ -45,7 +55,8 @@ def merge_pretrained(
 
     Args:
       a: Hugging Face folder or hub id; config, tokenizer, chat template and generation settings of
-        the merges are its own.
+        the merges are its own. Without a chat template, they get that of ``b``; they stop at the
+        end-of-sequence tokens of both.
       b: the same; a model of the same architecture.
       weights: the shares of ``b``, in [0, 1].
       outs: a folder for each weight; earlier exports there are replaced.
@@ -64,6 +75,12 @@ def merge_pretrained(
     first, second = (resolve_folder(path) for path in (a, b))
     places = [Path(out) for out in outs]
     _check_places(places, (first, second))
+    templates = chat_template(first), chat_template(second)
+    if None not in templates and templates[0] != templates[1]:
+        logger.warning(
+            "%s and %s have different chat templates; the merge has that of the former",
+            *(first, second),
+        )
     with (
         CheckpointReader(first) as exported,
         weights_reader(first) as reader,
@@ -76,6 +93,7 @@ def merge_pretrained(
             for place in places:
                 beside = stack.enter_context(written_beside(place))
                 copy_companions(first, beside)
+                _keep_chat(first, second, beside)
                 shutil.copyfile(first / "config.json", beside / "config.json")
                 opened = checkpoint_writer(beside, announced, max_shard_bytes)
                 writers.append(stack.enter_context(opened))
@@ -89,6 +107,19 @@ def merge_pretrained(
                             "something in it is not finite, or too large."
                         )
                     writer.write(name, merged)
+
+
+def _keep_chat(first: Path, second: Path, target: Path) -> None:
+    """Let a merge talk as either model does, and stop where either stops."""
+    templates = chat_template(first), chat_template(second)
+    if templates[0] is None and templates[1] is not None:
+        (target / "chat_template.jinja").write_text(templates[1], encoding="utf-8")
+    stops = [read_config(folder).eos_token_ids for folder in (first, second)]
+    both = list(dict.fromkeys([*stops[0], *stops[1]]))
+    if len(both) > len(stops[0]):
+        path = target / "generation_config.json"
+        settings = read_json(path) if path.exists() else {}
+        write_whole(path, json.dumps({**settings, "eos_token_id": both}, indent=2) + "\n")
 
 
 def _merge(a: np.ndarray, b: np.ndarray, weight: float, dtype: np.dtype) -> np.ndarray:

@@ -159,7 +159,7 @@ def test_a_pair_has_the_prompt_of_use_on_both_sides(real_data: Path, tmp_path: P
         (
             SYSTEM_ONLY_IF_USER_IS_LAST,
             [("system", "Be brief."), ("user", "q"), ("assistant", "abc")],
-            r"row 7: .*prompt that ends with '\[INST\]Be brief.\\n\\nq\[/INST\]'.*"
+            r"row 7: the prompt of use ends with '\[INST\]Be brief.\\n\\nq\[/INST\]'.*"
             r"goes on with '\[INST\]q\[/INST\] abc</s>'",
         ),
         (

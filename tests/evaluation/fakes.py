@@ -10,6 +10,8 @@ class EchoModel:
 
     name = "echo"
     chats = False
+    template = None
+    stops = ("</s>",)
 
     def __init__(self, fingerprint: str = "1", stop_after: int | None = None) -> None:
         self.fingerprint = fingerprint

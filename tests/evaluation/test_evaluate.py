@@ -68,6 +68,27 @@ def _lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
 
 
+def test_results_hold_how_the_model_was_asked(suite_path, tmp_path):
+    class Chatting(EchoModel):
+        chats, template, stops = True, "{{ messages }}", ("</s>", "<|im_end|>")
+
+    results = _run(Chatting(), suite_path, tmp_path / "chat")
+    assert results["asked"] == {"template": "{{ messages }}", "stop_tokens": ["</s>", "<|im_end|>"]}
+    assert json.loads((tmp_path / "chat" / "results.json").read_text())["asked"] == results["asked"]
+    (chat,) = read_records(tmp_path / "chat")
+    assert chat.asked["stop_tokens"] == "</s> <|im_end|>"
+    # A template that no task uses asks nothing differently.
+    plain = (
+        suite_path.read_text()
+        .replace("}\n", ", chat: false}\n")
+        .replace(', separator: "\\n", chat: false', ', separator: "\\n"')
+    )
+    suite_path.write_text(plain)
+    assert _run(Chatting(), suite_path, tmp_path / "plain")["asked"]["template"] is None
+    (record,) = read_records(tmp_path / "plain")
+    assert record.asked["template"] == "none" != chat.asked["template"]
+
+
 def test_scores_are_those_counted_by_hand(suite_path, tmp_path):
     results = _run(EchoModel(), suite_path, tmp_path / "out", batch_size=4)
     tasks = results["tasks"]

@@ -5,11 +5,13 @@ import statistics
 
 import pytest
 
+from ogpsa_jax.cli import main
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation import (
     Cost,
     Record,
     aggregate,
+    asked_differently,
     csv_table,
     html_page,
     markdown_table,
@@ -335,6 +337,38 @@ def test_a_report_of_runs_is_written_whole_and_needs_nothing_from_elsewhere(reco
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
+
+
+def test_rows_that_were_asked_differently_are_told_in_every_form(records, tmp_path, capsys):
+    alike = [
+        r.model_copy(update={"asked": {"template": "0a", "stop_tokens": "</s>"}}) for r in records
+    ]
+    assert asked_differently(records) == asked_differently(alike) == []
+    other = {"template": "none", "stop_tokens": "</s> <|im_end|>"}
+    mixed = [alike[0].model_copy(update={"asked": other}), *alike[1:]]
+    notes = asked_differently(mixed)
+    assert [note.split(" (")[0] for note in notes] == [
+        "The rows were asked with different chat templates",
+        "The rows were asked with different stop tokens",
+    ]
+    assert "(before: none; naive run, ogpsa run, merge run: 0a)" in notes[0]
+    assert "before: not recorded; " in asked_differently([records[0], *alike[1:]])[0]
+    write_records(tmp_path / "results.json", mixed)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert notes[0] in capsys.readouterr().out
+    assert notes[1] in (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "different stop tokens (before: &lt;/s&gt; &lt;|im_end|&gt;;" in page
+
+
+def test_an_evaluation_says_of_a_record_how_each_part_was_asked(records, tmp_path):
+    for name, template in (("a", "0a"), ("b", "none"), ("c", "0a")):
+        part = records[1].model_copy(
+            update={"asked": {"template": template}, "scores": {name: 0.5}}
+        )
+        write_records(tmp_path / "evaluation" / name / "results.json", [part])
+    (record,) = read_records(tmp_path)
+    assert record.asked == {"template": "0a / none"}
 
 
 def test_several_evaluations_of_a_run_are_one_record(records, tmp_path):

@@ -1,4 +1,6 @@
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -140,3 +142,35 @@ def test_a_real_model_reaches_its_known_loss(real_data):
     loss = -sum(one.total for one in scored) / sum(one.tokens for one in scored)
     # The figure that came with the model, to its three decimals.
     assert loss == pytest.approx(1.266, abs=5e-4)
+
+
+def test_generation_stops_at_the_ends_of_tokenizer_generation_settings_and_template(
+    tiny_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = tmp_path / "model" / "generation_config.json"
+    before = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps({**before, "eos_token_id": [5]}))
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    opened = open_model(tmp_path / "model", mesh=(1, 1, 1), template=str(template))
+    ids = opened.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert opened.tokenizer.eos_token_id == ids[1]
+    assert set(opened.stop_tokens) == {5, *ids}
+    assert {"<|endoftext|>", "<|im_end|>"} < set(opened.stops)
+    given = []
+
+    def generate(model, rows, *, stop_tokens, **settings):
+        given.append(list(stop_tokens))
+        return [[] for _ in rows]
+
+    monkeypatch.setattr("ogpsa_jax.models.generate", generate)
+    opened.generate(["a"], chat=True, max_new_tokens=2)
+    opened.generate(["a"], chat=False, max_new_tokens=2)
+    assert given == [opened.stop_tokens] * 2
+    template.write_text(template.read_text() + " ")
+    again = open_model(tmp_path / "model", mesh=(1, 1, 1), template=str(template))
+    assert again.fingerprint != opened.fingerprint

@@ -79,8 +79,8 @@ class _Tokenizer:
         self.words = [*special, *"abcdefgh"]
         self.all_special_ids = list(range(len(special)))
 
-    def convert_ids_to_tokens(self, i):
-        return self.words[i]
+    def convert_ids_to_tokens(self, ids):
+        return self.words[ids] if isinstance(ids, int) else [self.words[i] for i in ids]
 
     def decode(self, ids, skip_special_tokens=False):
         dropped = self.all_special_ids if skip_special_tokens else []
@@ -108,7 +108,7 @@ def test_markers_that_are_special_tokens_are_kept_and_other_special_tokens_are_n
 )
 def test_thoughts_that_the_template_begins_are_told_as_thoughts(tail, said, answer, monkeypatch):
     class Words(_Tokenizer):
-        chat_template = None
+        chat_template, added_tokens_decoder = None, {}
         bos_token_id = eos_token_id = 0
 
         def __call__(self, text):
@@ -119,7 +119,7 @@ def test_thoughts_that_the_template_begins_are_told_as_thoughts(tail, said, answ
 
     tokenizer = Words(["<s>", "<think>", "</think>"])
     tokenizer.words += ["\n"]
-    config = types.SimpleNamespace(max_position_embeddings=64)
+    config = types.SimpleNamespace(max_position_embeddings=64, eos_token_ids=())
     model = JaxModel(types.SimpleNamespace(config=config), tokenizer)
     monkeypatch.setattr(
         "ogpsa_jax.models.generate", lambda model, rows, **settings: [tokenizer.cut(said)]

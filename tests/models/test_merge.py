@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import load_pretrained, merge_pretrained
+from ogpsa_jax.models.folders import chat_template
 
 from .conftest import SMALL, load_torch
 
@@ -101,6 +102,36 @@ def test_tied_models_merge_under_whichever_name_they_store_the_embedding(
     save_file({**renamed, "lm_head.weight": embedding}, b / "model.safetensors")
     merge_pretrained(a, b, [1.0], [tmp_path / "out"])
     np.testing.assert_array_equal(tensors(tmp_path / "out")["model.embed_tokens.weight"], embedding)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("of", ["a", "b"])
+def test_a_merge_can_chat_if_either_model_can(
+    of: str, place: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    models = {name: make_checkpoint(folder=name, **SMALL) for name in "ab"}
+    text = "{{ messages }}\n"
+    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": text}]
+    content = text if place.endswith("jinja") else json.dumps({"chat_template": named})
+    (models[of] / place).write_text(content)
+    for name, eos in (("a", [3]), ("b", [3, 5])):
+        settings = {"temperature": 0.5, "eos_token_id": eos}
+        (models[name] / "generation_config.json").write_text(json.dumps(settings))
+    merge_pretrained(models["a"], models["b"], [0.5], [tmp_path / "out"])
+    assert chat_template(tmp_path / "out") == text
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings == {"temperature": 0.5, "eos_token_id": [3, 5]}
+
+
+def test_a_merge_of_models_that_chat_differently_says_whose_template_it_has(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [make_checkpoint(folder=name, **SMALL) for name in "ab"]
+    for model in models:
+        (model / "chat_template.jinja").write_text(f"of {model.name}")
+    merge_pretrained(*models, [0.5], [tmp_path / "out"])
+    assert chat_template(tmp_path / "out") == "of a"
+    assert "different chat templates; the merge has that of the former" in caplog.text
 
 
 def edit_config(folder: Path, **changes: object) -> None:
