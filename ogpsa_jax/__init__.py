@@ -8,7 +8,7 @@ from ogpsa_jax.projection.diagnostics import diagnostics, first_order_change
 from ogpsa_jax.projection.inputs import InputState
 from ogpsa_jax.projection.kernels import Kernel, flax_kernels
 from ogpsa_jax.projection.reference import reference_gradients
-from ogpsa_jax.projection.refresh import refresh
+from ogpsa_jax.projection.refresh import project_parameters, refresh
 from ogpsa_jax.projection.second_moments import (
     SecondMoment,
     gradient_moments,
@@ -32,6 +32,7 @@ __all__ = [
     "input_moments",
     "ogpsa",
     "ogpsa_project",
+    "project_parameters",
     "push_reference",
     "reference_gradients",
     "refresh",

@@ -23,6 +23,7 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
       the conflict rule scales up), ``in_span_fraction`` of it that lay in the subspace before,
       ``effective_rank`` (float32, mean over groups), ``reference_coverage`` (float32, the share of
       the references' energy inside the basis, at least; 0 before the first refresh),
+      ``least_coverage`` (float32, the smallest of any group),
       ``steps_since_refresh``, ``refreshes`` and ``refused_refreshes`` (int32, the largest of all
       states), ``projected_moments`` (int32, the leaves of first moments that the last refresh
       projected; 0 where it was not asked to). Under ``"groups"``, by label: a dict of the first
@@ -84,6 +85,11 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
         "in_span_fraction": _fraction(in_span, squared),
         "effective_rank": rank / max(count, 1),
         "reference_coverage": _fraction(captured, captured + missed),
+        "least_coverage": jnp.min(
+            jnp.stack([jnp.min(g["reference_coverage"]) for g in groups.values()])
+        )
+        if groups
+        else jnp.zeros([], jnp.float32),
         "steps_since_refresh": _largest([state.steps_since_refresh for state in states]),
         "refreshes": _largest([state.refreshes for state in states]),
         "refused_refreshes": _largest([state.refused_refreshes for state in states]),

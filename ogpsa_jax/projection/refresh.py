@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import find_states, replace_states
-from ogpsa_jax.projection.inputs import InputState, refresh_inputs
+from ogpsa_jax.projection.inputs import InputState, flatten_like, project_inputs, refresh_inputs
 from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.second_moments import Moments
@@ -137,6 +137,33 @@ def _refreshed(state: OgpsaState, references: Sequence[Any]) -> OgpsaState:
         mean=jnp.sum(found.vectors * total[:, :, None], axis=1),
         discarded=found.discarded,
     )
+
+
+def project_parameters(opt_state: Any, params: Any) -> Any:
+    """Parameters without their part in the subspaces of inputs. Pure and jittable.
+
+    For factors of LoRA that meet the layer's input (``a`` of ``x a b``): drawn at random, ``a`` has
+    a part in the subspace, through which every change of ``b`` would reach the reference inputs.
+    Taken out once before training, while ``b`` is zero and the model stays as it is, and kept out
+    by the projection, no reference input sees what the adapter learns.
+
+    Args:
+      opt_state: as for :func:`refresh`, after it.
+      params: a pytree like the parameters.
+
+    Returns:
+      The parameters; leaves that are no kernels as they are.
+
+    Raises:
+      ValueError: no subspace of inputs in `opt_state`.
+    """
+    states = [state for state in find_states(opt_state) if isinstance(state, InputState)]
+    if not states:
+        raise ValueError("opt_state: no subspace of inputs here; ogpsa_project(subspace='inputs')?")
+    for state in states:
+        leaves, treedef = flatten_like(state.settings, params, "params")
+        params = treedef.unflatten(project_inputs(leaves, state, freeze=False)[0])
+    return params
 
 
 def with_subspace(

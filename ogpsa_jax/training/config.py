@@ -34,6 +34,16 @@ RECOMMENDED_IN_STEP: dict[str, Any] = {"share": 0.5, "window": 64, "replay_weigh
 # With references that are also trained on, projecting the first moment would take out again what
 # they put in.
 RECOMMENDED_WITH_REPLAY: dict[str, Any] = {"rank": 4, "project_momentum": False}
+# With a subspace of inputs: docs/method.md. What is replayed loses its part in the subspace too, so
+# that it weighs more, and nothing is refreshed.
+RECOMMENDED_INPUTS: dict[str, Any] = {
+    "placement": "both",
+    "rank": 1024,
+    "energy": 0.95,
+    "others": "freeze",
+    "project_momentum": False,
+}
+RECOMMENDED_INPUTS_IN_STEP: dict[str, Any] = {"share": 0.5, "replay_weight": 8.0}
 # Refresh intervals of the published commands (paper, appendix; official training scripts).
 PUBLISHED_REFRESH_EVERY = {"sft": 30, "dpo": 5}
 
@@ -159,8 +169,25 @@ class OgpsaSection(Section):
     preset: Literal["paper", "recommended", "off"] = Field(
         "recommended", description="fills in the keys below that are left out; off: no projection"
     )
-    rank: Annotated[int, Field(ge=1, le=64)] = Field(
-        2, description="directions kept per group; 4 where recommended replays"
+    subspace: Literal["gradients", "inputs"] = Field(
+        "gradients",
+        description="spanned by reference gradients (the paper), or by what the layers' matrices "
+        "multiply on the reference rows, measured once before training; docs/method.md",
+    )
+    rank: PositiveInt = Field(
+        2,
+        description="directions kept per group, at most 64; 4 where recommended replays; with "
+        "inputs, columns of a layer's basis at most, 1024 where left out",
+    )
+    energy: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None,
+        description="with inputs: share of their second moment that the basis holds; 0.95 where "
+        "left out",
+    )
+    others: Literal["freeze", "leave"] | None = Field(
+        None,
+        description="with inputs: whether what is no matrix (embeddings, norms, biases) is trained "
+        "(leave) or not (freeze, where left out; adapters: leave)",
     )
     scope: Literal["tensor", "global"] = Field(
         "tensor", description="one subspace per weight tensor (official code) or one for all"
@@ -193,7 +220,11 @@ class OgpsaSection(Section):
 class OptimizerSection(Section):
     """AdamW and its schedule."""
 
-    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    name: Literal["adamw", "column_adamw"] = Field(
+        "adamw",
+        description="column_adamw: AdamW with one second moment for each output of a matrix; its "
+        "scaling commutes with a subspace of inputs",
+    )
     learning_rate: PositiveFloat = Field(
         description="peak learning rate; no default fits all: the paper's runs of 7B and 8B models "
         "use 1e-6, LoRA and smaller models need a higher one (from 3e-5 to 1e-3 in configs/), and "
@@ -307,12 +338,18 @@ class RunConfig(Section):
         if isinstance(objective, str) and objective in PUBLISHED_REFRESH_EVERY:
             defaults["refresh_every"] = PUBLISHED_REFRESH_EVERY[objective]
         if isinstance(references, dict):
-            if preset == "paper" and objective == "dpo":
+            if ogpsa.get("subspace") == "inputs":
+                defaults |= RECOMMENDED_INPUTS
+                if isinstance(model := raw.get("model"), dict) and model.get("lora") is not None:
+                    defaults["others"] = "leave"
+                if preset == "recommended":
+                    references = {"in_step": RECOMMENDED_INPUTS_IN_STEP, **references}
+            elif preset == "paper" and objective == "dpo":
                 references = {"loss": "official", **references}
-            if preset == "recommended" and ogpsa.get("placement") == "update":
+            elif preset == "recommended" and ogpsa.get("placement") == "update":
                 # What leaves the optimizer is projected, whatever its moments hold.
                 defaults["project_momentum"] = False
-            if preset == "recommended" and ogpsa.get("placement", "gradient") == "gradient":
+            elif preset == "recommended" and ogpsa.get("placement", "gradient") == "gradient":
                 references = {"in_step": RECOMMENDED_IN_STEP, **references}
                 in_step = references["in_step"]
                 if isinstance(in_step, dict) and in_step.get("replay_weight", 1.0):
@@ -333,6 +370,7 @@ class RunConfig(Section):
             )
         if self.ogpsa.apply_per == "micro_batch" and self.ogpsa.placement != "gradient":
             raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.placement: gradient")
+        self._check_subspace()
         if self.dpo.reference_model == "none" and self.dpo.loss not in REFERENCE_FREE:
             raise ValueError(
                 f"dpo.reference_model: the loss {self.dpo.loss} needs one; none goes with "
@@ -347,12 +385,39 @@ class RunConfig(Section):
                     f"references.in_step.share: {in_step.share} of train.batch_size "
                     f"({self.train.batch_size}) must leave at least one row on both sides"
                 )
-            if in_step.replay_weight and self.ogpsa.placement != "gradient":
+            spans_gradients = self.ogpsa.subspace == "gradients"
+            if in_step.replay_weight and spans_gradients and self.ogpsa.placement != "gradient":
                 raise ValueError(
                     "references.in_step.replay_weight: a projected update cannot hold the replayed "
                     "gradient; set it to 0, or ogpsa.placement to gradient"
                 )
         return self
+
+    def _check_subspace(self) -> None:
+        ogpsa = self.ogpsa
+        if ogpsa.subspace == "gradients":
+            if ogpsa.rank > 64:
+                raise ValueError(f"ogpsa.rank: {ogpsa.rank} gradients do not fit; 64 at most")
+            for name in ("energy", "others"):
+                if getattr(ogpsa, name) is not None:
+                    raise ValueError(f"ogpsa.{name} needs ogpsa.subspace: inputs")
+            return
+        if ogpsa.preset == "paper":
+            raise ValueError("ogpsa.preset: paper spans gradients; leave ogpsa.subspace out")
+        if ogpsa.rule == "conflict":
+            raise ValueError("ogpsa.rule: conflict needs ogpsa.subspace: gradients")
+        if ogpsa.apply_per == "micro_batch":
+            raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.subspace: gradients")
+        if ogpsa.placement == "gradient" and self.optimizer.name == "adamw":
+            raise ValueError(
+                "ogpsa.placement: gradient alone does not keep AdamW's steps out of a subspace of "
+                "inputs; set it to both, or optimizer.name to column_adamw"
+            )
+        if self.model.lora is not None and self.model.lora.adapter is not None:
+            raise ValueError(
+                "model.lora.adapter: what an adapter has learnt already may lie in the subspace of "
+                "inputs; merge it into the model first, or set ogpsa.subspace to gradients"
+            )
 
     @property
     def projects(self) -> bool:

@@ -16,12 +16,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ogpsa_jax import diagnostics
+from ogpsa_jax.errors import InputError
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import replicate_rest, shard_rows
 from ogpsa_jax.training.metrics import (
     Line,
     MetricsLog,
+    find_capped,
     find_foreign_references,
     find_lost_updates,
     find_problems,
@@ -34,12 +37,14 @@ from ogpsa_jax.training.step import (
     Objective,
     TrainState,
     make_evaluation,
+    make_input_subspace,
     make_refresh,
     make_train_step,
 )
 
 logger = logging.getLogger(__name__)
 HostBatch = dict[str, np.ndarray]
+_OVERSAMPLED = 64  # columns of a wide layer's sketch beyond the rank
 
 
 class Batches(Protocol):
@@ -78,6 +83,8 @@ class Task:
       in_step_batches: instead of `references`, the reference rows that ride in every step's batch.
       reference_starts: rows of each reference set, by name, whose loss and entropy are measured
         before the first step.
+      input_rows: reference sets, stacked as `references`, whose inputs span the subspace where it
+        is one of inputs.
       evaluations: held-out sets by name.
     """
 
@@ -88,6 +95,7 @@ class Task:
     reference_loss: Objective | None = None
     in_step_batches: Batches | None = None
     reference_starts: Mapping[str, Evaluation] = field(default_factory=dict)
+    input_rows: Sequence[HostBatch] = ()
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
 
@@ -158,7 +166,8 @@ def fit(
         pending.clear()
         log.flush()
         shown.add(lines)
-        problems = find_problems(lines) | find_lost_updates(lines, config.optimizer.learning_rate)
+        problems = find_problems(lines) | find_capped(lines, config.ogpsa)
+        problems |= find_lost_updates(lines, config.optimizer.learning_rate)
         for kind, problem in problems.items():
             if kind not in told:
                 logger.warning("%s", problem)
@@ -177,6 +186,20 @@ def fit(
             evaluator.log(state.params, 0, log, at_start, rows=True)
             for problem in find_foreign_references(log.lines, config):
                 logger.warning("%s", problem)
+        if start == 0 and task.input_rows:
+            shown.doing("spanning the subspace with the references' inputs")
+            make = make_input_subspace(
+                network.graphdef,
+                size=config.ogpsa.rank + _OVERSAMPLED,
+                lora=config.model.lora is not None,
+            )
+            rows = tuple(shard_rows(batches, mesh) for batches in task.input_rows)
+            state = make(state, network.frozen, rows)
+            if int(diagnostics(state.opt_state)["refused_refreshes"]):
+                raise InputError(
+                    "references.sets: what the model's layers make of these rows is not finite, so "
+                    "no subspace can be spanned with it; look at the rows and the model's weights."
+                )
         shown.doing("compiling the first step")
         for step in range(start, total):
             refreshed = refresh_step is not None and step % config.ogpsa.refresh_every == 0
@@ -191,7 +214,7 @@ def fit(
             if config.optimizer.stochastic_rounding:
                 rounding_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
             if task.in_step_batches is not None:
-                refreshed = True
+                refreshed = config.ogpsa.subspace == "gradients"
                 riding = shard_rows(task.in_step_batches.batch(step), mesh)
             state, metrics = train_step(state, network.frozen, batch, riding, rounding_key)
             done = step + 1
@@ -230,9 +253,8 @@ def in_step_settings(task: Task, config: RunConfig) -> InStep | None:
     section = config.references.in_step
     if task.in_step_batches is None or section is None or task.reference_loss is None:
         return None
-    return InStep(
-        task.reference_loss, section.window, section.replay_weight, config.ogpsa.project_momentum
-    )
+    window = section.window if config.ogpsa.subspace == "gradients" else None
+    return InStep(task.reference_loss, window, section.replay_weight, config.ogpsa.project_momentum)
 
 
 class Evaluator:

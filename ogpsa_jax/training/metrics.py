@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
-from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.config import OgpsaSection, RunConfig
 from ogpsa_jax.training.verdict import Change, judge_references, paired_change
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,20 @@ def find_lost_updates(lines: Sequence[Line], peak_rate: float) -> dict[str, str]
         "applied": f"steps {steps[0]['step']} to {steps[-1]['step']}: only {share:.1%} of the "
         "updates reached the parameters, whose type is too coarse for the rest; set "
         "model.param_dtype to float32, or optimizer.stochastic_rounding to true"
+    }
+
+
+def find_capped(lines: Sequence[Line], section: OgpsaSection) -> dict[str, str]:
+    """The same for a subspace of inputs whose rank is too small for the energy that was asked."""
+    if section.subspace != "inputs" or section.energy is None:
+        return {}
+    held = [line["least_coverage"] for line in lines if "least_coverage" in line]
+    if not held or min(held) >= section.energy - 1e-3:  # a share is known to float32's precision
+        return {}
+    return {
+        "capped": f"the subspace holds only {min(held):.1%} of some layer's inputs, less than "
+        f"ogpsa.energy ({section.energy:g}), because ogpsa.rank ({section.rank}) caps it; raise "
+        "the rank, or lower the energy"
     }
 
 

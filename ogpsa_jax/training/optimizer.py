@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ogpsa_jax import ogpsa, ogpsa_project
+from ogpsa_jax import ogpsa, ogpsa_project, scale_by_column_adam
+from ogpsa_jax.models.decoder import DECODER_KERNELS
 from ogpsa_jax.training.config import OgpsaSection, OptimizerSection, RunConfig
 
 STACKED_LAYERS = {r"(^|\W)layers\W": 0}
@@ -162,8 +163,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def make_optimizer(config: RunConfig, total_steps: int) -> Optimizer:
     """The optimizer of a run: clipping comes after the projection, as in the official code."""
     section = config.optimizer
+    adam = scale_by_adam(*section.betas, section.eps)
+    if section.name == "column_adamw":
+        adam = scale_by_column_adam(*section.betas, section.eps, kernels=DECODER_KERNELS)
     adamw = optax.chain(
-        scale_by_adam(*section.betas, section.eps),
+        adam,
         optax.add_decayed_weights(section.weight_decay, decays),
         optax.scale_by_learning_rate(learning_rate(section, total_steps)),
     )
@@ -182,6 +186,16 @@ def make_optimizer(config: RunConfig, total_steps: int) -> Optimizer:
 
 def projection_settings(section: OgpsaSection) -> dict[str, Any]:
     """Arguments of :func:`ogpsa_jax.ogpsa_project` for the decoder."""
+    if section.subspace == "inputs":
+        return {
+            "rank": section.rank,
+            "rule": section.rule,
+            "basis_dtype": section.basis_dtype,
+            "subspace": "inputs",
+            "energy": section.energy,
+            "kernels": DECODER_KERNELS,
+            "others": section.others,
+        }
     return {
         "rank": section.rank,
         "scope": section.scope,

@@ -372,11 +372,17 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
             for example in examples
         ]
         in_step_batches = stream(pool, config.references.sets, riding, len(batches))
-    size = config.references.batch_size
+    inputs = config.projects and config.ogpsa.subspace == "inputs"
+    sets = [
+        fixed(examples, config.references.batch_size)
+        for examples in data.references
+        if inputs or not riding
+    ]
     return Task(
         objective=preference if config.objective == "dpo" else cross_entropy,
         batches=batches,
-        references=[] if riding else [fixed(examples, size) for examples in data.references],
+        references=[] if riding or inputs else sets,
+        input_rows=sets if inputs else [],
         reference_rows=riding or sum(len(examples) for examples in data.references),
         reference_loss=preference if config.references.loss == "dpo" else cross_entropy,
         in_step_batches=in_step_batches,

@@ -30,6 +30,7 @@ from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, repl
 from ogpsa_jax.training.metrics import (
     Line,
     draw_curves,
+    find_capped,
     find_foreign_references,
     find_lost_updates,
     find_problems,
@@ -210,7 +211,11 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
             summary |= {
                 "data": data.report(),
                 "reference_samples": task.reference_rows
-                * _refreshes(config, len(task.batches))
+                * (
+                    len(task.batches)
+                    if config.reference_rows
+                    else _refreshes(config, len(task.batches))
+                )
                 * (2 if config.references.loss in ("dpo", "official") else 1),
                 "seconds": round(time.perf_counter() - started, 1),
                 "export": str(run_dir / "export"),
@@ -304,7 +309,8 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     total = steps[-1]["step"]
     changes = held_out_changes(lines)
     lost = find_lost_updates(steps, config.optimizer.learning_rate)
-    warnings = [*find_problems(steps).values(), *lost.values()]
+    capped = find_capped(steps, config.ogpsa)
+    warnings = [*find_problems(steps).values(), *lost.values(), *capped.values()]
     warnings += find_foreign_references(lines, config)
     if missing := total - len({line["step"] for line in steps}):
         warnings.append(
@@ -358,6 +364,8 @@ def _refreshes(config: RunConfig, steps: int) -> int:
     """How often references have gone into the basis, after so many steps."""
     if not config.projects:
         return 0
+    if config.ogpsa.subspace == "inputs":
+        return 1
     return steps if config.reference_rows else -(-steps // config.ogpsa.refresh_every)
 
 

@@ -5,6 +5,7 @@ The loss of a step is the sum over all its micro-batches divided by the sum of t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ogpsa_jax import OgpsaState, diagnostics, push_reference, reference_gradients, refresh
+from ogpsa_jax import (
+    InputState,
+    OgpsaState,
+    diagnostics,
+    input_moments,
+    project_parameters,
+    push_reference,
+    reference_gradients,
+    refresh,
+)
 from ogpsa_jax.training.optimizer import Optimizer, apply_updates, global_norm
 
 Params = Any
@@ -67,7 +77,7 @@ class InStep(NamedTuple):
     """References that ride in the training batch; see :class:`~.config.InStepSection`."""
 
     objective: Objective
-    window: int
+    window: int | None  # None: the subspace is one of inputs, and no gradient goes into it
     replay_weight: float
     project_momentum: bool
 
@@ -84,7 +94,8 @@ def make_train_step(
 
     With `in_step`, the gradient of the step's own reference rows first goes into the basis; the
     training gradient is projected with that basis, and `replay_weight` times the reference gradient
-    is added to what remains.
+    is added to what remains. A subspace of inputs stays as it is, and takes its part of both
+    gradients where the optimizer's step part projects.
 
     Args:
       graphdef: the model's structure.
@@ -116,12 +127,13 @@ def make_train_step(
         if in_step is not None and reference_gradient is not None:
             reference, sums, _ = reference_gradient(params, frozen, reference_batch)
             metrics |= {f"reference/{name}": value for name, value in sums.items()}
-            opt_state = push_reference(
-                opt_state,
-                reference,
-                window=in_step.window,
-                project_momentum=in_step.project_momentum,
-            )
+            if in_step.window is not None:
+                opt_state = push_reference(
+                    opt_state,
+                    reference,
+                    window=in_step.window,
+                    project_momentum=in_step.project_momentum,
+                )
             if in_step.replay_weight:
                 replayed = optax.tree.scale(in_step.replay_weight, reference)
 
@@ -216,9 +228,43 @@ def _projections(opt_state: Any) -> list[OgpsaState]:
     return [node for node in nodes if isinstance(node, OgpsaState)]
 
 
+def make_input_subspace(
+    graphdef: Any, *, size: int, lora: bool
+) -> Callable[[TrainState, Params, tuple[Batch, ...]], TrainState]:
+    """Measure what the model's matrices multiply on reference rows, and span the subspace with it.
+
+    One forward pass over batches of [batches, rows, ...], pairs or not; the state is donated.
+
+    Args:
+      graphdef: the model's structure.
+      size: columns that the sketch of a wide layer keeps.
+      lora: whether the trained parameters are adapters: their ``a`` then loses its part in the
+        subspace first, so that nothing that ``b`` learns is seen by a reference input. The model
+        stays as it is, for ``b`` is zero.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def make(state: TrainState, frozen: Params, sets: tuple[Batch, ...]) -> TrainState:
+        def collect(params: Params, batch: Batch) -> Any:
+            model = nnx.merge(graphdef, params, frozen)
+            keys = ("input_ids", "positions", "segment_ids")
+            rows = [batch[key].reshape(-1, batch[key].shape[-1]) for key in keys]
+            return model.input_moments(*rows, size=size)
+
+        parts = [input_moments(collect, state.params, batches) for batches in sets]
+        moments = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
+        opt_state = refresh(state.opt_state, moments=moments)
+        params = project_parameters(opt_state, state.params) if lora else state.params
+        return TrainState(params, opt_state)
+
+    return make
+
+
 def projection_metrics(opt_state: Any) -> Metrics:
     """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
-    if not _projections(opt_state):
+    ours = (OgpsaState, InputState)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ours))
+    if not any(isinstance(node, ours) for node in nodes):
         return {}
     return {name: value for name, value in diagnostics(opt_state).items() if name != "groups"}
 
