@@ -117,6 +117,10 @@ ELSEWHERE = {
     "ogpsa-jax train configs/stories260k-sft.yaml references.in_step.replay_weight=2": (
         "tests/training/test_in_step.py::test_the_step_projects_with_its_own_references_and_replays_them"
     ),
+    "python scripts/measure_precision.py --seeds 3": (
+        "tests/training/test_precision.py::"
+        "test_a_real_bfloat16_model_at_the_published_rate_keeps_what_the_script_prints"
+    ),
     "JAX_PLATFORMS=cuda python -m pytest tests/models/test_fused_attention.py": (
         "tests/models/test_fused_attention.py::test_"
     ),
