@@ -83,7 +83,7 @@ def names(page: str, head: str) -> set[str]:
 
 def test_formats_losses_kinds_and_settings_are_those_of_the_code():
     assert names("docs/data.md", "`format`") == {
-        name for formats in FORMATS.values() for name, *_ in formats
+        known.name for formats in FORMATS.values() for known in formats
     }
     losses = {row[0].strip("`"): row[2] for row in table("docs/dpo.md", "`dpo.loss`")}
     assert losses == {
