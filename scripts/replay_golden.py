@@ -22,14 +22,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ogpsa_jax import reference_gradients
+from ogpsa_jax import ogpsa_project, reference_gradients
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import load_pretrained, to_huggingface
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
+from ogpsa_jax.training.config import OgpsaSection, RunConfig
+from ogpsa_jax.training.optimizer import learning_rate, make_optimizer, projection_settings
 from ogpsa_jax.training.step import (
     Network,
     TrainState,
@@ -131,7 +131,6 @@ class Recording:
                 "rank": len(self.sets),
                 "rule": rule,
                 "scale": 1.0 if scale is None else scale,
-                "apply_per": "micro_batch",
                 "refresh_every": args["base_num_steps"],
             }
         return RunConfig.model_validate(
@@ -227,10 +226,22 @@ def replay(recording: Recording, compare: Comparison) -> None:
     steps = recording.json["steps"]
     schedule = learning_rate(config.optimizer, recording.json["scheduler"]["max_steps"])
     optimizer = make_optimizer(config, recording.json["scheduler"]["max_steps"])
-    train_step = make_train_step(graphdef, objective, optimizer, per_micro_batch=config.projects)
+    train_step = make_train_step(graphdef, objective, optimizer)
+    # The official hooks project every micro-batch's gradient. That is the same as projecting their
+    # sum, but for `threshold`, which decides anew each time: there their sum is the gradient.
+    decides = config.projects and config.ogpsa.rule == "conflict"
+    off = config.model_copy(update={"ogpsa": OgpsaSection(preset="off")})
+    plain = make_optimizer(off, recording.json["scheduler"]["max_steps"])
+
+    @jax.jit
+    def step_along(state: TrainState, projected: Any) -> TrainState:
+        updates, inner = plain.update(projected, state.opt_state.inner, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, state.opt_state._replace(inner=inner))
+
     refresh = make_refresh(graphdef, sft_loss, project_momentum=config.ogpsa.project_momentum)
     gradient = jax.jit(jax.value_and_grad(make_loss(graphdef, objective), has_aux=True))
-    project = jax.jit(optimizer.gradient_part.update)
+    project = jax.jit(ogpsa_project(**projection_settings(config.ogpsa)).update)
     log_probs = jax.jit(
         lambda params, batch: sequence_log_probs(nnx.merge(graphdef, params), batch)
     )
@@ -265,7 +276,7 @@ def replay(recording: Recording, compare: Comparison) -> None:
                     compare, micro["dpo"], log_probs(state.params, batch)[0], batch, config
                 )
             grads = optax.tree.scale(1.0 / weight, grads)
-            projected, _ = project(grads, state.opt_state[0])
+            projected = project(grads, state.opt_state.projection)[0] if config.projects else grads
             total = projected if total is None else jax.tree.map(jnp.add, total, projected)
             compare_rows(compare, recording, f"micro_raw/{micro['index']}", flat(grads), "micro-gr")
             compare_rows(
@@ -284,8 +295,11 @@ def replay(recording: Recording, compare: Comparison) -> None:
             compare.add(quantity, clipped, theirs, np.abs(theirs).max())
         compare.add("learning rate, relative", schedule(number), step["lr"], step["lr"] or 1.0)
         batches += [empty(batches[0])] * (recording.micros_per_step - len(batches))
-        state, metrics = train_step(state, network.frozen, stacked(batches))
-        compare.add("losses", metrics["loss"], step["loss"])
+        if decides:
+            state = step_along(state, total)
+        else:
+            state, metrics = train_step(state, network.frozen, stacked(batches))
+            compare.add("losses", metrics["loss"], step["loss"])
         compare_weights(recording, compare, step["step"], flat(state.params))
 
 

@@ -18,7 +18,6 @@ from ogpsa_jax.data import fixed_batches
 from ogpsa_jax.demo.align import cross_entropy, make_task, trainable
 from ogpsa_jax.demo.methods import Method, Stage, plan
 from ogpsa_jax.demo.world import LONGEST, World, examples
-from ogpsa_jax.training.loop import in_step_settings
 from ogpsa_jax.training.mesh import replicate_rest, shard_rows
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.step import (
@@ -55,7 +54,10 @@ def first_order_changes(
     config = todo.config
     optimizer = make_optimizer(config, todo.steps)
     train_step = make_train_step(
-        start.graphdef, task.objective, optimizer, in_step=in_step_settings(task, config)
+        start.graphdef,
+        task.objective,
+        optimizer,
+        reference_loss=None if task.in_step_batches is None else task.reference_loss,
     )
     momentum = config.ogpsa.project_momentum
     refresh = make_refresh(start.graphdef, cross_entropy(), project_momentum=momentum)

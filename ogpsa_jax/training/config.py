@@ -199,10 +199,6 @@ class OgpsaSection(Section):
         "orthogonal", description="what happens to the in-span component"
     )
     scale: NonNegativeFloat = Field(1.0, description="rule conflict: factor where it agrees")
-    apply_per: Literal["step", "micro_batch"] = Field(
-        "step",
-        description="micro_batch: the rule sees every micro-batch's gradient (official code)",
-    )
     refresh_every: PositiveInt = Field(
         30, description="steps between refreshes, where references are not in_step; 5 in dpo"
     )
@@ -368,8 +364,6 @@ class RunConfig(Section):
                 "optimizer.stochastic_rounding is for model.param_dtype: bfloat16, not "
                 f"{self.model.param_dtype}"
             )
-        if self.ogpsa.apply_per == "micro_batch" and self.ogpsa.placement != "gradient":
-            raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.placement: gradient")
         self._check_subspace()
         if self.dpo.reference_model == "none" and self.dpo.loss not in REFERENCE_FREE:
             raise ValueError(
@@ -406,8 +400,6 @@ class RunConfig(Section):
             raise ValueError("ogpsa.preset: paper spans gradients; leave ogpsa.subspace out")
         if ogpsa.rule == "conflict":
             raise ValueError("ogpsa.rule: conflict needs ogpsa.subspace: gradients")
-        if ogpsa.apply_per == "micro_batch":
-            raise ValueError("ogpsa.apply_per: micro_batch needs ogpsa.subspace: gradients")
         if ogpsa.placement == "gradient" and self.optimizer.name == "adamw":
             raise ValueError(
                 "ogpsa.placement: gradient alone does not keep AdamW's steps out of a subspace of "

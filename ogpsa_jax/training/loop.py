@@ -32,7 +32,6 @@ from ogpsa_jax.training.metrics import (
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
 from ogpsa_jax.training.progress import Progress
 from ogpsa_jax.training.step import (
-    InStep,
     Network,
     Objective,
     TrainState,
@@ -134,8 +133,7 @@ def fit(
         network.graphdef,
         task.objective,
         optimizer,
-        per_micro_batch=config.ogpsa.apply_per == "micro_batch",
-        in_step=in_step_settings(task, config),
+        reference_loss=None if task.in_step_batches is None else task.reference_loss,
     )
     evaluator = Evaluator(network, task.evaluations, mesh)
     reference_evaluator = Evaluator(network, task.reference_starts, mesh)
@@ -246,15 +244,6 @@ def fit(
 def progress_of(config: RunConfig) -> Progress:
     """What a person sees of a run: a preference loss is counted in pairs."""
     return Progress(config.name, "pairs" if config.objective == "dpo" else "targets")
-
-
-def in_step_settings(task: Task, config: RunConfig) -> InStep | None:
-    """What the step is to do with reference rows; None where none ride in the batch."""
-    section = config.references.in_step
-    if task.in_step_batches is None or section is None or task.reference_loss is None:
-        return None
-    window = section.window if config.ogpsa.subspace == "gradients" else None
-    return InStep(task.reference_loss, window, section.replay_weight, config.ogpsa.project_momentum)
 
 
 class Evaluator:

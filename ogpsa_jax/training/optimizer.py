@@ -1,32 +1,18 @@
 """AdamW with clipping and a schedule, and the projection before it, after it, or both."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ogpsa_jax import ogpsa, ogpsa_project, scale_by_column_adam
+from ogpsa_jax import ogpsa, scale_by_column_adam
 from ogpsa_jax.models.decoder import DECODER_KERNELS
 from ogpsa_jax.training.config import OgpsaSection, OptimizerSection, RunConfig
 
 STACKED_LAYERS = {r"(^|\W)layers\W": 0}
 """Which parameters of the decoder stack layers, and along which axis."""
-
-
-class Optimizer(NamedTuple):
-    """Two parts, so that the first can also be applied to every micro-batch's gradient.
-
-    ``optax.chain(gradient_part, step_part)`` is the whole; the state is the pair of states.
-    """
-
-    gradient_part: optax.GradientTransformationExtraArgs
-    step_part: optax.GradientTransformationExtraArgs
-
-    def init(self, params: Any) -> tuple[Any, Any]:
-        """The pair of states."""
-        return self.gradient_part.init(params), self.step_part.init(params)
 
 
 def learning_rate(section: OptimizerSection, total_steps: int) -> optax.Schedule:
@@ -160,32 +146,36 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def make_optimizer(config: RunConfig, total_steps: int) -> Optimizer:
-    """The optimizer of a run: clipping comes after the projection, as in the official code."""
+def make_optimizer(config: RunConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run: clipping comes after the projection, as in the official code.
+
+    Where references ride in every batch, its ``update`` requires their gradient as ``reference``.
+    """
     section = config.optimizer
     adam = scale_by_adam(*section.betas, section.eps)
     if section.name == "column_adamw":
         adam = scale_by_column_adam(*section.betas, section.eps, kernels=DECODER_KERNELS)
-    adamw = optax.chain(
+    inner = optax.chain(
         adam,
         optax.add_decayed_weights(section.weight_decay, decays),
         optax.scale_by_learning_rate(learning_rate(section, total_steps)),
     )
-    inner = adamw
     if section.max_grad_norm is not None:
-        inner = optax.chain(clip_by_global_norm(section.max_grad_norm), adamw)
-    inner = optax.with_extra_args_support(inner)
-    identity = optax.with_extra_args_support(optax.identity())
+        inner = optax.chain(clip_by_global_norm(section.max_grad_norm), inner)
     if not config.projects:
-        return Optimizer(identity, inner)
+        return optax.with_extra_args_support(inner)
     settings = projection_settings(config.ogpsa)
-    if config.ogpsa.placement == "gradient":
-        return Optimizer(ogpsa_project(**settings), inner)
-    return Optimizer(identity, ogpsa(inner, placement=config.ogpsa.placement, **settings))
+    in_step = config.references.in_step
+    if in_step is not None:
+        settings["replay"] = in_step.replay_weight
+        if config.ogpsa.subspace == "gradients":
+            settings["window"] = in_step.window
+            settings["project_momentum"] = config.ogpsa.project_momentum
+    return ogpsa(inner, placement=config.ogpsa.placement, **settings)
 
 
 def projection_settings(section: OgpsaSection) -> dict[str, Any]:
-    """Arguments of :func:`ogpsa_jax.ogpsa_project` for the decoder."""
+    """Arguments of :func:`ogpsa_jax.ogpsa` that say what is projected off what in the decoder."""
     if section.subspace == "inputs":
         return {
             "rank": section.rank,

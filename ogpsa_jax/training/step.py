@@ -4,7 +4,6 @@ The loss of a step is the sum over all its micro-batches divided by the sum of t
 (target tokens, or pairs), whatever the cut; so is its gradient.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
@@ -22,11 +21,10 @@ from ogpsa_jax import (
     diagnostics,
     input_moments,
     project_parameters,
-    push_reference,
     reference_gradients,
     refresh,
 )
-from ogpsa_jax.training.optimizer import Optimizer, apply_updates, global_norm
+from ogpsa_jax.training.optimizer import apply_updates, global_norm
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -73,37 +71,21 @@ def make_loss(graphdef: Any, objective: Objective) -> Callable[..., Any]:
     return loss
 
 
-class InStep(NamedTuple):
-    """References that ride in the training batch; see :class:`~.config.InStepSection`."""
-
-    objective: Objective
-    window: int | None  # None: the subspace is one of inputs, and no gradient goes into it
-    replay_weight: float
-    project_momentum: bool
-
-
 def make_train_step(
     graphdef: Any,
     objective: Objective,
-    optimizer: Optimizer,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
-    per_micro_batch: bool = False,
-    in_step: InStep | None = None,
+    reference_loss: Objective | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """One optimizer step over a batch of [micro-batches, rows, ...]; the state is donated.
-
-    With `in_step`, the gradient of the step's own reference rows first goes into the basis; the
-    training gradient is projected with that basis, and `replay_weight` times the reference gradient
-    is added to what remains. A subspace of inputs stays as it is, and takes its part of both
-    gradients where the optimizer's step part projects.
 
     Args:
       graphdef: the model's structure.
       objective: what is minimised.
       optimizer: projection, clipping and AdamW.
-      per_micro_batch: apply the optimizer's gradient part to the gradient of every micro-batch, as
-        the official hooks do, instead of to their sum. The same for linear rules.
-      in_step: what to do with reference rows.
+      reference_loss: what is differentiated on the reference rows of every batch, whose gradient
+        the optimizer takes as ``reference``; None: no reference rows ride in the batch.
 
     Returns:
       ``step(state, frozen, batch[, reference_batch, rounding_key]) -> (state, metrics)``; metrics
@@ -111,7 +93,9 @@ def make_train_step(
       `rounding_key`, bfloat16 parameters are rounded at random.
     """
     mean_gradient = _mean_gradient(graphdef, objective)
-    reference_gradient = _mean_gradient(graphdef, in_step.objective) if in_step else None
+    reference_gradient = None
+    if reference_loss is not None:
+        reference_gradient = _mean_gradient(graphdef, reference_loss)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(
@@ -123,61 +107,35 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         params, opt_state = state
         metrics: Metrics = {}
-        replayed = None
-        if in_step is not None and reference_gradient is not None:
-            reference, sums, _ = reference_gradient(params, frozen, reference_batch)
+        extra_args: dict[str, Params] = {}
+        if reference_gradient is not None:
+            extra_args["reference"], sums = reference_gradient(params, frozen, reference_batch)
             metrics |= {f"reference/{name}": value for name, value in sums.items()}
-            if in_step.window is not None:
-                opt_state = push_reference(
-                    opt_state,
-                    reference,
-                    window=in_step.window,
-                    project_momentum=in_step.project_momentum,
-                )
-            if in_step.replay_weight:
-                replayed = optax.tree.scale(in_step.replay_weight, reference)
-
-        projection_state, step_state = opt_state
-        update = optimizer.gradient_part.update
-        grads, sums, projection_state = mean_gradient(
-            params, frozen, batch, update if per_micro_batch else None, projection_state
-        )
+        grads, sums = mean_gradient(params, frozen, batch)
         metrics |= {**sums, "grad_norm": global_norm(grads)}
-        if not per_micro_batch:
-            grads, projection_state = update(grads, projection_state, params)
-        if replayed is not None:
-            grads = jax.tree.map(jnp.add, grads, replayed)
-        updates, step_state = optimizer.step_part.update(grads, step_state, params)
+        updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
         metrics["update_norm"] = global_norm(updates)
         params, applied, share = apply_updates(params, updates, rounding_key)
         metrics |= {"applied_update_norm": applied, "applied_fraction": share}
-        opt_state = (projection_state, step_state)
         metrics |= projection_metrics(opt_state)
         return TrainState(params, opt_state), metrics
 
     return train_step
 
 
-def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., Any]:
-    """``(params, frozen, batch, transform, state) -> (gradient, metrics, state)`` of one step.
+def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., tuple[Params, Metrics]]:
+    """``(params, frozen, batch) -> (gradient, metrics)`` of one step.
 
     The gradient of the sum of all micro-batches' losses over the sum of their weights, accumulated
-    in float32, in the parameters' dtype. `transform`, an update function with `state`, sees each
-    micro-batch's gradient on the way; what the state says of the step is the sum over them.
+    in float32, in the parameters' dtype.
     """
     value_and_grad = jax.value_and_grad(make_loss(graphdef, objective), has_aux=True)
 
-    def mean_gradient(
-        params: Params, frozen: Params, batch: Batch, transform: Any = None, state: Any = None
-    ) -> tuple[Params, Metrics, Any]:
-        def add(carry: Any, micro_batch: Batch) -> tuple[Any, None]:
-            sums, state = carry
+    def mean_gradient(params: Params, frozen: Params, batch: Batch) -> tuple[Params, Metrics]:
+        def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
             (loss, (weight, metrics)), grads = value_and_grad(params, frozen, micro_batch)
             grads = optax.tree.cast(grads, jnp.float32)
-            if transform is not None:
-                grads, state = transform(grads, state, params)
-            new = (grads, loss, weight, metrics, _energies(state))
-            return (jax.tree.map(jnp.add, sums, new), state), None
+            return jax.tree.map(jnp.add, sums, (grads, loss, weight, metrics)), None
 
         first = jax.tree.map(lambda x: x[0], batch)
         shapes = jax.eval_shape(value_and_grad, params, frozen, first)
@@ -186,46 +144,13 @@ def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., Any]:
             lambda x: jnp.zeros(x.shape, x.dtype), (loss_shape, weight_shape, metrics_shape)
         )
         grads_zero = optax.tree.zeros_like(optax.tree.cast(params, jnp.float32))
-        energies = jax.tree.map(jnp.zeros_like, _energies(state))
-        carry = ((grads_zero, *zeros, energies), state)
-        ((grads, loss, weight, metrics, energies), after), _ = jax.lax.scan(add, carry, batch)
-        if transform is not None:
-            state = _of_one_step(state, after, energies)
+        (grads, loss, weight, metrics), _ = jax.lax.scan(add, (grads_zero, *zeros), batch)
         scale = 1.0 / jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, params)
         means = {name: value * scale for name, value in metrics.items()}
-        return grads, {**means, "loss": loss * scale, "weight": weight}, state
+        return grads, {**means, "loss": loss * scale, "weight": weight}
 
     return mean_gradient
-
-
-def _energies(state: Any) -> list[tuple[jax.Array, ...]]:
-    """What each projection in `state` measured at its last update; empty where there is none."""
-    return [(ours.squared_norm, ours.in_span, ours.removed) for ours in _projections(state)]
-
-
-def _of_one_step(before: Any, after: Any, energies: list[tuple[jax.Array, ...]]) -> Any:
-    """The state `after` the updates of a step, counted as one that measured their sum."""
-    sums = iter(zip(_projections(before), energies, strict=True))
-
-    def change(node: Any) -> Any:
-        if not isinstance(node, OgpsaState):
-            return node
-        first, (squared_norm, in_span, removed) = next(sums)
-        return dataclasses.replace(
-            node,
-            squared_norm=squared_norm,
-            in_span=in_span,
-            removed=removed,
-            steps_since_refresh=optax.safe_increment(first.steps_since_refresh),
-        )
-
-    return jax.tree.map(change, after, is_leaf=lambda node: isinstance(node, OgpsaState))
-
-
-def _projections(opt_state: Any) -> list[OgpsaState]:
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, OgpsaState))
-    return [node for node in nodes if isinstance(node, OgpsaState)]
 
 
 def make_input_subspace(

@@ -12,7 +12,7 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.optimizer import make_optimizer
-from ogpsa_jax.training.step import InStep, Network, TrainState, make_train_step
+from ogpsa_jax.training.step import Network, TrainState, make_train_step
 
 SIZE = 6
 
@@ -48,24 +48,21 @@ def draw(rng, micro, rows):
     }
 
 
-def run(w, steps, *, rank, window, replay_weight, project_momentum=False, per_micro_batch=False):
+def run(w, steps, *, rank, window, replay_weight, project_momentum=False):
     """Parameters after SGD-like steps: Adam would hide a factor, so look at its first moment."""
     config = RunConfig.model_validate(
         {
-            "references": {"sets": [{"path": "unused"}]},
-            "ogpsa": {"preset": "paper", "rank": rank},
+            "references": {
+                "sets": [{"path": "unused"}],
+                "in_step": {"window": window, "replay_weight": replay_weight},
+            },
+            "ogpsa": {"preset": "paper", "rank": rank, "project_momentum": project_momentum},
             "optimizer": {"schedule": "constant", "max_grad_norm": None, "learning_rate": 1e-3},
         }
     )
     network = Network.of(Linear(w))
     optimizer = make_optimizer(config, len(steps))
-    step = make_train_step(
-        network.graphdef,
-        objective,
-        optimizer,
-        per_micro_batch=per_micro_batch,
-        in_step=InStep(objective, window, replay_weight, project_momentum),
-    )
+    step = make_train_step(network.graphdef, objective, optimizer, reference_loss=objective)
     state = TrainState(network.trained, optimizer.init(network.trained))
     metrics = {}
     for batch, references in steps:
@@ -118,10 +115,8 @@ def test_the_cut_into_micro_batches_does_not_matter(rng):
     settings = {"rank": 2, "window": 2, "replay_weight": 0.5, "project_momentum": True}
     cut, told = run(w, steps, **settings)
     uncut, _ = run(w, whole, **settings)
-    each, of_each = run(w, steps, **settings, per_micro_batch=True)
-    assert of_each["steps_since_refresh"] == told["steps_since_refresh"] == 1
+    assert told["steps_since_refresh"] == 1
     np.testing.assert_allclose(cut.params["w"], uncut.params["w"], atol=2e-6)
-    np.testing.assert_allclose(cut.params["w"], each.params["w"], atol=2e-6)
 
 
 def test_metrics_of_a_step_are_those_of_all_its_micro_batches():
@@ -130,11 +125,9 @@ def test_metrics_of_a_step_are_those_of_all_its_micro_batches():
     useful, filler = {"x": axis, "y": np.ones(1)}, {"x": 0 * axis, "y": np.zeros(1)}
     batch = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), useful, useful, filler)
     references = jax.tree.map(lambda x: x[None].astype(np.float32), useful)
-    for each in (False, True):
-        settings = {"rank": 1, "window": 1, "replay_weight": 0.0, "per_micro_batch": each}
-        _, metrics = run(w, [(batch, references)], **settings)
-        for name in ("removed_fraction", "in_span_fraction", "steps_since_refresh"):
-            assert metrics[name] == pytest.approx(1), (each, name)
+    _, metrics = run(w, [(batch, references)], rank=1, window=1, replay_weight=0.0)
+    for name in ("removed_fraction", "in_span_fraction", "steps_since_refresh"):
+        assert metrics[name] == pytest.approx(1), name
 
 
 def test_projecting_momentum_keeps_the_first_moment_out_of_the_newest_references(rng):

@@ -54,11 +54,9 @@ def test_clipping_comes_after_the_projection(configured, tmp_path):
     key = jax.random.key(np.random.SeedSequence().entropy % 2**32)
     params = {"w": jnp.zeros((6, 5))}
     reference, gradient = ({"w": jax.random.normal(k, (6, 5))} for k in jax.random.split(key))
-    projecting, step = optimizer.init(params)
-    projecting = refresh(projecting, [reference])
-    projected, _ = optimizer.gradient_part.update(gradient, projecting, params)
-    _, step = optimizer.step_part.update(projected, step, params)
-    first_moment = optax.tree.get(step, "mu")["w"] / (1 - config.optimizer.betas[0])
+    state = refresh(optimizer.init(params), [reference])
+    _, state = optimizer.update(gradient, state, params)
+    first_moment = optax.tree.get(state, "mu")["w"] / (1 - config.optimizer.betas[0])
     # Clipped first, the projection would have shortened it further.
     np.testing.assert_allclose(jnp.linalg.norm(first_moment), limit, rtol=1e-5)
     assert abs(float(jnp.vdot(first_moment, reference["w"]))) < 1e-5
