@@ -122,7 +122,7 @@ def column_adamw(
       >>> params = {"kernel": jnp.ones((2, 3))}
       >>> project = ogpsa_project(rank=1, subspace="inputs", kernels=flax_kernels)
       >>> tx = optax.chain(project, column_adamw(0.1, kernels=flax_kernels))
-      >>> moments = {"['kernel']": second_moment(jnp.array([[0.0, 2.0]]))}
+      >>> moments = {"kernel": second_moment(jnp.array([[0.0, 2.0]]))}
       >>> state = refresh(tx.init(params), moments=moments)
       >>> updates, state = tx.update({"kernel": jnp.ones((2, 3))}, state, params)
       >>> [round(float(x), 4) + 0.0 for x in updates["kernel"][:, 0]]  # the second input is kept

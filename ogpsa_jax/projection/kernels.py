@@ -16,7 +16,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       inputs: name of what it multiplies. Kernels of one name share one subspace (the query, key and
-        value projections of a layer do). None: the leaf's own path.
+        value projections of a layer do). None: the leaf's own path, as in ``"Dense_0/kernel"``.
       axes: its input axes, one or more (an output projection ``[heads, head_dim, embed]`` has two).
       stacked: axes along which it stacks layers (or experts), each of which has its own inputs. The
         axes that are left are its outputs.
@@ -34,7 +34,7 @@ Kernels = Mapping[str, Kernel] | Callable[[Any, Any], Kernel | None]
 class KernelLeaf(NamedTuple):
     """A :class:`Kernel` of a tree; hashable."""
 
-    name: str  # path of the leaf
+    name: str  # path of the leaf, as JAX prints it
     path: tuple[str, ...]  # the same, without the kinds of its containers
     leaf: int  # its place among the tree's leaves, those that are masked included
     inputs: str
@@ -56,9 +56,12 @@ class KernelLeaf(NamedTuple):
 
 def flax_kernels(path: Any, leaf: Any) -> Kernel | None:
     """Flax's dense layers: two axes, ``[in, out]``, and a path that ends in ``kernel``."""
-    names = re.findall(r"\w+", jax.tree_util.keystr(path))
-    named = [name for name in names if name not in ("value", "raw_value")]
-    return Kernel() if named[-1:] == ["kernel"] and jnp.ndim(leaf) == 2 else None
+    return Kernel() if _plain(path)[-1:] == ["kernel"] and jnp.ndim(leaf) == 2 else None
+
+
+def _plain(path: Any) -> list[str]:
+    """A path without the fields in which modules keep a parameter's array."""
+    return [name for name in key_names(path) if name not in ("value", "raw_value")]
 
 
 def find_kernels(
@@ -122,7 +125,7 @@ def _checked(path: Any, place: int, leaf: Any, kernel: Kernel) -> KernelLeaf:
         name=name,
         path=key_names(path),
         leaf=place,
-        inputs=name if kernel.inputs is None else kernel.inputs,
+        inputs="/".join(_plain(path)) if kernel.inputs is None else kernel.inputs,
         shape=tuple(leaf.shape),
         stacked=tuple(axes[:count]),
         axes=tuple(axes[count:]),

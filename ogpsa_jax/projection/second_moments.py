@@ -151,7 +151,7 @@ def gradient_moments(
       ...     return jnp.sum(x @ params["kernel"])
       >>> rows = jnp.array([[3.0, 0.0], [0.0, 5.0]])
       >>> found = gradient_moments(loss_fn, {"kernel": jnp.eye(2)}, rows, kernels=flax_kernels)
-      >>> found["['kernel']"].product.round(3).tolist()  # both rows weigh the same
+      >>> found["kernel"].product.round(3).tolist()  # both rows weigh the same
       [[1.0, 0.0], [0.0, 1.0]]
     """
     found = find_kernels(jax.tree_util.tree_flatten_with_path(params)[0], kernels)

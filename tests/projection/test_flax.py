@@ -12,12 +12,21 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from ogpsa_jax import diagnostics, first_order_change, ogpsa_project, reference_gradients, refresh
+import ogpsa_jax
+from ogpsa_jax import (
+    diagnostics,
+    first_order_change,
+    input_moments,
+    ogpsa_project,
+    reference_gradients,
+    refresh,
+)
 
 flax = pytest.importorskip("flax", reason="flax is not installed")
 from flax import linen, nnx  # noqa: E402
 from flax.training.train_state import TrainState  # noqa: E402
 
+import ogpsa_jax.linen  # noqa: E402
 import ogpsa_jax.nnx  # noqa: E402
 
 
@@ -66,6 +75,56 @@ def test_nnx_optimizer(rng, sharded):
         ogpsa_jax.nnx.push_reference(optimizer, before, window=1, project_momentum=True)
         moment = nnx.as_pure(optimizer.opt_state)[0][0].mu
         assert abs(float(first_order_change([before], moment)[0])) < 1e-5
+
+
+def seen(kernel, rows):
+    """The share of a change of a kernel that some inputs see."""
+    change, x = np.asarray(kernel, np.float64), np.asarray(rows, np.float64)
+    return np.linalg.norm(x @ change) / (np.linalg.norm(x) * np.linalg.norm(change))
+
+
+def test_nnx_optimizer_with_a_subspace_of_inputs(rng):
+    rngs = nnx.Rngs(int(rng.integers(2**31)))
+    model = nnx.Sequential(nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs))
+    settings = {"subspace": "inputs", "energy": 1.0, "kernels": ogpsa_jax.flax_kernels}
+    tx = ogpsa_jax.ogpsa(optax.adam(1e-2), 8, placement="both", **settings)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    batches = jnp.asarray(rng.standard_normal((2, 2, 8)), jnp.float32)
+    collect = ogpsa_jax.nnx.collect_inputs(lambda model, x: model(x), model)
+    moments = input_moments(collect, nnx.state(model, nnx.Param), batches[:, :1])
+    ogpsa_jax.nnx.refresh(optimizer, moments=moments)
+    before = np.asarray(model.layers[0].kernel[...])
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        optimizer.update(model, nnx.grad(loss)(model, batch))
+
+    step(model, optimizer, jnp.asarray(rng.standard_normal((4, 8)), jnp.float32))
+    change = np.asarray(model.layers[0].kernel[...]) - before
+    assert seen(change, batches[:, 0]) < 1e-5  # of float32 steps added to weights of order one
+    assert 0 < float(diagnostics(optimizer.opt_state)["removed_fraction"]) < 1
+
+
+def test_linen_train_state_with_a_subspace_of_inputs(rng):
+    model = linen.Sequential([linen.Dense(6), linen.Dense(3)])
+    batches = jnp.asarray(rng.standard_normal((2, 2, 8)), jnp.float32)
+    params = model.init(jax.random.key(int(rng.integers(2**31))), batches[0])["params"]
+    settings = {"subspace": "inputs", "energy": 1.0, "kernels": ogpsa_jax.flax_kernels}
+    tx = ogpsa_jax.ogpsa(optax.adam(1e-2), 8, placement="both", **settings)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    collect = ogpsa_jax.linen.collect_inputs(
+        lambda params, x: model.apply({"params": params}, x), mask=lambda x: x[..., 0] == x[..., 0]
+    )
+    moments = jax.jit(lambda p, b: input_moments(collect, p, b))(params, batches[:, :1])
+    state = refresh(state, moments=moments)
+
+    def loss_fn(params, batch):
+        return jnp.mean((model.apply({"params": params}, batch) - 1.0) ** 2)
+
+    batch = jnp.asarray(rng.standard_normal((4, 8)), jnp.float32)
+    new = jax.jit(lambda s: s.apply_gradients(grads=jax.grad(loss_fn)(s.params, batch)))(state)
+    kernels = [tree["layers_0"]["kernel"] for tree in (new.params, state.params)]
+    assert seen(kernels[0] - kernels[1], batches[:, 0]) < 1e-5
 
 
 @pytest.mark.parametrize("partitioned", [False, True])

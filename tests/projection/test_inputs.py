@@ -38,7 +38,7 @@ KERNELS = {
     r"\['(q|v)'\]": Kernel("attention", stacked=(0,)),
     r"\['o'\]": Kernel("output", axes=(1, 2), stacked=(0,)),
 }
-WIDTHS = {"['dense']": (6,), "attention": (3, 7), "output": (2, 15)}
+WIDTHS = {"dense": (6,), "attention": (3, 7), "output": (2, 15)}
 
 
 def tree(rng, dtype=jnp.float32, scale=1.0):
@@ -97,7 +97,7 @@ def exact(gradient, inputs, energy=1.0):
     def wide(leaf):
         return np.asarray(leaf, np.float64)
 
-    out["dense"] = off(wide(gradient["dense"]), inputs["['dense']"])
+    out["dense"] = off(wide(gradient["dense"]), inputs["dense"])
     for name in ("q", "v"):
         g = wide(gradient["layers"][name])
         out["layers"][name] = np.stack([off(g[i], inputs["attention"][i]) for i in range(3)])
@@ -109,7 +109,7 @@ def exact(gradient, inputs, energy=1.0):
 
 def assert_orthogonal_to_inputs(updates, inputs, tolerance=1e-5):
     """No reference input sees the step: ``xᵀ ΔW`` is round-off."""
-    pairs = [(updates["dense"], inputs["['dense']"])]
+    pairs = [(updates["dense"], inputs["dense"])]
     pairs += [
         (updates["layers"][n][i], inputs["attention"][i]) for n in ("q", "v") for i in range(3)
     ]
@@ -176,9 +176,9 @@ def test_a_cap_below_the_energy_is_told_with_the_share_that_is_held(rng):
     inputs = inputs_of(rng, count=12)
     tx = transformation(rank=2, energy=0.99)
     state = refresh(tx.init(tree(rng)), moments=moments_of(inputs))
-    x = inputs["['dense']"]
+    x = inputs["dense"]
     u = exact_basis(x)[:, :2]
-    found = diagnostics(state)["groups"]["['dense']"]
+    found = diagnostics(state)["groups"]["dense"]
     share = np.sum((x @ u) ** 2) / np.sum(x**2)
     np.testing.assert_allclose(found["reference_coverage"], share, atol=1e-5)
     assert share < 0.99
@@ -199,8 +199,8 @@ def test_a_sketch_states_its_error(rng):
         moment = second_moment(jnp.asarray(x, jnp.float32), size=size, seed=int(rng.integers(99)))
         if size is not None:
             assert moment.product.shape == (width, size)
-        state = jax.jit(refresh)(tx.init(params), moments={"['dense']": moment})
-        u = np.asarray(state.basis["['dense']"], np.float64)
+        state = jax.jit(refresh)(tx.init(params), moments={"dense": moment})
+        u = np.asarray(state.basis["dense"], np.float64)
         np.testing.assert_allclose(u.T @ u, np.eye(8), atol=1e-6)
         claimed[size] = float(diagnostics(state)["reference_coverage"])
         true[size] = np.sum((x @ u) ** 2) / np.sum(x**2)
@@ -232,7 +232,7 @@ def test_gradient_moments_are_of_rows_that_weigh_the_same(rng):
         return jnp.sum((row["x"] @ params["kernel"] - row["y"]) ** 2)
 
     rows = {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)}
-    found = gradient_moments(loss_fn, params, rows, kernels=flax_kernels)["['kernel']"]
+    found = gradient_moments(loss_fn, params, rows, kernels=flax_kernels)["kernel"]
     w = np.asarray(params["kernel"], np.float64)
     total = np.zeros((6, 6))
     for row, target in zip(x, y, strict=True):
@@ -241,7 +241,7 @@ def test_gradient_moments_are_of_rows_that_weigh_the_same(rng):
         total += g @ g.T
     assert_close(found.product, total, 1e-5)
     np.testing.assert_allclose(found.trace, 5.0, rtol=1e-5)
-    sketch = gradient_moments(loss_fn, params, rows, kernels=flax_kernels, size=2)["['kernel']"]
+    sketch = gradient_moments(loss_fn, params, rows, kernels=flax_kernels, size=2)["kernel"]
     assert_close(sketch.product, total @ np.asarray(sketch.test_matrix(), np.float64), 1e-5)
 
 
@@ -257,7 +257,7 @@ def test_gradient_moments_span_the_inputs(rng):
     moments = gradient_moments(loss_fn, params, x, kernels=flax_kernels)
     gradient = {"kernel": jnp.asarray(rng.standard_normal((8, 5)), jnp.float32)}
     projected = []
-    for found in (moments, {"['kernel']": second_moment(x)}):
+    for found in (moments, {"kernel": second_moment(x)}):
         state = refresh(tx.init(params), moments=found)
         projected.append(tx.update(gradient, state)[0])
     assert_close(projected[0], projected[1], 2e-5)
@@ -267,7 +267,7 @@ def test_reference_losses_do_not_move_at_all_in_a_linear_model(rng):
     """Not only to first order: what no input sees changes nothing, however large the step."""
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 8), (8, 5)))
     tx = ogpsa_project(8, subspace="inputs", energy=1.0, kernels={"w": Kernel()})
-    state = refresh(tx.init({"w": w}), moments={"['w']": second_moment(x)})
+    state = refresh(tx.init({"w": w}), moments={"w": second_moment(x)})
     step, _ = tx.update({"w": jnp.asarray(rng.standard_normal((8, 5)), jnp.float32)}, state)
     np.testing.assert_allclose(x @ (w + 100 * step["w"]), x @ w, atol=2e-3)
 
@@ -370,7 +370,7 @@ def test_degenerate_moments_put_no_noise_into_the_basis(rng):
     tx = ogpsa_project(6, subspace="inputs", energy=1.0, kernels={"dense": Kernel()})
     row = rng.standard_normal((1, 6))
     for x, rank in ((np.zeros((3, 6)), 0), (np.repeat(row, 50, 0), 1), (1e-15 * row, 1)):
-        moments = {"['dense']": second_moment(jnp.asarray(x, jnp.float32))}
+        moments = {"dense": second_moment(jnp.asarray(x, jnp.float32))}
         updates, state = _updated(tx, gradient, moments=moments)
         assert int(state.rank_used[0]) == rank
         assert int(state.refreshes) == 1
@@ -401,7 +401,7 @@ def test_dtypes_are_kept_and_a_rounded_basis_projects_exactly_onto_its_own_span(
     jax.tree.map(lambda u, g: np.testing.assert_equal(u.dtype, g.dtype), updates, gradient)
     assert state.basis["attention"].dtype == (basis_dtype or dtype)
     if dtype == "float32":
-        u = np.asarray(state.basis["['dense']"].astype(jnp.float32), np.float64)
+        u = np.asarray(state.basis["dense"].astype(jnp.float32), np.float64)
         u = u[:, np.any(u, axis=0)]
         g = np.asarray(gradient["dense"], np.float64)
         want = g - u @ np.linalg.solve(u.T @ u, u.T @ g)
@@ -538,10 +538,10 @@ def test_moments_that_do_not_fit_are_named(rng):
     swapped = {**moments, "attention": moments["output"]}
     with pytest.raises(ValueError, match=r"'attention' have shape \(2, 15, 15\)"):
         refresh(state, moments=swapped)
-    whole = moments["['dense']"]
+    whole = moments["dense"]
     part = SecondMoment(whole.product[:, :3], whole.trace)
     with pytest.raises(ValueError, match="neither whole nor a sketch"):
-        refresh(state, moments={**moments, "['dense']": part})
+        refresh(state, moments={**moments, "dense": part})
     with pytest.raises(ValueError, match="expected reference gradients, or moments"):
         refresh(state)
     with pytest.raises(ValueError, match="pass moments="):
@@ -605,7 +605,7 @@ def test_reference_gradients_vanish_along_the_step(rng):
     params = {"kernel": jnp.asarray(rng.standard_normal((6, 3)), jnp.float32)}
     tx = ogpsa_project(6, subspace="inputs", energy=1.0, kernels=flax_kernels)
     loss = lambda p, batch: jnp.mean(jnp.tanh(batch @ p["kernel"]) ** 2)  # noqa: E731
-    state = refresh(tx.init(params), moments={"['kernel']": second_moment(x)})
+    state = refresh(tx.init(params), moments={"kernel": second_moment(x)})
     gradient = {"kernel": jnp.asarray(rng.standard_normal((6, 3)), jnp.float32)}
     updates, _ = tx.update(gradient, state)
     (reference,) = reference_gradients(loss, params, [x])

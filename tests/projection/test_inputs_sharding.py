@@ -45,7 +45,7 @@ def moments(rng):
         x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
         return second_moment(x) if x.ndim == 2 else jax.vmap(second_moment)(x)
 
-    names = {"['dense']": (5, 16), "attention": (3, 5, 16), "output": (3, 5, 16)}
+    names = {"dense": (5, 16), "attention": (3, 5, 16), "output": (3, 5, 16)}
     return {name: of(*shape) for name, shape in names.items()}
 
 
