@@ -6,7 +6,6 @@ import importlib
 import jax
 import pytest
 
-
 NAMES = "transform refresh streaming reference diagnostics second_moments column_adam"
 MODULES = [f"projection.{name}" for name in NAMES.split()] + ["linen", "nnx"]
 
