@@ -158,6 +158,11 @@ class ReferencesSection(Section):
         description="response: answer tokens; all_tokens; dpo: the DPO loss on general pairs; "
         "official: cross-entropy over chosen and rejected answers, as the published code",
     )
+    rows_per_refresh: PositiveInt | None = Field(
+        None,
+        description="rows that a refresh takes, in turn, out of all of them; null: all. A multiple "
+        "of references.batch_size for each set",
+    )
     in_step: InStepSection | None = Field(
         None, description="references inside every batch; null: refreshed at intervals"
     )
@@ -365,6 +370,7 @@ class RunConfig(Section):
                 f"{self.model.param_dtype}"
             )
         self._check_subspace()
+        self._check_rows_per_refresh()
         if self.dpo.reference_model == "none" and self.dpo.loss not in REFERENCE_FREE:
             raise ValueError(
                 f"dpo.reference_model: the loss {self.dpo.loss} needs one; none goes with "
@@ -386,6 +392,22 @@ class RunConfig(Section):
                     "gradient; set it to 0, or ogpsa.placement to gradient"
                 )
         return self
+
+    def _check_rows_per_refresh(self) -> None:
+        section = self.references
+        rows, unit = section.rows_per_refresh, section.batch_size * len(section.sets)
+        if rows is None or not self.projects:
+            return
+        if section.in_step is not None or self.ogpsa.subspace == "inputs":
+            raise ValueError(
+                "references.rows_per_refresh: nothing is refreshed at intervals here; leave it "
+                "out, or set references.in_step to null and ogpsa.subspace to gradients"
+            )
+        if rows % unit:
+            raise ValueError(
+                f"references.rows_per_refresh: {rows} is no multiple of references.batch_size "
+                f"times the number of sets ({unit}); take {-(-rows // unit) * unit}"
+            )
 
     def _check_subspace(self) -> None:
         ogpsa = self.ogpsa

@@ -78,6 +78,7 @@ class Task:
       references: reference sets, each stacked as [batches, rows, ...]; their gradients span the
         basis at every refresh.
       reference_rows: rows of all of them together.
+      batches_per_refresh: how many batches of each set a refresh takes, in turn; None: all.
       reference_loss: what is differentiated on reference rows.
       in_step_batches: instead of `references`, the reference rows that ride in every step's batch.
       reference_starts: rows of each reference set, by name, whose loss and entropy are measured
@@ -91,6 +92,7 @@ class Task:
     batches: Batches
     references: Sequence[HostBatch] = ()
     reference_rows: int = 0
+    batches_per_refresh: int | None = None
     reference_loss: Objective | None = None
     in_step_batches: Batches | None = None
     reference_starts: Mapping[str, Evaluation] = field(default_factory=dict)
@@ -202,7 +204,9 @@ def fit(
         for step in range(start, total):
             refreshed = refresh_step is not None and step % config.ogpsa.refresh_every == 0
             if refreshed and refresh_step is not None:
-                state = refresh_step(state, network.frozen, references)
+                number = step // config.ogpsa.refresh_every
+                sets = in_turn(references, number, task.batches_per_refresh)
+                state = refresh_step(state, network.frozen, sets)
             batch = shard_rows(task.batches.batch(step), mesh)
             if config.model.lora is not None and config.model.lora.dropout:
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -244,6 +248,20 @@ def fit(
 def progress_of(config: RunConfig) -> Progress:
     """What a person sees of a run: a preference loss is counted in pairs."""
     return Progress(config.name, "pairs" if config.objective == "dpo" else "targets")
+
+
+def in_turn(
+    sets: Sequence[Mapping[str, Any]], number: int, count: int | None
+) -> tuple[dict[str, Any], ...]:
+    """The batches that refresh `number`, from 0, takes of each set: the next `count`, or all."""
+    if count is None:
+        return tuple(dict(batches) for batches in sets)
+    taken = []
+    for batches in sets:
+        there = len(batches["input_ids"])
+        chosen = (number * count + np.arange(min(count, there))) % there
+        taken.append({name: array[chosen] for name, array in batches.items()})
+    return tuple(taken)
 
 
 class Evaluator:

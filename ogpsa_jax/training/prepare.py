@@ -384,6 +384,10 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
         references=[] if riding or inputs else sets,
         input_rows=sets if inputs else [],
         reference_rows=riding or sum(len(examples) for examples in data.references),
+        batches_per_refresh=None
+        if config.references.rows_per_refresh is None
+        else config.references.rows_per_refresh
+        // (config.references.batch_size * len(config.references.sets)),
         reference_loss=preference if config.references.loss == "dpo" else cross_entropy,
         in_step_batches=in_step_batches,
         reference_starts={

@@ -25,7 +25,7 @@ from ogpsa_jax.training.config import ExportSection, MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config, located
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
-from ogpsa_jax.training.loop import Evaluation, fit, progress_of
+from ogpsa_jax.training.loop import Evaluation, Task, fit, in_turn, progress_of
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
 from ogpsa_jax.training.metrics import (
     Line,
@@ -210,13 +210,7 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
                     summary["warnings"].append(warning)
             summary |= {
                 "data": data.report(),
-                "reference_samples": task.reference_rows
-                * (
-                    len(task.batches)
-                    if config.reference_rows
-                    else _refreshes(config, len(task.batches))
-                )
-                * (2 if config.references.loss in ("dpo", "official") else 1),
+                "reference_samples": _reference_samples(task, config),
                 "seconds": round(time.perf_counter() - started, 1),
                 "export": str(run_dir / "export"),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -358,6 +352,21 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
     at_intervals = config.projects and not config.reference_rows
     every = config.ogpsa.refresh_every if at_intervals else None
     return list(judge_training(steps, held_out_changes(lines), every).values())
+
+
+def _reference_samples(task: Task, config: RunConfig) -> int:
+    """Sequences of references that went through the model, in all; a pair is two."""
+    refreshes = _refreshes(config, len(task.batches))
+    rows = task.reference_rows * (len(task.batches) if config.reference_rows else refreshes)
+    if task.batches_per_refresh is not None:
+        taken = [
+            batches["segment_ids"]
+            for number in range(refreshes)
+            for batches in in_turn(task.references, number, task.batches_per_refresh)
+        ]
+        # What fills up a batch has no token.
+        rows = sum(int(ids.reshape(*ids.shape[:2], -1).any(axis=-1).sum()) for ids in taken)
+    return rows * (2 if config.references.loss in ("dpo", "official") else 1)
 
 
 def _refreshes(config: RunConfig, steps: int) -> int:
