@@ -2,7 +2,15 @@
 
 from ogpsa_jax.data.batches import TrainBatches, fixed_batches
 from ogpsa_jax.data.built_in import BUILT_IN
-from ogpsa_jax.data.examples import DataReport, Example, Tokens, digest, prepare
+from ogpsa_jax.data.examples import (
+    Answers,
+    DataReport,
+    Example,
+    Predictions,
+    Tokens,
+    digest,
+    prepare,
+)
 from ogpsa_jax.data.reading import read_records, split_by_prompt
 from ogpsa_jax.data.records import DataSource, Message, Record
 from ogpsa_jax.data.templates import DEFAULT_DATE, ChatTemplate
@@ -11,11 +19,13 @@ from ogpsa_jax.data.tokenizer import load_tokenizer
 __all__ = [
     "BUILT_IN",
     "DEFAULT_DATE",
+    "Answers",
     "ChatTemplate",
     "DataReport",
     "DataSource",
     "Example",
     "Message",
+    "Predictions",
     "Record",
     "Tokens",
     "TrainBatches",

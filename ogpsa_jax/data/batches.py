@@ -138,7 +138,9 @@ def _stacked(rows: Sequence[Sequence[Example]], length: int, like: Example) -> B
     Returns:
       ``input_ids``, ``segment_ids`` (0: padding), ``positions`` (from 0 in each document) int32 and
       ``loss_mask`` bool, ``[rows, length]``, or ``[rows, 2, length]`` for pairs, with
-      ``reference_logps`` float32 ``[rows, 2]`` where the examples have them.
+      ``reference_logps`` float32 ``[rows, 2]`` where the examples have them; where they have a
+      teacher, ``teacher_ids`` int32 and ``teacher_log_probs`` float32 ``[rows, length, k]`` and
+      ``teacher_rest`` float32 ``[rows, length]``.
     """
     width = len(like.sequences)
     shape = (len(rows), width, length)
@@ -156,6 +158,28 @@ def _stacked(rows: Sequence[Sequence[Example]], length: int, like: Example) -> B
     if like.reference_logps is not None:
         known = [row[0].reference_logps if row else (0.0, 0.0) for row in rows]
         batch["reference_logps"] = np.asarray(known, np.float32)
+    if like.teacher is not None:
+        batch |= _teachers(rows, length, like.teacher.ids.shape[1])
+    return batch
+
+
+def _teachers(rows: Sequence[Sequence[Example]], length: int, kept: int) -> Batch:
+    """Predictions of teachers, each at the position before the token that it is of."""
+    batch: Batch = {
+        "teacher_ids": np.zeros((len(rows), length, kept), np.int32),
+        "teacher_log_probs": np.zeros((len(rows), length, kept), np.float32),
+        "teacher_rest": np.zeros((len(rows), length), np.float32),
+    }
+    for i, row in enumerate(rows):
+        start = 0
+        for example in row:
+            [tokens], teacher = example.sequences, example.teacher
+            if teacher is not None:
+                at = start + np.flatnonzero(tokens.learnt[1:])
+                batch["teacher_ids"][i, at] = teacher.ids
+                batch["teacher_log_probs"][i, at] = teacher.log_probs
+                batch["teacher_rest"][i, at] = teacher.rest
+            start += len(tokens.ids)
     return batch
 
 

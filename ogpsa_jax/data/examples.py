@@ -11,11 +11,19 @@ import numpy as np
 
 from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data.reading import and_others, read_records
-from ogpsa_jax.data.records import DataSource, Kind, Message, Record, as_context
+from ogpsa_jax.data.records import (
+    DataSource,
+    Kind,
+    Message,
+    Record,
+    as_context,
+    without_answer,
+)
 from ogpsa_jax.data.templates import ChatTemplate, Encoded
 from ogpsa_jax.errors import InputError
 
 TooLong = Literal["refuse", "skip", "cut"]
+Answers = Literal["required", "optional", "left out"]
 _CHUNK = 512  # records that are tokenised in one call
 _TOLD = 20  # refused rows that a report names
 
@@ -34,12 +42,35 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a teacher predicts of one sequence: a row for each token that is to be learnt.
+
+    Attributes:
+      ids: int32 ``[learnt tokens, k]``, its likeliest tokens.
+      log_probs: float32 ``[learnt tokens, k]``.
+      rest: float32 ``[learnt tokens]``, logarithm of the mass of all other tokens.
+    """
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    rest: np.ndarray
+
+
+@dataclass(frozen=True)
 class Example:
-    """One sequence, or two (chosen, rejected) for a pair."""
+    """One sequence, or two (chosen, rejected) for a pair.
+
+    Attributes:
+      sequences: their tokens.
+      source: the number of the data set it is from.
+      reference_logps: of chosen and rejected, by the reference model of a preference loss.
+      teacher: of a single sequence, what it is compared with instead of its tokens.
+    """
 
     sequences: tuple[Tokens, ...]
     source: int = 0
     reference_logps: tuple[float, float] | None = None
+    teacher: Predictions | None = None
 
     @property
     def length(self) -> int:
@@ -61,6 +92,7 @@ class DataReport:
       split: conversations that came to several examples, because the template shows an earlier turn
         otherwise than when it is answered.
       skipped: rows that say of themselves that they do not count, by the way they say it.
+      prompts_alone: rows without an answer, whose own tokens are learnt.
       refused: pairs, and rows passed over in a draw, that were left out: place and reason.
       notes: sentences on what of the rows is not used.
     """
@@ -75,6 +107,7 @@ class DataReport:
     skipped: Counter[str] = field(default_factory=Counter)
     refused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    prompts_alone: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Counts for the summary, why rows are skipped, and the first refused rows by name."""
@@ -89,6 +122,8 @@ class DataReport:
         }
         if self.split:
             counts["split_rows"] = self.split
+        if self.prompts_alone:
+            counts["prompts_alone"] = self.prompts_alone
         if self.skipped:
             counts["skipped"] = dict(self.skipped)
         if self.refused:
@@ -115,6 +150,7 @@ def prepare(
     max_length: int,
     all_tokens: bool = False,
     too_long: TooLong = "refuse",
+    answers: Answers = "required",
     seed: int = 0,
 ) -> tuple[list[Example], DataReport]:
     """Read, validate and tokenise whole data sets.
@@ -130,6 +166,9 @@ def prepare(
         draw of some samples passes over it; skip: it is left out and named; cut: tokens are taken
         out of the prompt's middle until the answer has room, at most half of the row, so that the
         template and both ends of what was asked stay (as LongBench does, 2308.14508).
+      answers: ``"optional"``: rows may be prompts alone (SFT only), of which every token but the
+        first is to be learnt; ``"left out"``: all rows are taken for such, and leave room for at
+        least one token more.
       seed: of the draw where a source asks for some samples.
 
     Returns:
@@ -148,11 +187,15 @@ def prepare(
         max_length=max_length,
         all_tokens=all_tokens,
         cut_prompts=too_long == "cut",
+        leave_room=answers == "left out",
     )
     examples: list[Example] = []
     report = DataReport()
     for number, source in enumerate(sources):
-        records, skipped, notes = read_records(source, kind)
+        found = read_records(source, kind, prompts_alone=answers != "required")
+        records, skipped, notes = found
+        if answers == "left out":
+            records = [without_answer(record) for record in records]
         report.skipped += skipped
         report.notes += notes
         outcomes = _drawn(source, records, tokenise, seed)
@@ -180,6 +223,7 @@ def prepare(
         report.cut_prompts += sum(outcome.cut_prompt for outcome in made)
         report.split += sum(outcome.split for outcome in made)
         report.lengths += [outcome.length for outcome in made if outcome.length]
+        report.prompts_alone += sum(outcome.prompt_alone for outcome in made)
         examples += [Example(tokens, number) for outcome in made for tokens in outcome.examples]
     report.rows = len(examples)
     for example in examples:
@@ -196,6 +240,7 @@ class _Outcome:
     length: int = 0  # of a conversation, before it was cut
     cut_prompt: bool = False
     split: bool = False
+    prompt_alone: bool = False
     problem: str = ""
     remedied: bool = False  # the problem says itself what to do
     too_long: bool = False
@@ -246,6 +291,7 @@ def _outcomes(
     max_length: int,
     all_tokens: bool,
     cut_prompts: bool,
+    leave_room: bool,
 ) -> list[_Outcome]:
     conversations = [
         (messages, record.where)
@@ -259,6 +305,8 @@ def _outcomes(
             outcomes.append(_Outcome(problem=f"{record.where}: {record.flaw}"))
         elif record.text is not None:
             outcomes.append(_Outcome(_pieces(template.encode_text(record.text), max_length)))
+        elif record.prompt_alone:
+            outcomes.append(_prompt(record, template, max_length, cut_prompts, leave_room))
         else:
             found = [next(encoded) for _ in _conversations(record)]
             cut = partial(
@@ -274,7 +322,7 @@ def _outcomes(
 
 def _conversations(record: Record) -> list[tuple[Message, ...]]:
     """The record's conversation; of a pair two, in which the last answer alone is learnt."""
-    if record.text is not None:
+    if record.text is not None or record.prompt_alone:
         return []
     if record.chosen is None or record.rejected is None:
         return [record.messages]
@@ -349,6 +397,27 @@ def _without_middle(whole: Sequence[Tokens], max_length: int) -> tuple[Tokens, .
         order = order[:max_length]
         found.append(Tokens(tokens.ids[order], tokens.learnt[order]))
     return tuple(found)
+
+
+def _prompt(
+    record: Record, template: ChatTemplate, max_length: int, cut_prompts: bool, leave_room: bool
+) -> _Outcome:
+    """A prompt up to where its answer would begin, or as much of it as there may be."""
+    ids = np.asarray(template.encode_prompt(record.messages), np.int32)
+    if len(ids) < 2:
+        return _Outcome(problem=f"{record.where}: the prompt has no token to predict")
+    too_long = leave_room and len(ids) >= max_length
+    if too_long and not cut_prompts:
+        return _Outcome(
+            problem=f"{record.where}: the prompt alone fills data.max_length ({max_length} "
+            "tokens), so there is no room for an answer",
+            too_long=True,
+        )
+    kept = max_length - max_length // 2
+    cut = np.concatenate([ids[: kept // 2], ids[len(ids) - (kept - kept // 2) :]])
+    shown = cut if too_long else ids[:max_length]
+    tokens = Tokens(shown, np.arange(len(shown)) > 0)
+    return _Outcome(((tokens,),), len(ids), cut_prompt=too_long, prompt_alone=True)
 
 
 def _pieces(ids: list[int], max_length: int) -> tuple[tuple[Tokens, ...], ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from ogpsa_jax.data import fields
 from ogpsa_jax.data.files import Located, located_rows
 from ogpsa_jax.data.formats import Format, format_of
+from ogpsa_jax.data.prompts import PROMPT_ALONE, REMEDY, asks_alone
 from ogpsa_jax.data.records import DataSource, Kind, Record, Row, Skipped
 from ogpsa_jax.errors import InputError
 
@@ -32,12 +33,13 @@ class ReadRows(NamedTuple):
     notes: list[str]
 
 
-def read_records(source: DataSource, kind: Kind) -> ReadRows:
+def read_records(source: DataSource, kind: Kind, *, prompts_alone: bool = False) -> ReadRows:
     """All records of a source, validated; `source.samples` is not applied here.
 
     Args:
       source: what to read.
       kind: ``"sft"`` or ``"preference"``.
+      prompts_alone: whether rows without an answer may be among them (SFT only).
 
     Raises:
       InputError: unreadable, of no known format, malformed rows, or no usable row at all.
@@ -51,7 +53,7 @@ def read_records(source: DataSource, kind: Kind) -> ReadRows:
         )
     if not by_prompt:
         located = located[slice(*_within(bounds, len(located), source, "rows"))]
-    records, skipped, notes = _read(located, source, kind)
+    records, skipped, notes = _read(located, source, kind, prompts_alone)
     if by_prompt:
         prompts = list(dict.fromkeys(record.prompt for record in records))
         chosen = set(prompts[slice(*_within(bounds, len(prompts), source, "prompts"))])
@@ -98,8 +100,8 @@ def split_by_prompt(
     )
 
 
-def _read(located: list[Located], source: DataSource, kind: Kind) -> ReadRows:
-    known = format_of([row for row, _ in located[:1]], kind, source.format, source.path)
+def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone: bool) -> ReadRows:
+    known = _format(located, source, kind, prompts_alone)
     records: list[Record] = []
     skipped: Counter[str] = Counter()
     unused: dict[str, list[str]] = {}  # where each field stands
@@ -108,10 +110,13 @@ def _read(located: list[Located], source: DataSource, kind: Kind) -> ReadRows:
     columns = list(located[0][0])
     for row, where in located:
         try:
-            found = _record(row, where, known, unused)
+            alone = prompts_alone and asks_alone(row)
+            found = _record(row, where, PROMPT_ALONE if alone else known, unused)
         except InputError as error:
             problem = str(error).removesuffix(".")
-            if source.format == "auto" and set(row) != set(columns):
+            if kind == "sft" and asks_alone(row) and not prompts_alone:
+                problem += f"; {REMEDY}"
+            elif source.format == "auto" and set(row) != set(columns):
                 problem += (
                     f"; the format was taken from the first row, whose columns are "
                     f"{', '.join(map(str, columns))}: rows of another one need a file of their own"
@@ -160,6 +165,20 @@ def _how_many(places: Sequence[str]) -> str:
     """``line 2``, or ``3 rows, the first is line 2``."""
     first = places[0].rpartition(", ")[2]
     return first if len(places) == 1 else f"{len(places)} rows, the first is {first}"
+
+
+def _format(located: list[Located], source: DataSource, kind: Kind, prompts_alone: bool) -> Format:
+    """Of the rows with answers, where prompts alone may stand among them."""
+    rows = (row for row, _ in located if not (prompts_alone and asks_alone(row)))
+    first = next(rows, None)
+    if first is None and source.format == "auto":
+        return PROMPT_ALONE
+    try:
+        return format_of([] if first is None else [first], kind, source.format, source.path)
+    except InputError as error:
+        if kind == "sft" and first is not None and asks_alone(first):
+            raise InputError(f"{str(error).removesuffix('.')}; {REMEDY}.") from error
+        raise
 
 
 def and_others(places: Sequence[str]) -> str:

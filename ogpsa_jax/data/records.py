@@ -53,8 +53,9 @@ class Message:
 class Record:
     """A row, with where it stands (``file, line 3``).
 
-    Exactly one of these is set: `text`; `messages`, which end with an assistant's; or `messages`,
-    which end with a user's, together with `chosen` and `rejected`.
+    Exactly one of these is set: `text`; `messages`, which end with an assistant's; `messages`,
+    which end with a user's, together with `chosen` and `rejected`; or such `messages` alone, a
+    prompt without an answer.
     """
 
     where: str
@@ -66,8 +67,17 @@ class Record:
     @property
     def prompt(self) -> str:
         """All that is given, as one text: rows with the same prompt belong to the same split."""
-        given = self.messages if self.chosen is not None else self.messages[:-1]
+        given = self.messages[:-1] if self._answered else self.messages
         return self.text or "\n".join(f"{m.role}: {m.content}" for m in given)
+
+    @property
+    def _answered(self) -> bool:
+        return bool(self.messages) and self.messages[-1].role == "assistant"
+
+    @property
+    def prompt_alone(self) -> bool:
+        """Whether there is a prompt and no answer to it."""
+        return self.text is None and self.chosen is None and not self._answered
 
     @property
     def flaw(self) -> str:
@@ -98,6 +108,21 @@ class Skipped:
 def as_context(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Turns of which nothing is learnt."""
     return tuple(replace(m, learnt=False) if m.role == "assistant" else m for m in messages)
+
+
+def without_answer(record: Record) -> Record:
+    """The prompt of a row alone.
+
+    Raises:
+      InputError: plain text, of which no part is a prompt.
+    """
+    if record.text is not None:
+        raise InputError(
+            f"{record.where}: plain text has no prompt that the model could answer; give prompts, "
+            "or set references.answers to given."
+        )
+    given = record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
+    return Record(record.where, given)
 
 
 def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:

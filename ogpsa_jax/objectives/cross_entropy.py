@@ -29,6 +29,55 @@ def target_mask(batch: Batch) -> jax.Array:
     return jnp.pad(learnt, [(0, 0)] * (learnt.ndim - 1) + [(0, 1)])
 
 
+def over_chunks(
+    model: Any,
+    batch: Batch,
+    chunk_size: int,
+    function: Callable[..., Any],
+    *arrays: jax.Array,
+) -> Any:
+    """Apply a function to the logits of a few positions of every row at a time.
+
+    Args:
+      model: has ``hidden_states`` and ``unembed``.
+      batch: as for :func:`target_log_probs`.
+      chunk_size: positions of each row whose logits exist at a time, forward and backward.
+      function: ``(logits [B, C, V], *arrays [B, C, ...]) -> pytree of [B, C, ...]``.
+      *arrays: ``[B, T, ...]``, cut as the logits are.
+
+    Returns:
+      What the function gives, its chunks put together: ``[B, T, ...]``.
+    """
+    rows, length = batch["input_ids"].shape
+    dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
+    hidden = model.hidden_states(
+        batch["input_ids"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        **dropout,
+    )
+    chunk = min(chunk_size, length)
+    missing = -length % chunk
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        split = padded.reshape(rows, -1, chunk, *x.shape[2:])
+        return jnp.moveaxis(split, 1, 0)
+
+    def together(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
+
+    @jax.checkpoint
+    def of_chunk(hidden: jax.Array, *arrays: jax.Array) -> Any:
+        return function(model.unembed(hidden), *arrays)
+
+    def body(_: None, chunks: tuple[jax.Array, ...]) -> tuple[None, Any]:
+        return None, of_chunk(*chunks)
+
+    _, found = jax.lax.scan(body, None, tuple(cut(x) for x in (hidden, *arrays)))
+    return jax.tree.map(together, found)
+
+
 def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every token that is to be learnt.
 
@@ -66,36 +115,10 @@ def _of_every_target(
 
     Its arrays ``[B, C]`` come back as ``[B, T]``, zero where nothing is learnt, with the mask.
     """
-    rows, length = batch["input_ids"].shape
-    dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
-    hidden = model.hidden_states(
-        batch["input_ids"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        **dropout,
-    )
     mask = target_mask(batch)
     targets = jnp.pad(batch["input_ids"][:, 1:], [(0, 0), (0, 1)])
-    chunk = min(chunk_size, length)
-    missing = -length % chunk
-
-    def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-        split = padded.reshape(rows, -1, chunk, *x.shape[2:])
-        return jnp.moveaxis(split, 1, 0)
-
-    @jax.checkpoint
-    def measured(hidden: jax.Array, targets: jax.Array) -> Any:
-        return measure(model.unembed(hidden), targets)
-
-    def body(_: None, chunks: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
-        return None, measured(*chunks)
-
-    def joined(x: jax.Array) -> jax.Array:
-        return jnp.where(mask, jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], 0.0)
-
-    _, found = jax.lax.scan(body, None, (cut(hidden), cut(targets)))
-    return jax.tree.map(joined, found), mask
+    found = over_chunks(model, batch, chunk_size, measure, targets)
+    return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), found), mask
 
 
 def token_cross_entropy(

@@ -148,6 +148,15 @@ class InStepSection(Section):
     )
 
 
+class OwnAnswersSection(Section):
+    """How the initial model answers the reference prompts, with references.answers: own."""
+
+    max_new_tokens: PositiveInt = Field(512, description="tokens an answer may have, at most")
+    temperature: NonNegativeFloat = Field(
+        0.0, description="0: the likeliest tokens; otherwise drawn, by the run's seed"
+    )
+
+
 class ReferencesSection(Section):
     """The general-capability examples whose gradients span the reference subspace."""
 
@@ -162,6 +171,27 @@ class ReferencesSection(Section):
         None,
         description="rows that a refresh takes, in turn, out of all of them; null: all. A multiple "
         "of references.batch_size for each set",
+    )
+    target: Literal["answers", "initial"] = Field(
+        "answers",
+        description="what the loss compares the model with: the rows' answers; initial: what the "
+        "initial model predicts there (KL divergence), for which prompts alone will do",
+    )
+    answers: Literal["given", "own"] = Field(
+        "given", description="own: the initial model writes the answers first"
+    )
+    own_answers: OwnAnswersSection = Field(
+        default_factory=OwnAnswersSection, description="how it writes them"
+    )
+    initial_model: str | None = Field(
+        None,
+        description="folder or hub id of the initial model; null: the one that the first stage of "
+        "this pipeline started from",
+    )
+    top_k: PositiveInt | None = Field(
+        None,
+        description="tokens kept of each of its predictions; null: the fewest of 8, 16, ..., 256 "
+        "that leave at most 1 % of the probability to the rest, on average",
     )
     in_step: InStepSection | None = Field(
         None, description="references inside every batch; null: refreshed at intervals"
@@ -378,6 +408,17 @@ class RunConfig(Section):
             )
         if self.objective == "sft" and self.references.loss in ("dpo", "official"):
             raise ValueError(f"references.loss: {self.references.loss} needs objective: dpo")
+        if self.references.loss in ("dpo", "official"):
+            if self.references.target == "initial":
+                raise ValueError(
+                    f"references.target: initial cannot go with references.loss: "
+                    f"{self.references.loss}; set references.loss to response or all_tokens"
+                )
+            if self.references.answers == "own":
+                raise ValueError(
+                    f"references.answers: own gives no pairs for references.loss: "
+                    f"{self.references.loss}; set references.loss to response or all_tokens"
+                )
         in_step = self.references.in_step
         if self.projects and in_step is not None:
             if not 1 <= self.reference_rows < self.train.batch_size:
@@ -437,6 +478,12 @@ class RunConfig(Section):
     def projects(self) -> bool:
         """Whether this run claims OGPSA."""
         return self.ogpsa.preset != "off"
+
+    @property
+    def asks_initial_model(self) -> bool:
+        """Whether the initial model says what is right on reference rows."""
+        references = self.references
+        return self.projects and (references.target == "initial" or references.answers == "own")
 
     @property
     def reference_rows(self) -> int:

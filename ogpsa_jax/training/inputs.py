@@ -1,7 +1,6 @@
 """A run goes on with the data and the model it began with, or not at all."""
 
 import datetime
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from jax.experimental import multihost_utils
 from ogpsa_jax.data import DEFAULT_DATE, digest
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json, write_whole
-from ogpsa_jax.models.folders import resolve_folder, weights_files
 from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.model_digests import weights_digest
 from ogpsa_jax.training.prepare import RunData
 
 _INPUTS = "inputs.json"
 _REMEDY = "delete the file to go on with what is there now"
-_SAMPLE = 1 << 20  # bytes of a weights file that are read at each of three places
 
 
 def run_date(run_dir: Path) -> datetime.date:
@@ -67,11 +65,14 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
         "data.train": digest(data.train),
         **{f"references.sets.{i}": digest(rows) for i, rows in enumerate(data.references)},
         **{f"data.eval.{name}": digest(rows) for name, rows in data.evaluations.items()},
-        "model.path": _model_digest(str(config.model.path), config.model.initial_weights),
+        "model.path": weights_digest(str(config.model.path), config.model.initial_weights),
     }
     reference_model = config.dpo.reference_model
     if config.objective == "dpo" and reference_model not in ("initial", "none"):
-        now["dpo.reference_model"] = _model_digest(reference_model)
+        now["dpo.reference_model"] = weights_digest(reference_model)
+    if data.initial_model is not None and not data.initial_model.own_start:
+        section = data.initial_model.section
+        now["references.initial_model"] = weights_digest(str(section.path), section.initial_weights)
     if not path.exists():
         if jax.process_index() == 0:
             kept = {**now, "date": data.date.isoformat()}
@@ -84,19 +85,3 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
                 f"{path}: what {name} names has changed since this run began; bring back what it "
                 "was, or choose another output_dir."
             )
-
-
-def _model_digest(path_or_id: str, weights: str = "pretrained") -> str:
-    found = hashlib.blake2b(digest_size=20)
-    folder = resolve_folder(path_or_id)
-    files = [folder / "config.json"]
-    if weights == "pretrained":
-        files += weights_files(folder)
-    for path in files:
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(size - _SAMPLE, 0)):
-                file.seek(start)
-                found.update(file.read(_SAMPLE))
-    return found.hexdigest()

@@ -135,7 +135,12 @@ def find_problems(lines: Sequence[Line]) -> dict[str, str]:
     )
     report(
         "rank",
-        [line for line in steps if line.get("effective_rank") == 0],
+        # Where the model still predicts what the initial model does, there is nothing to protect.
+        [
+            line
+            for line in steps
+            if line.get("effective_rank") == 0 and line.get("reference/loss") != 0
+        ],
         "the basis was empty, so nothing was projected; the reference gradients are zero or not "
         "finite",
     )

@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from ogpsa_jax.data import (
     DEFAULT_DATE,
+    Answers,
     ChatTemplate,
     DataReport,
     DataSource,
@@ -38,9 +39,11 @@ from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.pretrained import check_computable
 from ogpsa_jax.objectives.cross_entropy import surprise
+from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import DataSection, RunConfig, SourceSection
+from ogpsa_jax.training.initial_model import InitialModel, check_initial_model
 from ogpsa_jax.training.loop import Evaluation, Task
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.origin import about
@@ -55,7 +58,18 @@ _MOST_ROWS = 10**8  # a run's rows are laid out before its first step
 
 @dataclass(frozen=True)
 class RunData:
-    """All examples of a run, and the day that its chat template prints."""
+    """All examples of a run.
+
+    Attributes:
+      train: what is trained on.
+      references: reference sets.
+      evaluations: held-out sets by name.
+      reports: counts, by data set.
+      warnings: for the user.
+      date: the day that the chat template prints.
+      initial_model: which model says what is right on reference rows; None where none is asked.
+      initial: what the summary says of it.
+    """
 
     train: list[Example]
     references: list[list[Example]]
@@ -63,6 +77,8 @@ class RunData:
     reports: dict[str, DataReport]
     warnings: list[str]
     date: datetime.date = DEFAULT_DATE
+    initial_model: InitialModel | None = None
+    initial: dict[str, Any] = field(default_factory=dict)
 
     def report(self) -> dict[str, dict[str, int]]:
         """Counts for the summary, by data set."""
@@ -124,6 +140,7 @@ def prepare_data(
             f"max_position_embeddings ({model.max_position_embeddings}); lower it."
         )
     tokenizer = tokenizer_of(config)
+    check_initial_model(config, model, tokenizer)
     tokenizer_key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
     with about(tokenizer_key if config.data.template is None else "data.template"):
         template = ChatTemplate(tokenizer, config.data.template, date=date)
@@ -136,6 +153,7 @@ def prepare_data(
         *,
         pairs: bool,
         all_tokens: bool = False,
+        answers: Answers = "required",
     ) -> list[Example]:
         with _about_one(sources, keys):
             examples, reports[name] = prepare(
@@ -145,6 +163,7 @@ def prepare_data(
                 max_length=config.data.max_length,
                 all_tokens=all_tokens,
                 too_long=config.data.too_long,
+                answers=answers,
                 seed=config.seed,
             )
         if skipped := reports[name].skipped:
@@ -166,6 +185,9 @@ def prepare_data(
         pairs=config.objective == "dpo",
     )
     pairs = config.references.loss in ("dpo", "official")
+    answers: Answers = "optional" if config.references.target == "initial" else "required"
+    if config.references.answers == "own":
+        answers = "left out"
     try:
         references = [
             read(
@@ -174,6 +196,7 @@ def prepare_data(
                 [f"references.sets.{i}"],
                 pairs=pairs,
                 all_tokens=config.references.loss == "all_tokens",
+                answers=answers,
             )
             for i, section in enumerate(config.references.sets if config.projects else ())
         ]
@@ -356,6 +379,11 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
 
     preference = preference_objective(config)
     cross_entropy = partial(sft_loss, chunk_size=config.train.loss_chunk)
+    reference_loss: Objective = cross_entropy
+    if config.references.target == "initial":
+        reference_loss = partial(distillation_loss, chunk_size=config.train.loss_chunk)
+    elif config.references.loss == "dpo":
+        reference_loss = preference
     own_rows = config.train.batch_size - riding
     _check_length(config, data, own_rows)
     batches = stream(data.train, config.data.train, own_rows, config.train.steps)
@@ -388,7 +416,7 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
         if config.references.rows_per_refresh is None
         else config.references.rows_per_refresh
         // (config.references.batch_size * len(config.references.sets)),
-        reference_loss=preference if config.references.loss == "dpo" else cross_entropy,
+        reference_loss=reference_loss,
         in_step_batches=in_step_batches,
         reference_starts={
             f"references.{number}": Evaluation(
@@ -396,7 +424,7 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
                 partial(surprise, chunk_size=config.train.loss_chunk),
             )
             for number, examples in enumerate(data.references)
-            if config.references.loss != "dpo"
+            if config.references.loss != "dpo" and config.references.target == "answers"
         },
         evaluations={
             name: Evaluation(

@@ -47,6 +47,7 @@ from ogpsa_jax.training.prepare import (
     trained_parameters,
 )
 from ogpsa_jax.training.progress import Progress
+from ogpsa_jax.training.references import prepare_references
 from ogpsa_jax.training.rounding import (
     loading_warning,
     measure_rounding,
@@ -174,6 +175,7 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
         logger.warning("%s", lost_at_start)
     policy = functools.cache(functools.partial(prepare_model, config, mesh))
     progress.doing("loading the model")
+    data = prepare_references(config, data, mesh, policy)
     data = prepare_reference_log_probs(config, data, mesh, policy)
     task = prepare_task(config, data, mesh)
     network = Network.of(policy(), trained_parameters(config))
@@ -215,6 +217,8 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
                 "export": str(run_dir / "export"),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             }
+            if data.initial:
+                summary["references"] = data.initial
             write_whole(finished, json.dumps(summary, indent=1) + "\n")
             write_model_card(run_dir)
         if jax.process_count() > 1:

@@ -218,10 +218,10 @@ def judge_references(name: str, loss: float, entropy: float, replayed: bool) -> 
     )
     if replayed:
         return (
-            f"{sentence}, and training on them teaches it something else; take answers of the "
-            "model itself, or set references.in_step.replay_weight to 0"
+            f"{sentence}, and training on them teaches it something else; set references.target to "
+            "initial, references.answers to own, or references.in_step.replay_weight to 0"
         )
-    return f"{sentence}; take answers of the model itself"
+    return f"{sentence}; set references.target to initial, or references.answers to own"
 
 
 def judge_lengths(name: str, lengths: Sequence[int], max_length: int, limit: int) -> str:
