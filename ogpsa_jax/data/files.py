@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from ogpsa_jax.errors import InputError
 Located = tuple[dict[str, Any], str]  # a row and where it stands
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
-_UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tsv", ".arrow", ".ndjson", ".feather")
+_UNREAD = (
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tsv", ".arrow", ".ndjson", ".feather"),
+    *(".xlsx", ".xls", ".ods", ".pkl", ".pickle", ".sqlite", ".db", ".avro", ".orc"),
+)
 # Files about a data set, by their names.
 _ABOUT = re.compile(
     r"(readme|licen[sc]e|copying|copyright|notice|authors|citation|changelog|changes|contributing|"
@@ -21,9 +25,11 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 _KEYWORD = re.compile(
-    r"(?<![^-_. ])(train|test|val|valid|validation|dev|eval)(?=[-_. \d]|$)", re.IGNORECASE
+    r"(?<![^-_. ])(train|test|val|valid|validation|dev|eval)(?:ing|set)?(?=[-_. \d]|$)",
+    re.IGNORECASE,
 )
 _SHARD = re.compile(r"([-_. ]?(part|shard|chunk)?[-_. ]?\d+([-_]of[-_]\d+)?)+$", re.IGNORECASE)
+_ROW = re.compile(r"(, row \d+)?(, line \d+)?$")  # of a place
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BEYOND = "nested too deeply, or a number of too many digits; mend the row."
 
@@ -69,6 +75,13 @@ def _folder_rows(path: Path, split: str) -> list[Located]:
             f"{path}: the folder holds both text files ({texts[0].name}) and rows "
             f"({next(p.name for p in chosen if p not in texts)}); name the file to read."
         )
+    kinds: dict[Path, Path] = {}
+    for file in chosen:
+        if (other := kinds.setdefault(file.with_suffix(""), file)) != file:
+            raise InputError(
+                f"{path}: the folder holds both {other.name} and {file.name}, which may be the "
+                "same rows; name the file to read."
+            )
     return [row for file in chosen for row in _file_rows(file)]
 
 
@@ -109,6 +122,19 @@ def _split_of(file: Path, folder: Path) -> str:
         if _KEYWORD.search(name):
             return _SHARD.sub("", name)
     return ""
+
+
+def mixed_files(places: Iterable[str], folder: str) -> list[str]:
+    """The files of a folder in which some rows stand, if they are more than parts of one.
+
+    Args:
+      places: of the rows, as :func:`located_rows` gives them.
+      folder: the path of the source.
+    """
+    files = [Path(name) for name in dict.fromkeys(_ROW.sub("", place) for place in places)]
+    files = [file for file in files if Path(folder) in file.parents and file.suffix != ".txt"]
+    parts = {(file.parent, _SHARD.sub("", file.stem)) for file in files}
+    return [str(file.relative_to(folder)) for file in files] if len(parts) > 1 else []
 
 
 def _file_rows(path: Path) -> list[Located]:

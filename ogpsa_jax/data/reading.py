@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ogpsa_jax.data import fields
-from ogpsa_jax.data.files import Located, located_rows
+from ogpsa_jax.data.files import Located, located_rows, mixed_files
 from ogpsa_jax.data.formats import Format, format_of
 from ogpsa_jax.data.prompts import PROMPT_ALONE, REMEDY, asks_alone
 from ogpsa_jax.data.records import DataSource, Kind, Record, Row, Skipped
@@ -133,6 +133,12 @@ def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone:
         others = and_others([where for _, where in malformed[1:]])
         raise InputError(f"{malformed[0][0]}{others}.")
     notes = []
+    if files := mixed_files((where for _, where in located), source.path):
+        told = ", ".join(files[:_TOLD]) + (f" and {len(files) - _TOLD} more" * (len(files) > _TOLD))
+        notes.append(
+            f"{source.path}: the rows of {told} are read together; name one of these files if it "
+            "alone is meant"
+        )
     if unused:
         told = ", ".join(
             f"'{name}' ({_how_many(places)})" for name, places in list(unused.items())[:_NAMED]
@@ -144,7 +150,8 @@ def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone:
         )
     notes += [
         f"{source.path}: '{column}' rates the answers from {min(found):g} to {max(found):g}, and "
-        "all above 0 are learnt; leave those out of the file that must not be"
+        f"all {'above 0 ' if column in fields.RATINGS else ''}are learnt; leave those out of the "
+        "file that must not be"
         for column, found in rated.items()
         if min(found) < max(found)
     ]

@@ -20,6 +20,7 @@ from ogpsa_jax.errors import InputError
 _PROBE = "\u27e8answer\u27e9"
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_ASKS_TODAY = re.compile(r"\bstrftime_now\b(?!\s+is\s+(not\s+)?defined\b)")
 _THOUGHT = re.compile(r"</?think>")
 _SHOWN = 60  # characters that a message shows of each of two texts that differ
 # What templates print that ask for the day's date, unless the caller names a day: a score must not
@@ -48,6 +49,8 @@ class ChatTemplate:
     Attributes:
       source: the template's text, None where there is none.
       dated: the same, with the date in the place of today's.
+      unknown_end: what the template writes after an answer, where none of the tokenizer's special
+        tokens is in it, so that a model writes it out as any other text; otherwise empty.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class ChatTemplate:
         self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = ({*special, *tokenizer.all_special_ids} - {bos}) | {tokenizer.eos_token_id}
-        self._marks, self._closing = False, ""
+        self._marks, self._closing, self.unknown_end = False, "", ""
         self._stops: tuple[int, ...] = (int(tokenizer.eos_token_id),)
         if self.source is None:
             return
@@ -88,6 +91,7 @@ class ChatTemplate:
             )
         ending = [i for i in self._ids([self._closing])[0] if i in self._special]
         self._stops = tuple(dict.fromkeys((*ending[:1], *self._stops)))
+        self.unknown_end = "" if ending else self._closing.strip()
 
     @property
     def exported(self) -> str | None:
@@ -233,6 +237,7 @@ class ChatTemplate:
                     "data.template to one whose training text begins with its prompt, or mend or "
                     "remove the row."
                 )
+            self._check_shown(messages[:i], prompt, name)
             rest = whole[len(prompt) :]
             marks = [(a - len(prompt), b - len(prompt)) for a, b in marks if len(prompt) < b > a]
             if self._marks and not marks:
@@ -245,6 +250,16 @@ class ChatTemplate:
                 "learn; set data.template, or mend the row."
             )
         return found
+
+    def _check_shown(self, given: Sequence[Message], prompt: str, name: str) -> None:
+        """Refuse a prompt that leaves out what the system or a user says."""
+        for message in given:
+            if message.role != "assistant" and message.content.strip() not in prompt:
+                raise InputError(
+                    f"{name}: the chat template changes or drops what the {message.role} says: the "
+                    f"row says {_end(message.content)!r}, the prompt of use is {_end(prompt)!r}; "
+                    "set data.template to one that shows it, or mend the row."
+                )
 
     def _check(self, content: str, rest: str, marks: list[tuple[int, int]], name: str) -> None:
         """Refuse an answer that the template alters, marks in part, or that holds its own end."""
@@ -358,9 +373,9 @@ def _dated(source: str | None, date: datetime.date) -> str | None:
         return match[1] + date.strftime(match[2]) + match[1]
 
     found = _TODAY.sub(on_the_day, source)
-    if re.search(r"\bstrftime_now\s*\(", found):
+    if _ASKS_TODAY.search(found):
         raise InputError(
-            "template: it calls strftime_now with something that is not a text, so that the date "
+            "template: it uses strftime_now otherwise than called with a text, so that the date "
             "cannot be kept the same for a whole run; write the format into the call."
         )
     return found

@@ -17,7 +17,7 @@ ROLES = {
     "model": "assistant",
 }
 # How data sets say of a turn whether it is learnt: OpenAI and SlimOrca; ms-swift; axolotl.
-FLAGS = ("weight", "loss", "train", "training")
+FLAGS = ("weight", "loss", "train", "training", "trainable", "loss_mask")
 _HUMAN = re.compile(r"\s*Human:")
 _ASKED = re.compile(r"\n\nAssistant:\s*$")
 
@@ -61,6 +61,12 @@ def parse_turn(turn: Mapping[str, Any], where: str, *, empty: bool = False) -> M
       InputError: an unknown role, no text, or a flag that is neither 0 nor 1.
     """
     role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+    other = "content" if text_key == "value" else "value"
+    if turn.get(other) and turn[other] != turn.get(text_key):
+        raise InputError(
+            f"{where}: the turn holds both '{text_key}' and '{other}', and they differ; keep one "
+            "of them."
+        )
     named = text_of(turn, role_key, where)
     role = ROLES.get(named)
     if role is None:

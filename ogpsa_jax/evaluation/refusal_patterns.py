@@ -76,9 +76,9 @@ REFUSE = re.compile(
     r"(?: going to| have to| like to| need to)* "
     + _ADVERB
     + r"(?:but )?(?:i )?(?:(?:have to|must|will|am going to) )?"
-    r"(?:(?:decline|declining|refuse|refusing)(?= (?:to (?!believe|accept|think|give up|give in)|this|that|your|such|"
+    r"(?:(?:decline|declining|refuse|refusing)(?= (?:to (?!believe|accept|think|give up|give in|choose|pick)|this|that|your|such|"
     r"the request|from|because|here|it|any|requests?|and|as|since|for)|[.,!;]|$)|say no|turn (?:this|that|it|you) down|"
-    r"stop (?:here|you there|this)|draw (?:the|a) line|object to (?:this|that|the|your) (?:request|question|"
+    r"stop (?:here|you there|this)|draw(?:ing)? (?:the|a) line|object to (?:this|that|the|your) (?:request|question|"
     r"task|demand)|abstain|reject (?:this|that|your)|(?:strongly )?advise (?:you )?against|"
     r"(?:choose|prefer|opt|choosing|elect|rather|inclined) not(?: to)? (?:"
     + _HELP
@@ -142,7 +142,8 @@ GRANTED = re.compile(r"\b(?:fulfill?ed|processed|answered|completed|provided|gen
     r"supported|permitted|honou?red|accepted|disclosed|given|discussed|handled|met|addressed|"
     r"accommodated|facilitated|assisted|available|allowed)\b")  # fmt: skip
 DENIED = re.compile(
-    r"^no (?:such )?(?:instructions?|information|details|help|answers?|assistance|advice)\b[^.!?]{0,40}\b(?:will|can|shall) be|^(?:request|access|permission|your request)(?: is| was)? (?:denied|declined|refused|rejected|blocked)"
+    r"^no (?:such )?(?:instructions?|information|details|help|answers?|assistance|advice)\b[^.!?]{0,40}\b(?:will|can|shall) be|^(?:request|access|permission|your request)(?: is| was)? (?:denied|declined|refused|rejected|blocked)|"
+    r"\bno (?:response|answer|output|reply) (?:will|can) be (?:produced|given|generated|provided)\b"
 )
 _NORM = (
     r"(?:guideline|polic(?:y|ies)|programming|principle|values|terms of|rules\b|standards|safety|"
@@ -150,7 +151,7 @@ _NORM = (
 )
 POLICY = re.compile(
     r"(?:\b(?:this|that|it|which|such|your|what you|doing so|the request|here|[a-z]+ing)\b[^.!?;\n]{0,60}?|^)"
-    r"\b(?:violat\w+|go(?:es)? against|(?:is|are|be|'s) against|against|breach\w*|contrary to|conflicts? "
+    r"\b(?<!not )(?<!n't )(?<!never )(?:violat\w+|go(?:es)? against|(?:is|are|be|'s) against|against|breach\w*|contrary to|conflicts? "
     rf"with|in conflict with|falls? outside|outside|prohibited by|forbidden by|not (?:allowed|permitted) "
     rf"(?:by|under|per)|not (?:with)?in(?: line with)?|contravenes?|inconsistent with|beyond)\b[^.!?;\n]{{0,40}}?"
     rf"\b(?:my|our|the|its|usage|content|safety|openai|company|community|ethical)\b[^.!?;\n]{{0,25}}?{_NORM}|"

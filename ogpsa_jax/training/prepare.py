@@ -218,6 +218,12 @@ def prepare_data(
         for name, section in config.data.eval.items()
     }
     warnings = data_warnings(reports, config.data, model.max_position_embeddings)
+    if template.unknown_end and any(report.lengths for report in reports.values()):
+        warnings.append(
+            f"data.template: it ends a turn with {template.unknown_end!r}, which is no special "
+            "token of this tokenizer, so the model learns to write it out, and answers show it; "
+            "choose a template that ends turns with one of the tokenizer's own"
+        )
     for warning in warnings:
         logger.warning("%s", warning)
     return RunData(train, references, evaluations, reports, warnings, date)

@@ -8,6 +8,7 @@ import pytest
 
 from ogpsa_jax.data import ChatTemplate, DataSource, Record, prepare, read_records
 from ogpsa_jax.data.reading import ReadRows
+from ogpsa_jax.data.turns import FLAGS
 from ogpsa_jax.errors import InputError
 
 QA = {"prompt": "Q", "completion": "A"}
@@ -48,6 +49,16 @@ VERDICTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"score": 0}, {"score": 1}),
     ({"score": "-1.5"}, {"score": "2"}),
     ({"helpfulness": 0, "verbosity": 2}, {"helpfulness": 4, "verbosity": 0}),  # HelpSteer
+    ({"response_label": "unsafe"}, {"response_label": "safe"}),  # Aegis
+    ({"human_label": "not safe"}, {"human_label": "not harmful"}),
+    ({"llama_guard": "unsafe\nS9"}, {"llama_guard": "safe"}),
+    ({"label": ["Unsafe"]}, {"label": ["Safe"]}),
+    ({"label": -1}, {"label": "good"}),
+    ({"isSafe": False}, {"isSafe": True}),
+    ({"thumbs_up": False}, {"thumbs_up": True}),
+    ({"is_harmful_response": True}, {"is_harmful_response": False}),
+    ({"judgement": "incorrect"}, {"judgement": "correct"}),
+    ({"meta": {"is_safe": False, "id": 1}}, {"meta": {"is_safe": True, "id": 2}}),
 ]
 
 
@@ -61,10 +72,45 @@ def test_answer_that_its_row_calls_bad_is_not_learnt(
     records, skipped, notes = read(tmp_path, {**layout, **bad}, {**layout, **good})
     assert [record.where[-6:] for record in records] == ["line 2"]
     assert skipped.total() == 1
-    assert all(any(f"'{column}'" in reason for column in bad) for reason in skipped)
+    assert all(any(f"'{column}" in reason for column in bad) for reason in skipped)
     assert notes == []
     with pytest.raises(InputError, match=r"no usable row: 1 row is skipped \("):
         read(tmp_path, {**layout, **bad})
+
+
+@pytest.mark.parametrize("fields", [{"toxic": True}, {"is_safe": False}, {"score": -1}])
+def test_conversation_with_a_turn_that_is_called_bad_is_not_learnt(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    def talk(**extra: Any) -> dict[str, Any]:
+        return {"messages": [TALK[0], answer("A", **extra), TALK[0], answer("B")]}
+
+    of_user = {"messages": [{**TALK[0], "toxic": True}, answer("A")]}
+    records, skipped, _ = read(tmp_path, talk(**fields), talk(weight=0, **fields), of_user)
+    assert [record.where[-6:] for record in records] == ["line 2", "line 3"]
+    assert skipped == {f"'messages[].{next(iter(fields))}' says that the answer is bad": 1}
+
+
+@pytest.mark.parametrize("column", ["odd", "train", "is_gold"])
+def test_column_that_says_false_says_something(column: str, tmp_path: Path) -> None:
+    _, _, [note] = read(tmp_path, {**QA, column: False})
+    assert f"'{column}' (line 1)" in note
+    _, _, [note] = read(tmp_path, {"messages": [TALK[0], answer("A", **{f"{column}_x": False})]})
+    assert f"'messages[].{column}_x' (line 1)" in note
+
+
+def test_turn_with_two_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds both 'value' and 'content', and they differ"):
+        read(tmp_path, {"messages": [{"from": "human", "value": "A", "content": "B"}, TALK[1]]})
+    same = {"from": "human", "role": "user", "value": "A", "content": "A"}
+    assert len(read(tmp_path, {"messages": [same, TALK[1]]})[0]) == 1
+
+
+@pytest.mark.parametrize("column", ["reward", "toxicity_score", "human_rating"])
+def test_other_ratings_that_differ_are_told_too(column: str, tmp_path: Path) -> None:
+    records, _, [note] = read(tmp_path, *({**QA, column: number} for number in (-3.0, 0.5)))
+    assert len(records) == 2
+    assert f"'{column}' rates the answers from -3 to 0.5, and all are learnt" in note
 
 
 @pytest.mark.parametrize(
@@ -93,6 +139,7 @@ BAD_PAIRS = [
     ({"chosen-rating": "1", "rejected-rating": "3"}, "'chosen-rating' is below"),
     ({"chosen_avg_rating": 1, "rejected_avg_rating": 3}, "'chosen_avg_rating' is below"),
     ({"chosen_is_safe": False}, "'chosen_is_safe' says that the chosen answer is bad"),
+    ({"margin": -2.5}, "'margin' is below 0"),
 ]
 
 
@@ -240,7 +287,7 @@ def answer(content: str, **fields: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **fields}
 
 
-@pytest.mark.parametrize("flag", ["weight", "loss", "train", "training"])
+@pytest.mark.parametrize("flag", FLAGS)
 def test_message_that_is_not_to_be_learnt_is_context(flag: str, tmp_path: Path) -> None:
     turns = [TALK[0], answer("no", **{flag: 0}), TALK[0], answer("yes", **{flag: 1.0})]
     for column in ("messages", "conversations"):

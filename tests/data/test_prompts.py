@@ -189,6 +189,18 @@ def test_a_pair_has_the_prompt_of_use_on_both_sides(real_data: Path, tmp_path: P
             r"row 7: .*leaves '#t' of '#tabc' out of {% generation %}",
         ),
         (GEMMA_LIKE, [("system", "s"), ("user", "q"), ("assistant", "a")], "row 7: .*System role"),
+        (
+            MISTRAL_LIKE.replace(
+                "if m.role == 'user'", "if m.role == 'system'%}{% elif m.role == 'user'"
+            ),
+            [("system", "Be brief."), ("user", "q"), ("assistant", "a")],
+            r"row 7: .*drops what the system says: the row says 'Be brief.', .* is '<s>\[INST\] q",
+        ),
+        (
+            BUILT_IN["vanilla"].replace("m['content'] + '\n'", "m['content'][:4] + '\n'"),
+            [("user", "question"), ("assistant", "a")],
+            "row 7: .*drops what the user says: the row says 'question', .* is 'ques",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_asked_as_it_is_taught_is_refused_with_both_texts(
@@ -286,6 +298,16 @@ def test_a_template_that_prints_the_date_prints_the_one_it_is_given(
     assert chat.exported == DATED
     with pytest.raises(InputError, match="write the format into the call"):
         chat_of("{% set f = '%Y' %}{{ strftime_now(f) }}" + DATED, tokenizer, tmp_path)
+    with pytest.raises(InputError, match="write the format into the call"):
+        chat_of("{% set now = strftime_now %}{{ now('%Y') }}" + DATED, tokenizer, tmp_path)
+
+
+def test_an_end_that_is_no_special_token_is_known(make_tokenizer: Maker, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    ends = [("chatml", ""), ("vanilla", ""), ("alpaca", "")]
+    assert [(name, ChatTemplate(tokenizer, name).unknown_end) for name, _ in ends] == ends
+    foreign = BUILT_IN["chatml"].replace("<|im_end|>", "<end>")
+    assert chat_of(foreign, tokenizer, tmp_path).unknown_end == "<end>"
 
 
 def test_the_first_token_that_ends_a_turn_is_the_one_to_stop_at(

@@ -142,6 +142,8 @@ def test_folder_of_several_splits_asks_which(
         ("data/rows-train-00000-of-00002", "data/rows-test-00000-of-00001"),
         ("train_sft", "test_sft"),
         ("train1", "test1"),
+        ("training_set", "testing_set"),
+        ("trainset", "testset"),
     ],
 )
 def test_no_file_of_another_split_is_read(train: str, test: str, tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_file_about_the_data_is_no_data(name: str, tmp_path: Path) -> None:
     assert answers(DataSource(str(tmp_path))) == ["A0", "A1"]
 
 
-@pytest.mark.parametrize("name", ["more.jsonl.gz", "more.tsv", "more.arrow"])
+@pytest.mark.parametrize("name", ["more.jsonl.gz", "more.tsv", "more.arrow", "a.xlsx"])
 def test_folder_with_files_that_are_not_read_says_so(name: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(rows(1))
     (tmp_path / name).write_text("x")
@@ -206,6 +208,33 @@ def test_folder_of_unnamed_files_is_one_split(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(rows(1))
     (tmp_path / "b.jsonl").write_text(rows(1, 1))
     assert answers(DataSource(str(tmp_path))) == ["A0", "A1"]
+
+
+@pytest.mark.parametrize("names", [("safe", "unsafe"), ("main/train-0", "other/train-0")])
+def test_files_that_are_not_parts_of_one_are_told(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(rows(1))
+    [note] = read_records(DataSource(str(tmp_path)), "sft").notes
+    told = ", ".join(f"{name}.jsonl" for name in names)
+    assert f"the rows of {told} are read together; name one of these files" in note
+    alone = read_records(DataSource(str(tmp_path / f"{names[0]}.jsonl")), "sft")
+    assert (len(alone.records), alone.notes) == (1, [])
+
+
+def test_parts_of_one_file_are_read_in_silence(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        (tmp_path / f"{name}.json").write_text(f"[{rows(1)}]")
+    found = read_records(DataSource(str(tmp_path)), "sft")
+    assert (len(found.records), found.notes) == (2, [])
+
+
+def test_one_name_in_two_kinds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows(1))
+    (tmp_path / "a.csv").write_text("prompt,completion\nQ,A0\n")
+    assert "holds both a.csv and a.jsonl, which may be the same rows" in refusal(
+        DataSource(str(tmp_path))
+    )
 
 
 def test_text_may_hold_any_line_separator(tmp_path: Path) -> None:
