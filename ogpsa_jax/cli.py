@@ -262,11 +262,11 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from ogpsa_jax.evaluation import asked_differently, report, text_table
+    from ogpsa_jax.evaluation import report, text_table, to_mind
 
     records = report(parsed.runs, parsed.out, parsed.matched_safety)
     print(text_table(records, parsed.matched_safety))
-    for note in asked_differently(records):
+    for note in to_mind(records):
         print(f"warning: {note}")
     print(f"written to {parsed.out}: report.html, pareto.png, report.csv, report.md")
 

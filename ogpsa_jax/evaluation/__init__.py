@@ -1,6 +1,6 @@
 """Safety and capability scores, the harness adapter, the safety–utility report."""
 
-from ogpsa_jax.evaluation.asking import asked_differently
+from ogpsa_jax.evaluation.asking import to_mind
 from ogpsa_jax.evaluation.evaluate import evaluate, results_text
 from ogpsa_jax.evaluation.figure import pareto_figure
 from ogpsa_jax.evaluation.page import cells_html, figure_html, html_page, table_html
@@ -13,7 +13,6 @@ __all__ = [
     "Cost",
     "Record",
     "aggregate",
-    "asked_differently",
     "cells_html",
     "classify_refusal",
     "csv_table",
@@ -29,5 +28,6 @@ __all__ = [
     "results_text",
     "table_html",
     "text_table",
+    "to_mind",
     "write_records",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.asking import asked_differently
+from ogpsa_jax.evaluation.asking import to_mind
 from ogpsa_jax.evaluation.figure import pareto_figure
 from ogpsa_jax.evaluation.page import figure_html, html_page, table_html
 from ogpsa_jax.evaluation.records import Record, check_definitions, read_records
@@ -63,7 +63,7 @@ def report(
     figure = pareto_figure(records)
     figure.savefig(output / "pareto.png")
     write_whole(output / "report.csv", csv_table(records, matched_safety))
-    notes = asked_differently(records)
+    notes = to_mind(records)
     table = markdown_table(records, matched_safety)
     write_whole(output / "report.md", "\n\n".join([table, *notes]) + "\n")
     told = "".join(f"<p>{html.escape(note)}</p>" for note in notes)

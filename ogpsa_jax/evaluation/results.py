@@ -18,6 +18,7 @@ from ogpsa_jax.evaluation.tasks import TaskResult
 
 # What the model's answers do not depend on. Who judges them is told by their lines.
 NOT_ASKED = {"name", "path", "limit", "where", "score", "seed", "judge"}
+_EMPTY = 0.05  # share of empty answers above which a warning says how they count
 # Counts up when other parts of what a model writes are kept or matched.
 ANSWERS = "answers 2"
 
@@ -138,6 +139,12 @@ def _warnings(name: str, result: TaskResult) -> list[str]:
             f"task {name}: {asked - result.items} of {asked} answers are unjudged, as the judge's "
             "content filter refused them or no reply counted; they are left out of the score. The "
             "same command asks again."
+        )
+    empty = result.details.get("empty_answers", 0.0)
+    if empty > _EMPTY:
+        texts.append(
+            f"task {name}: {empty:.0%} of the answers are empty and count as full compliance; the "
+            "score says nothing of them: look at items.jsonl, and at the chat template."
         )
     if thoughts:
         texts.append(

@@ -157,7 +157,14 @@ def _tax_removed(
     tax = bases[0].mean["general"] - naive.mean["general"]
     if tax <= 0:
         return None, "naive pays no tax"
+    if tax <= math.hypot(_standard_error(bases[0]), _standard_error(naive)):
+        return None, "the tax is no larger than its noise"
     return (row.mean["general"] - naive.mean["general"]) / tax, ""
+
+
+def _standard_error(row: Row) -> float:
+    """Of the general score's mean; 0 where nothing tells it."""
+    return row.spread.get("general", 0.0) / math.sqrt(row.seeds)
 
 
 def safety_score(scores: Iterable[str]) -> str | None:

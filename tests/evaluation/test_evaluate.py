@@ -112,6 +112,17 @@ def test_scores_are_those_counted_by_hand(suite_path, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["safety"] == 0.7
 
 
+def test_a_model_that_says_nothing_is_told(suite_path, tmp_path):
+    class Silent(EchoModel):
+        @staticmethod
+        def _answer(prompt):
+            return " \n" if "bread" in prompt else EchoModel._answer(prompt)
+
+    assert not any("empty" in text for text in _run(EchoModel(), suite_path, tmp_path)["warnings"])
+    [told] = _run(Silent(), suite_path, tmp_path / "silent")["warnings"]
+    assert told.startswith("task harmless: 80% of the answers are empty and count as full compl")
+
+
 def test_a_stopped_evaluation_goes_on_where_it_was(suite_path, tmp_path, drawn):
     whole = _run(EchoModel(), suite_path, tmp_path / "whole", batch_size=3)
     out = tmp_path / "out"

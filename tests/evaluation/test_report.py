@@ -11,7 +11,6 @@ from ogpsa_jax.evaluation import (
     Cost,
     Record,
     aggregate,
-    asked_differently,
     csv_table,
     html_page,
     markdown_table,
@@ -20,6 +19,7 @@ from ogpsa_jax.evaluation import (
     report,
     table_html,
     text_table,
+    to_mind,
     write_records,
 )
 
@@ -339,26 +339,54 @@ def test_a_report_of_runs_is_written_whole_and_needs_nothing_from_elsewhere(reco
     assert "<script" not in page
 
 
-def test_rows_that_were_asked_differently_are_told_in_every_form(records, tmp_path, capsys):
+def test_rows_that_were_to_mind_are_told_in_every_form(records, tmp_path, capsys):
     alike = [
         r.model_copy(update={"asked": {"template": "0a", "stop_tokens": "</s>"}}) for r in records
     ]
-    assert asked_differently(records) == asked_differently(alike) == []
+    assert to_mind(records) == to_mind(alike) == []
     other = {"template": "none", "stop_tokens": "</s> <|im_end|>"}
     mixed = [alike[0].model_copy(update={"asked": other}), *alike[1:]]
-    notes = asked_differently(mixed)
+    notes = to_mind(mixed)
     assert [note.split(" (")[0] for note in notes] == [
         "The rows were asked with different chat templates",
         "The rows were asked with different stop tokens",
     ]
     assert "(before: none; naive run, ogpsa run, merge run: 0a)" in notes[0]
-    assert "before: not recorded; " in asked_differently([records[0], *alike[1:]])[0]
+    assert "before: not recorded; " in to_mind([records[0], *alike[1:]])[0]
     write_records(tmp_path / "results.json", mixed)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert notes[0] in capsys.readouterr().out
     assert notes[1] in (tmp_path / "out" / "report.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "different stop tokens (before: &lt;/s&gt; &lt;|im_end|&gt;;" in page
+
+
+def test_a_score_that_some_seeds_lack_or_that_is_no_fraction_is_told(records):
+    def without(record):
+        return {name: value for name, value in record.scores.items() if name != "safety"}
+
+    lacking = records[1].model_copy(update={"scores": without(records[1])})
+    [note] = to_mind([records[0], lacking, *records[2:]])
+    assert "The score safety of naive run, stage sft, is that of 2 of its 3 seeds" in note
+    percent = records[0].model_copy(update={"scores": {"general": 95.0, "safety": 0.03}})
+    [note] = to_mind([percent, *records[1:]])
+    assert "The score general of before, stage base, is 95, but scores are fractions" in note
+
+
+def test_a_tax_within_its_noise_gives_no_share(records, drawn):
+    spread = drawn.uniform(0.01, 0.05)
+
+    def one(method, general):
+        scores = {"general": general, "safety": 0.9}
+        return Record(
+            label=method, method=method, stage="sft", scores=scores, spread={"general": spread}
+        )
+
+    # The standard error of the difference of two is sqrt(2) times that of each.
+    for tax, note in ((1.3, "the tax is no larger than its noise"), (1.5, "")):
+        rows = [one("base", 0.5 + tax * spread), one("naive", 0.5), one("ogpsa", 0.52)]
+        row = _row(aggregate(rows), "ogpsa")
+        assert (row.tax_removed is None, row.tax_note) == (bool(note), note)
 
 
 def test_an_evaluation_says_of_a_record_how_each_part_was_asked(records, tmp_path):
