@@ -1,6 +1,7 @@
 """Examples: tokenised rows. A whole data set is read, checked and tokenised before step 0."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ from ogpsa_jax.errors import InputError
 TooLong = Literal["refuse", "skip", "cut"]
 Answers = Literal["required", "optional", "left out"]
 _CHUNK = 512  # records that are tokenised in one call
+# How rendered prompts end: Alpaca, Vicuna, Llama 2, Zephyr, ChatML, Llama 3.
+_ASKS_ON = re.compile(
+    r"(###\s*(response|assistant|answer|output)\s*:?|\n\s*assistant:|\[/INST\]|<\|assistant\|>|"
+    r"<\|im_start\|>assistant|<\|end_header_id\|>)\s*$",
+    re.IGNORECASE,
+)
 _TOLD = 20  # refused rows that a report names
 
 
@@ -197,7 +204,7 @@ def prepare(
         if answers == "left out":
             records = [without_answer(record) for record in records]
         report.skipped += skipped
-        report.notes += notes
+        report.notes += notes + _rendered(source, records, template)
         outcomes = _drawn(source, records, tokenise, seed)
         told = [outcome.problem for outcome in outcomes if outcome.problem]
         made = [outcome for outcome in outcomes if not outcome.problem]
@@ -257,6 +264,24 @@ def _refusal(refused: Sequence[_Outcome], too_long: TooLong) -> str:
         choices = "data.too_long to " + ("skip or cut" if too_long == "refuse" else "cut")
         remedy = f"raise data.max_length, set {choices}, or {remedy}"
     return f"{first}{others}; {remedy}."
+
+
+def _rendered(source: DataSource, records: Sequence[Record], template: ChatTemplate) -> list[str]:
+    """What to say of prompts that seem to be rendered by a chat template already."""
+    ends = template.stop_texts()
+    places = []
+    for record in records:
+        given = [m.content for m in record.messages if m.role != "assistant"]
+        if any(end in said for end in ends for said in given) or (
+            given and _ASKS_ON.search(given[-1])
+        ):
+            places.append(record.where)
+    if not places:
+        return []
+    return [
+        f"{places[0]}{and_others(places[1:])}: what is asked holds the marks of a chat template, "
+        "which is then applied to it a second time; give the plain text, with one turn a message"
+    ]
 
 
 def _drawn(

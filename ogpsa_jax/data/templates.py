@@ -166,6 +166,11 @@ class ChatTemplate:
         """What ends an answer under this template, and what ends a document."""
         return self._stops
 
+    def stop_texts(self) -> list[str]:
+        """The texts of :meth:`stop_tokens` that cannot be part of another text."""
+        added = self.tokenizer.added_tokens_decoder
+        return [added[i].content for i in self._stops if i in added]
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the assistant starts to speak."""
         return self._begun(self._ids([self.render(messages, generation_prompt=True)])[0])
@@ -270,8 +275,7 @@ class ChatTemplate:
                 f"{_end(content)!r}, the template {_end(rest)!r}; set data.template to one that "
                 "keeps it, or mend the row."
             )
-        added = self.tokenizer.added_tokens_decoder
-        for text in (added[i].content for i in self._stops if i in added):
+        for text in self.stop_texts():
             if text in content:
                 raise InputError(
                     f"{name}: the answer holds {text!r}, at which generation stops; take it out, "

@@ -414,3 +414,27 @@ def test_only_the_answer_of_a_pair_is_learnt(make_tokenizer: Any, tmp_path: Path
         [example], _ = prepare([DataSource(str(path))], template, kind=kind, max_length=99)
         found = [template.tokenizer.decode(t.ids[t.learnt]) for t in example.sequences]
         assert found == expected
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+        "Q<|im_end|>",
+        "Below is a task.\n### Instruction:\nQ\n\n### Response:\n",
+        "USER: Q\nASSISTANT:",
+        "[INST] Q [/INST]",
+    ],
+)
+def test_prompt_that_is_rendered_already_is_told(
+    asked: str, tmp_path: Path, make_tokenizer: Any
+) -> None:
+    chat = ChatTemplate(make_tokenizer(), "chatml")
+    plain = {"prompt": "What does ### Response: mean? Is it [/INST] or Assistant: then?"}
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row | {"completion": "A"}) + "\n" for row in (plain, {"prompt": asked}))
+    )
+    source = DataSource(str(tmp_path / "rows.jsonl"))
+    _, report = prepare([source], chat, kind="sft", max_length=512)
+    [note] = report.notes
+    assert "rows.jsonl, line 2: what is asked holds the marks of a chat template" in note
