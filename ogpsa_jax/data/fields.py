@@ -107,7 +107,7 @@ def unused(row: Row, where: str, format_name: str, uses: frozenset[str], pair: b
             found += [(f"{column}[].{k}", k) for k in dict.fromkeys(keys) if k not in _TURN]
         elif pair or _verdict(column, value, where) is None:
             found.append((column, column))
-    found = [(name, field) for name, field in found if not _CARRIED.fullmatch(_plain(field))]
+    found = [pair for pair in found if not _carried(pair[1], row.get(pair[1]))]
     for name, field in found:
         if _PART_OF_TEXT.fullmatch(_plain(field)):
             raise InputError(
@@ -239,6 +239,14 @@ def _number(value: Any) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def _carried(column: Any, value: Any) -> bool:
+    """Whether a field says nothing of what is asked and answered."""
+    # `task` holds a name, or what is to be done.
+    told_to_do = isinstance(value, str) and len(value.split()) > 3
+    name = _plain(column)
+    return bool(_CARRIED.fullmatch(name)) and not (name == "task" and told_to_do)
 
 
 def _without_word(column: Any, value: Any) -> bool:

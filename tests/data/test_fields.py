@@ -99,6 +99,12 @@ def test_column_that_says_false_says_something(column: str, tmp_path: Path) -> N
     assert f"'messages[].{column}_x' (line 1)" in note
 
 
+def test_task_is_a_name_or_what_is_to_be_done(tmp_path: Path) -> None:
+    assert read(tmp_path, {**QA, "task": "open_qa"}).notes == []
+    [note] = read(tmp_path, {**QA, "task": "Translate the text to French."}).notes
+    assert "'task' (line 1)" in note
+
+
 def test_turn_with_two_texts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds both 'value' and 'content', and they differ"):
         read(tmp_path, {"messages": [{"from": "human", "value": "A", "content": "B"}, TALK[1]]})
