@@ -55,6 +55,7 @@ def asked_differently(records: Sequence[Record]) -> list[str]:
 def to_mind(records: Sequence[Record]) -> list[str]:
     """Sentences on what of a report's records cannot be compared as it stands."""
     found = asked_differently(records)
+    found += [f"{record.label}: {text}" for record in records for text in record.warnings]
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.label, record.method, record.stage), []).append(record)

@@ -80,6 +80,9 @@ class Record(_Strict):
         default_factory=dict,
         description="a digest of the chat template, and the tokens at which answers ended",
     )
+    warnings: list[str] = Field(
+        default_factory=list, description="what to mind before the scores are believed"
+    )
     cost: Cost = Cost()
 
 
@@ -194,6 +197,7 @@ def _merged(records: list[Record], where: Path) -> list[Record]:
                 "spread": {**before.spread, **record.spread},
                 "definitions": {**before.definitions, **record.definitions},
                 "asked": _both(before.asked, record.asked),
+                "warnings": list(dict.fromkeys([*before.warnings, *record.warnings])),
             }
         )
     return list(joined.values())

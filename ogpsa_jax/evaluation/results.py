@@ -76,6 +76,7 @@ def summary(
         spread=errors,
         definitions=definitions,
         asked=asked_shortly,
+        warnings=content["warnings"],
         cost=named.cost,
     )
     return content, record

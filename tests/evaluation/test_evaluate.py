@@ -121,6 +121,8 @@ def test_a_model_that_says_nothing_is_told(suite_path, tmp_path):
     assert not any("empty" in text for text in _run(EchoModel(), suite_path, tmp_path)["warnings"])
     [told] = _run(Silent(), suite_path, tmp_path / "silent")["warnings"]
     assert told.startswith("task harmless: 80% of the answers are empty and count as full compl")
+    report([tmp_path / "silent"], tmp_path / "report")
+    assert f"echo: {told}" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(suite_path, tmp_path, drawn):
