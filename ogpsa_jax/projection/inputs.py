@@ -180,7 +180,8 @@ def refresh_inputs(state: InputState, moments: Moments) -> InputState:
     Moments that are not finite, in any layer, change nothing and are counted.
 
     Raises:
-      ValueError: moments that are missing, or of another shape than the kernels' inputs.
+      ValueError: moments that are missing, no :class:`SecondMoment`, or of another shape than the
+        kernels' inputs.
     """
     settings = state.settings
     if not settings.kernels:
@@ -225,6 +226,11 @@ def _check_moments(settings: InputSettings, moments: Moments) -> None:
             raise ValueError(
                 f"moments: those of {name!r}, which {kernel.name} multiplies, are missing; there "
                 f"are {', '.join(map(repr, moments)) or 'none'}"
+            )
+        if not isinstance(moments[name], SecondMoment):
+            raise ValueError(
+                f"moments: that of {name!r} is a {type(moments[name]).__name__}; make it with "
+                "second_moment(inputs), or collect all with input_moments"
             )
         product, trace = moments[name].product, moments[name].trace
         wanted = (*kernel.layers, kernel.width)

@@ -538,6 +538,10 @@ def test_moments_that_do_not_fit_are_named(rng):
     swapped = {**moments, "attention": moments["output"]}
     with pytest.raises(ValueError, match=r"'attention' have shape \(2, 15, 15\)"):
         refresh(state, moments=swapped)
+    with pytest.raises(
+        ValueError, match=r"'attention' is a .*make it with second_moment\(inputs\)"
+    ):
+        refresh(state, moments={**moments, "attention": moments["attention"].product})
     whole = moments["dense"]
     part = SecondMoment(whole.product[:, :3], whole.trace)
     with pytest.raises(ValueError, match="neither whole nor a sketch"):
