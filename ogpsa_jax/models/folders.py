@@ -72,6 +72,19 @@ def _export_of(folder: Path) -> Path:
     return folder / "export"
 
 
+def check_not_of_a_run(target: Path) -> None:
+    """Refuse to write where a run keeps its own result, which other commands take for it.
+
+    Raises:
+      InputError: ``target`` is the ``export`` or ``adapter`` of a run directory.
+    """
+    place = target.resolve()
+    if place.name in ("export", "adapter") and (place.parent / "config.yaml").exists():
+        raise InputError(
+            f"{target}: is the {place.name} of the run {place.parent.name}; choose another place."
+        )
+
+
 def keeps_unrounded(folder: Path) -> bool:
     """Whether a model folder holds its weights unrounded as well.
 

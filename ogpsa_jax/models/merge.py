@@ -19,6 +19,7 @@ from ogpsa_jax.files import read_json, write_whole
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import (
     chat_template,
+    check_not_of_a_run,
     copy_companions,
     resolve_folder,
     written_beside,
@@ -135,6 +136,7 @@ def _merge(a: np.ndarray, b: np.ndarray, weight: float, dtype: np.dtype) -> np.n
 def _check_places(places: Sequence[Path], inputs: Sequence[Path]) -> None:
     resolved = [place.resolve() for place in places]
     for i, place in enumerate(resolved):
+        check_not_of_a_run(places[i])
         if place in resolved[:i]:
             raise InputError(f"{places[i]}: two merges would go there; give each its own folder.")
         for folder in inputs:

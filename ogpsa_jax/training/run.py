@@ -19,7 +19,7 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.files import only_writer, read_json, write_whole
 from ogpsa_jax.models import Decoder, save_lora
-from ogpsa_jax.models.folders import MODEL_CARD
+from ogpsa_jax.models.folders import MODEL_CARD, check_not_of_a_run
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import ExportSection, MeshSection, RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config, located
@@ -240,7 +240,7 @@ def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None
       The step whose weights they are.
 
     Raises:
-      InputError: no run there, or one without a checkpoint.
+      InputError: no run there, or one without a checkpoint; or `target` belongs to another run.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").exists():
@@ -250,6 +250,8 @@ def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None
         raise InputError(f"{target}: is among the run's checkpoints; choose another place.")
     config = load_config(run_dir / "config.yaml")
     own = place == (run_dir / "export").resolve()
+    if not own:
+        check_not_of_a_run(Path(target))
     if dtype is not None and dtype != config.export.dtype:
         if own:
             raise InputError(

@@ -181,7 +181,10 @@ def test_models_that_do_not_match_are_refused_by_name(
 
 def test_places_and_weights_that_make_no_sense_are_refused(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
     for weights, outs, words in [
+        ([0.1], [tmp_path / "run" / "export"], "is the export of the run run"),
         ([1.5], [out], "between 0 and 1"),
         ([float("nan")], [out], "between 0 and 1"),
         ([0.1, 0.2], [out, out], "two merges"),

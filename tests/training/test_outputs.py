@@ -306,6 +306,18 @@ def test_an_export_among_the_checkpoints_is_refused(uninterrupted):
     assert not (uninterrupted / "checkpoints" / "9").exists()
 
 
+def test_an_export_into_another_run_is_refused(uninterrupted, tmp_path):
+    other = tmp_path / "other"
+    for name in ("export", "adapter"):
+        shutil.copytree(uninterrupted / "export", other / name)
+    (other / "config.yaml").write_text("")
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    for name in ("export", "adapter"):
+        with pytest.raises(InputError, match=rf"is the {name} of the run other; choose another"):
+            run.export_checkpoint(uninterrupted, other / name)
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+
+
 def test_the_written_configuration_is_that_of_the_run(uninterrupted, configured):
     assert load_config(uninterrupted / "config.yaml") == configured(uninterrupted)
 
