@@ -106,7 +106,8 @@ class Checkpoints:
             found = self._restore(step, abstract)
             if found is not None:
                 self._put_aside(torn)
-                logger.info("resuming from the checkpoint of step %d in %s", step, self._folder)
+                what = "resuming from" if self._write else "reading"
+                logger.info("%s the checkpoint of step %d in %s", what, step, self._folder)
                 return step, found
             torn.append(step)
         self._put_aside(torn)

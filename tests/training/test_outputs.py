@@ -215,8 +215,11 @@ def test_pairs_that_are_left_out_are_told(ground, configured, tmp_path, caplog):
     assert "line 25: the chosen answer is empty" in caplog.text
 
 
-def test_an_export_made_later_is_the_one_of_the_end(uninterrupted, tmp_path):
-    assert run.export_checkpoint(uninterrupted, tmp_path / "later") == STEPS
+def test_an_export_made_later_is_the_one_of_the_end(uninterrupted, tmp_path, caplog):
+    with caplog.at_level("INFO", "ogpsa_jax"):
+        assert run.export_checkpoint(uninterrupted, tmp_path / "later") == STEPS
+    assert f"reading the checkpoint of step {STEPS}" in caplog.text
+    assert "resuming" not in caplog.text  # nothing is trained
     names = {path.name for path in (uninterrupted / "export").iterdir()}
     assert "README.md" in names
     assert {path.name for path in (tmp_path / "later").iterdir()} == names
