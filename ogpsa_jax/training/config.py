@@ -468,6 +468,12 @@ class RunConfig(Section):
                 "ogpsa.placement: gradient alone does not keep AdamW's steps out of a subspace of "
                 "inputs; set it to both, or optimizer.name to column_adamw"
             )
+        if ogpsa.placement == "update" and self.optimizer.name == "adamw":
+            raise ValueError(
+                "ogpsa.placement: what update alone leaves of AdamW's steps, with a subspace of "
+                "inputs, is no descent of the loss; set it to both, or optimizer.name to "
+                "column_adamw"
+            )
         if self.model.lora is not None and self.model.lora.adapter is not None:
             raise ValueError(
                 "model.lora.adapter: what an adapter has learnt already may lie in the subspace of "

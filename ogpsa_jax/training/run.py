@@ -355,9 +355,13 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
     steps = [line for line in lines if "loss" in line]
     if [line["step"] for line in steps] != list(range(1, len(steps) + 1)):
         return []
-    at_intervals = config.projects and not config.reference_rows
-    every = config.ogpsa.refresh_every if at_intervals else None
-    return list(judge_training(steps, held_out_changes(lines), every).values())
+    ogpsa, every, breadth = config.ogpsa, None, None
+    if config.projects and ogpsa.subspace == "inputs":  # spanned once, before training
+        breadth = f"ogpsa.energy ({ogpsa.energy:g})"
+    elif config.projects:
+        every = None if config.reference_rows else ogpsa.refresh_every
+        breadth = f"ogpsa.rank ({ogpsa.rank})"
+    return list(judge_training(steps, held_out_changes(lines), every, breadth).values())
 
 
 def _reference_samples(task: Task, config: RunConfig) -> int:

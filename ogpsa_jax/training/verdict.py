@@ -21,6 +21,8 @@ EARLY = 0.5
 """Share of the whole fall that comes before the second refresh."""
 MANY_CUT = 0.1
 """Share of a data set's conversations whose answers are cut."""
+MUCH_REMOVED = 0.9
+"""Mean share of the squared gradient norm that is removed, beyond which that may be why."""
 FOREIGN = 0.5
 """Nats a token by which reference answers cost more than answers drawn from the model."""
 
@@ -107,6 +109,7 @@ def judge_training(
     steps: Sequence[Line],
     held_out: Mapping[str, tuple[float, Change]],
     refresh_every: int | None = None,
+    breadth: str | None = None,
 ) -> dict[str, str]:
     """What the curve of a finished run says: kind -> a sentence; empty where all is well.
 
@@ -114,12 +117,13 @@ def judge_training(
       steps: the lines of all steps, in order.
       held_out: by set, the loss before and its change.
       refresh_every: steps between refreshes; None where nothing is refreshed at intervals.
+      breadth: the setting by which less is projected away, and its value; None without projection.
     """
     found: dict[str, str] = {}
     if len(steps) >= 4 and all(math.isfinite(line["loss"]) for line in steps):
         curve = Curve.of(steps)
         rules = {
-            "unmoved": _unmoved(curve, held_out),
+            "unmoved": _unmoved(curve, held_out, _much_removed(steps, breadth)),
             "steep": _steep(curve),
             "early": _early(curve, refresh_every),
         }
@@ -133,7 +137,14 @@ def judge_training(
     return found
 
 
-def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]]) -> str:
+def _much_removed(steps: Sequence[Line], breadth: str | None) -> str:
+    shares = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
+    if breadth is None or not shares or not (removed := float(np.mean(shares))) > MUCH_REMOVED:
+        return ""
+    return f"; the projection removed {removed:.1%} of the squared gradient norm: lower {breadth}"
+
+
+def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]], removed: str) -> str:
     fall = curve.first - curve.last
     if fall > max(curve.told_apart, LEAST_FALL * abs(curve.first)):
         return ""
@@ -151,6 +162,7 @@ def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]]) -> str:
     return (
         f"hardly anything was learnt: the training loss went {shown} ({told_apart}), which is less "
         f"than {least:.0%} of it{others}; raise {rate} or train for more steps: docs/rates.md"
+        f"{removed}"
     )
 
 

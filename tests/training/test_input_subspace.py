@@ -142,6 +142,7 @@ def test_no_reference_row_sees_what_an_adapter_learns(configured, tmp_path):
         (("ogpsa.rank=65",), "64 at most"),
         ((*INPUTS, "ogpsa.rule=conflict"), "conflict needs ogpsa.subspace: gradients"),
         ((*INPUTS, "ogpsa.placement=gradient"), "does not keep AdamW's steps out"),
+        ((*INPUTS, "ogpsa.placement=update"), "is no descent of the loss; set it to both"),
         (("ogpsa.subspace=inputs", "ogpsa.preset=paper"), "paper spans gradients"),
         ((*INPUTS, "model.lora={adapter: somewhere}"), "merge it into the model first"),
     ],

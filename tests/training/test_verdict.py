@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ogpsa_jax.training.run import judge_curve
 from ogpsa_jax.training.verdict import (
     Change,
     judge_lengths,
@@ -82,6 +83,29 @@ def test_a_fall_within_the_noise_of_the_batches_is_not_learning(rng):
     for i in (0, 1):  # whatever was drawn, it ends 8 % lower, where a step's batch is off by 25 %
         lines[i]["loss"], lines[-1 - i]["loss"] = 2.0, 1.84
     assert "noise of the batches" in judge_training(lines, {})["unmoved"]
+
+
+def test_a_run_whose_gradient_was_nearly_all_removed_is_told_so(rng):
+    for removed, told in ((0.85, False), (0.95, True)):
+        lines = [line | {"removed_fraction": removed} for line in curve(rng, lambda x: 2.0)]
+        sentence = judge_training(lines, {}, breadth="ogpsa.energy (0.95)")["unmoved"]
+        why = "removed 95.0% of the squared gradient norm: lower ogpsa.energy (0.95)"
+        assert (why in sentence) == told
+        assert "removed" not in judge_training(lines, {})["unmoved"]
+        lines = [line | {"removed_fraction": removed} for line in curve(rng, WELL)]
+        assert judge_training(lines, {}, breadth="ogpsa.energy (0.95)") == {}
+
+
+@pytest.mark.parametrize("subspace", ["gradients", "inputs"])
+def test_a_subspace_that_is_spanned_once_has_no_second_refresh(rng, subspace, configured, tmp_path):
+    config = configured(tmp_path, f"ogpsa={{subspace: {subspace}}}", "references.in_step=null")
+    lines = [line | {"removed_fraction": 0.99} for line in curve(rng, lambda x: 2.0, steps=20)]
+    (unmoved, *early) = judge_curve(config, lines)
+    setting = {"inputs": "ogpsa.energy (0.95)", "gradients": "ogpsa.rank ("}[subspace]
+    assert f"lower {setting}" in unmoved
+    assert [("second refresh" in sentence) for sentence in early] == [True] * (
+        subspace == "gradients"
+    )
 
 
 def test_a_held_out_loss_that_fell_beyond_its_noise_is_learning(rng):
