@@ -100,6 +100,19 @@ class Curve:
         return float(self.losses[-self.window :].mean())
 
     @property
+    def peak(self) -> float:
+        """The highest loss, averaged as at the ends."""
+        return float(np.convolve(self.losses, np.ones(self.window) / self.window, "valid").max())
+
+    @property
+    def jumped(self) -> bool:
+        """Whether the loss rose above that of the first step, before any update, and stayed so."""
+        # Four standard errors: the peak is the highest of many.
+        noise = 4 * self.noise * math.sqrt(1 + 1 / self.window)
+        least = max(noise, LEAST_FALL * abs(float(self.losses[0])))
+        return self.peak - self.losses[0] > least and self.last > self.losses[0] - self.told_apart
+
+    @property
     def told_apart(self) -> float:
         """The least difference between two ends that is no noise: two standard errors."""
         return 2 * self.noise * math.sqrt(2 / self.window)
@@ -146,12 +159,17 @@ def _much_removed(steps: Sequence[Line], breadth: str | None) -> str:
 
 def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]], removed: str) -> str:
     fall = curve.first - curve.last
-    if fall > max(curve.told_apart, LEAST_FALL * abs(curve.first)):
+    if fall > max(curve.told_apart, LEAST_FALL * abs(curve.first)) and not curve.jumped:
         return ""
     shown = f"from {curve.first:.4f} to {curve.last:.4f}"
     rate = f"optimizer.learning_rate ({curve.rates.max():g})"
     if -fall > max(curve.told_apart, LEAST_FALL * abs(curve.first)):
         return f"the training loss rose, {shown}; lower {rate}: docs/rates.md"
+    if curve.jumped:
+        return (
+            f"the training loss jumped from {curve.losses[0]:.4f} to {curve.peak:.4f} and ended "
+            f"at {curve.last:.4f}; lower {rate}: docs/rates.md"
+        )
     for before, change in held_out.values():
         noise = 2 * (change.standard_error or 0.0)
         if -change.mean > max(noise, LEAST_FALL * abs(before)):

@@ -119,6 +119,27 @@ def test_a_held_out_loss_that_fell_beyond_its_noise_is_learning(rng):
     assert "unmoved" in judge_training(lines, {"safety": (2.0, Change(+0.5, 0.02, 100))})
 
 
+def test_a_loss_that_jumped_and_never_came_back_is_told(rng):
+    """The first steps' mean holds the jump, from which the loss then falls."""
+    start = curve(rng, WELL, steps=20)
+    jumped = [4.57, 5.68, 5.35, 4.84, *[4.7] * 6, *[4.62] * 10]
+    lines = [line | {"loss": loss} for line, loss in zip(start, jumped, strict=True)]
+    held_out = {"general": (4.9, Change(-0.9, 0.01, 100))}  # whatever is learnt of the replayed
+    for sets in ({}, held_out):
+        told = judge_training(lines, sets)["unmoved"]
+        assert "jumped from 4.5700 to 5.5150 and ended at 4.6200; lower optimizer" in told
+    for i in range(10, 20):  # it came back, and learnt
+        lines[i]["loss"] = 3.5
+    assert "unmoved" not in judge_training(lines, {})
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.2, 1.0])
+def test_noise_is_no_jump(rng, noise):
+    lines = curve(rng, lambda x: 4.0, steps=300, noise=noise)
+    lines[0]["loss"] = 4.0 - noise  # a lucky first batch
+    assert "jumped" not in judge_training(lines, {}).get("unmoved", "")
+
+
 def test_a_loss_that_rose_is_told(rng):
     told = judge_training(curve(rng, lambda x: 2.0 + x), {})
     assert "rose, from 2." in told["unmoved"]
