@@ -84,7 +84,7 @@ def model_card(run: str | Path, rounding: dict[str, Any] | None = None) -> str:
         *_measured(found, chain),
         *_rounding(_part(found.summary, "rounding") if rounding is None else rounding),
         "## Hyper-parameters",
-        *(part for stage in chain for part in _hyper_parameters(stage)),
+        *(part for name, stage in _named(chain) for part in _hyper_parameters(name, stage)),
         "## Use",
         "The folder is a Hugging Face checkpoint: transformers and vLLM load it, and so does "
         "`ogpsa_jax.models.load_pretrained`.",
@@ -107,22 +107,39 @@ def _front_matter(base: str) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
+def _named(chain: Sequence[Run]) -> list[tuple[str, Run]]:
+    """The stages by their objectives, numbered where two have the same."""
+    names = [str(stage.summary.get("objective", "?")) for stage in chain]
+    if len(set(names)) < len(names):
+        names = [f"{i}. {name}" for i, name in enumerate(names, 1)]
+    return list(zip(names, chain, strict=True))
+
+
 def _introduction(chain: Sequence[Run], base: str) -> str:
     steps = " → ".join(str(stage.summary.get("objective", "?")).upper() for stage in chain)
     preset = str(chain[-1].summary.get("preset", "off"))
     method = _METHODS.get(preset, f"with the preset {preset}")
-    return (
-        f"`{base}` after safety fine-tuning ({steps}) {method}. "
+    removes = (
         "[OGPSA](https://arxiv.org/abs/2602.07892) removes from every safety gradient the "
         "component in the span of a few gradients of general ability, so that safety costs less "
-        "of it. Made with ogpsa_jax."
+        "of it."
     )
+    if preset != "off" and _part(chain[-1].config, "ogpsa").get("subspace") == "inputs":
+        method = "with OGPSA, projected off the inputs of layers"
+        removes = (
+            "As in [OGPSA](https://arxiv.org/abs/2602.07892), a part of every safety gradient is "
+            "removed, so that safety costs less general ability: here what would change the "
+            "outputs of layers for the inputs that they have on general examples."
+        )
+    elif preset == "off":
+        removes = ""
+    told = f"`{base}` after safety fine-tuning ({steps}) {method}."
+    return " ".join(part for part in (told, removes, "Made with ogpsa_jax.") if part)
 
 
 def _data_rows(chain: Sequence[Run]) -> list[list[str]]:
     rows = []
-    for stage in chain:
-        objective = str(stage.summary.get("objective", "?"))
+    for objective, stage in _named(chain):
         sections = {
             "training": _part(stage.config, "data").get("train") or [],
             "references": _part(stage.config, "references").get("sets") or [],
@@ -147,8 +164,7 @@ def _measured(run: Run, chain: Sequence[Run]) -> list[str]:
             _table(["suite", "task", "kind", "items", "value", "interval"], scores),
         ]
     held_out, diagnostics = [], []
-    for stage in chain:
-        objective = str(stage.summary.get("objective", "?"))
+    for objective, stage in _named(chain):
         before, after = _part(stage.summary, "before"), _part(stage.summary, "after")
         for name, value in after.items():
             held_out.append([objective, name, _number(before.get(name)), _number(value)])
@@ -161,8 +177,12 @@ def _measured(run: Run, chain: Sequence[Run]) -> list[str]:
             _table(["stage", "measure", "before", "after"], held_out),
         ]
     parts += ["## Diagnostics", _table(["stage", "figure", "value"], diagnostics)]
-    warnings = [str(w) for stage in chain for w in stage.summary.get("warnings") or []]
-    parts += ["\n".join(f"- Warning: {warning}" for warning in warnings)]
+    warnings = [
+        f"- Warning ({objective}): {warning}"
+        for objective, stage in _named(chain)
+        for warning in stage.summary.get("warnings") or []
+    ]
+    parts += ["\n".join(warnings)]
     return parts
 
 
@@ -177,7 +197,7 @@ def _rounding(found: dict[str, Any]) -> list[str]:
     ]
     sentence = (
         f"The weights were trained in a finer type than that of this folder ({found['dtype']}). "
-        f"Rounding leaves {_number(found['update_kept'])} of the last stage's update."
+        f"Rounding leaves {found['update_kept']:.1%} of the last stage's update."
     )
     table = _table(["measure", "as trained", "in this folder", "share of the change left"], rows)
     return ["## Rounding", sentence, *([table] if rows else [])]
@@ -219,7 +239,7 @@ def _score_rows(run: Run) -> list[list[str]]:
     return rows
 
 
-def _hyper_parameters(stage: Run) -> list[str]:
+def _hyper_parameters(name: str, stage: Run) -> list[str]:
     rows = []
     projects = stage.summary.get("preset", "off") != "off"
     idle = _idle_settings(stage)
@@ -229,15 +249,15 @@ def _hyper_parameters(stage: Run) -> list[str]:
         if section == "ogpsa" and not projects:
             continue
         settings = _part(stage.config, section)
-        for name in names or settings:
-            if settings.get(name) is not None and f"{section}.{name}" not in idle:
-                rows.append([f"{section}.{name}", _setting(settings[name])])
+        for key in names or settings:
+            if settings.get(key) is not None and f"{section}.{key}" not in idle:
+                rows.append([f"{section}.{key}", _setting(settings[key])])
     if projects:
         settings = _part(stage.config, "references")
         used = ("loss", "in_step") if settings.get("in_step") else ("loss", "batch_size")
         rows += [[f"references.{n}", _setting(settings[n])] for n in used if settings.get(n)]
     rows.append(["seed", str(stage.summary.get("seed", stage.config.get("seed")))])
-    return [f"### {stage.summary.get('objective', '?')}", _table(["key", "value"], rows)]
+    return [f"### {name}", _table(["key", "value"], rows)]
 
 
 def _idle_settings(stage: Run) -> set[str]:
@@ -245,7 +265,8 @@ def _idle_settings(stage: Run) -> set[str]:
     idle = set()
     if _part(stage.config, "train").get("steps") is not None:
         idle.add("train.epochs")
-    if _part(stage.config, "references").get("in_step"):
+    spanned_once = _part(stage.config, "ogpsa").get("subspace") == "inputs"
+    if _part(stage.config, "references").get("in_step") or spanned_once:
         idle.add("ogpsa.refresh_every")
     if stage.summary.get("objective") == "dpo":
         idle.add("data.packing")  # pairs are never packed

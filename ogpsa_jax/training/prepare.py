@@ -93,9 +93,12 @@ def data_warnings(reports: Mapping[str, DataReport], section: DataSection, limit
       section: its settings.
       limit: tokens that the model can read.
     """
-    found = []
+    noted: dict[str, list[str]] = {}  # the same file may be several data sets
     for name, report in reports.items():
-        found += [f"{name}: {note}" for note in report.notes]
+        for note in report.notes:
+            noted.setdefault(note, []).append(name)
+    found = [f"{', '.join(names)}: {note}" for note, names in noted.items()]
+    for name, report in reports.items():
         if report.split:
             found.append(
                 f"{name}: {report.split} conversations became several examples each, because the "

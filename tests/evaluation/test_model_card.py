@@ -62,8 +62,36 @@ def test_the_card_holds_what_the_runs_files_say(run):
     assert "| dpo | projection, mean removed fraction | 0.0123 |" in card
     assert "| optimizer.learning_rate | 1e-06 |" in card
     assert card.count("| dpo.beta | 0.2 |") == 1  # of the stage it belongs to
-    assert "Warning: the basis was empty in some steps" in card
+    assert "Warning (sft): the basis was empty in some steps" in card
+    assert "Warning (dpo): the basis was empty in some steps" in card
     assert card.count("| seed | 7 |") == 2
+
+
+def test_stages_of_one_objective_are_numbered(run):
+    path = run / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"objective": "sft"}))
+    card = model_card(run)
+    for i in (1, 2):
+        assert f"| {i}. sft | safety/loss | 2.5 | 1.25 |" in card
+        assert f"### {i}. sft" in card
+        assert f"Warning ({i}. sft): " in card
+
+
+def test_the_introduction_says_what_was_projected(run):
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    gradients = "in the span of a few gradients"
+    assert gradients in model_card(run)
+    config["ogpsa"] |= {"preset": "recommended", "subspace": "inputs"}
+    path.write_text(yaml.safe_dump(config))
+    card = model_card(run)
+    assert gradients not in card
+    assert "projected off the inputs of layers" in card
+    assert "ogpsa.refresh_every" not in card.split("### dpo")[1]  # spanned once
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"preset": "off"}))
+    card = model_card(run)
+    assert "without gradient projection. Made with ogpsa_jax." in card
 
 
 def test_settings_that_had_no_part_in_the_run_are_left_out(run):

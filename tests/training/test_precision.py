@@ -165,7 +165,7 @@ def test_what_rounding_leaves_is_measured_told_and_on_the_card(first, narrow, ca
     assert f"keep {share:.0%} of the update" in warning
     card = (first / "export/README.md").read_text()
     assert "## Rounding" in card
-    assert f"Rounding leaves {found['update_kept']:.4g} of the last stage's update." in card
+    assert f"Rounding leaves {found['update_kept']:.1%} of the last stage's update." in card
     assert f"| {found['rounded']['general/loss']:.4g} |" in card
 
 
