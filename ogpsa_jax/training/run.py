@@ -357,7 +357,7 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
         return []
     ogpsa, every, breadth = config.ogpsa, None, None
     if config.projects and ogpsa.subspace == "inputs":  # spanned once, before training
-        breadth = f"ogpsa.energy ({ogpsa.energy:g})"
+        breadth = f"ogpsa.energy ({ogpsa.energy})"
     elif config.projects:
         every = None if config.reference_rows else ogpsa.refresh_every
         breadth = f"ogpsa.rank ({ogpsa.rank})"
