@@ -231,7 +231,7 @@ def _train(parsed: argparse.Namespace) -> None:
             error = change.get("standard_error")
             by = "" if error is None else f"  ({change['mean']:+.4f}, standard error {error:.4f})"
             print(f"  {name}: {before:.4f} -> {after:.4f}{by}")
-        print(f"  checkpoint: {summary['export']}")
+        print(f"  export: {summary['export']}")
         for line in rounding_lines(summary["rounding"]) if "rounding" in summary else ():
             print(f"    {line}")
 

@@ -181,7 +181,7 @@ def fit(
         shown.begin(total, start)
         if start == 0:
             if task.evaluations or task.reference_starts:
-                shown.doing("measuring before the first step, compiling that")
+                shown.doing("compiling, and measuring before the first step")
             at_start = reference_evaluator.measure(state.params)
             evaluator.log(state.params, 0, log, at_start, rows=True)
             for problem in find_foreign_references(log.lines, config):
