@@ -21,8 +21,6 @@ NOT_ASKED = {"name", "path", "limit", "where", "score", "seed", "judge"}
 _EMPTY = 0.05  # share of empty answers above which a warning says how they count
 # Counts up when other parts of what a model writes are kept or matched.
 ANSWERS = "answers 2"
-# Share of a task's answers that are empty from which on its score is doubted.
-_MANY_EMPTY = 0.1
 
 
 def summary(
@@ -153,11 +151,5 @@ def _warnings(name: str, result: TaskResult) -> list[str]:
         texts.append(
             f"task {name}: {thoughts:.0%} of the answers end within the model's thoughts and count "
             "as empty; raise the task's max_new_tokens."
-        )
-    empty = result.details.get("empty_answers", 0.0)
-    if empty > _MANY_EMPTY:
-        texts.append(
-            f"task {name}: {empty:.0%} of the answers are empty. They count as no refusals, so the "
-            "score does not say that the model helps; read items.jsonl."
         )
     return texts

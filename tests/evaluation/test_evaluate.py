@@ -89,25 +89,6 @@ def test_results_hold_how_the_model_was_asked(suite_path, tmp_path):
     assert record.asked["template"] == "none" != chat.asked["template"]
 
 
-@pytest.mark.parametrize("silent", [0, 1, 2])
-def test_many_empty_answers_are_told(tmp_path, silent):
-    class Silent(EchoModel):
-        def generate(self, prompts, **settings):
-            answers = super().generate(prompts, **settings)
-            return [" \n" if "hush" in p else a for p, a in zip(prompts, answers, strict=True)]
-
-    rows = ["hush"] * silent + ["hello"] * (10 - silent)
-    (tmp_path / "x.txt").write_text("".join(f"{row} {i}\n" for i, row in enumerate(rows)))
-    suite = tmp_path / "suite.yaml"
-    suite.write_text("name: s\ntasks:\n  - {name: t, kind: over_refusal, path: x.txt}\n")
-    results = _run(Silent(), suite, tmp_path / "out")
-    assert results["tasks"]["t"]["details"]["empty_answers"] == silent / 10
-    told = [text for text in results["warnings"] if "are empty" in text]
-    assert len(told) == (silent == 2)  # from more than a tenth on
-    assert all(text.startswith("task t: 20% of the answers are empty") for text in told)
-    assert ("warning: task t" in results_text(results)) == (silent == 2)
-
-
 def test_scores_are_those_counted_by_hand(suite_path, tmp_path):
     results = _run(EchoModel(), suite_path, tmp_path / "out", batch_size=4)
     tasks = results["tasks"]
