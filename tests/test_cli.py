@@ -44,7 +44,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, told, capsys, tmp_
     # What is being done is shown before it goes wrong.
     lines = [line for line in error.splitlines() if not line.endswith(": reading the data")]
     assert len(lines) == 1
-    assert error.startswith("ogpsa-jax: ")
+    assert lines[0].startswith("ogpsa-jax: ")
     assert not any(tmp_path.iterdir())
 
 
