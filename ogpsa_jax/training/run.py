@@ -55,7 +55,7 @@ from ogpsa_jax.training.rounding import (
     rounding_warning,
 )
 from ogpsa_jax.training.step import Network, TrainState
-from ogpsa_jax.training.verdict import judge_training
+from ogpsa_jax.training.verdict import LEAST_FALL, LEAST_FALL_OF_PAIRS, judge_training
 
 logger = logging.getLogger(__name__)
 
@@ -325,6 +325,8 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
             "refused_refreshes": steps[-1].get("refused_refreshes"),
             "effective_rank": steps[-1].get("effective_rank"),
             "mean_removed_fraction": sum(removed) / len(removed) if removed else None,
+            "reference_coverage": steps[-1].get("reference_coverage"),
+            "least_coverage": steps[-1].get("least_coverage"),
         }
     return {
         "name": config.name,
@@ -361,7 +363,11 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
     elif config.projects:
         every = None if config.reference_rows else ogpsa.refresh_every
         breadth = f"ogpsa.rank ({ogpsa.rank})"
-    return list(judge_training(steps, held_out_changes(lines), every, breadth).values())
+    least_fall = LEAST_FALL_OF_PAIRS if config.objective == "dpo" else LEAST_FALL
+    found = judge_training(steps, held_out_changes(lines), every, breadth, least_fall)
+    if find_lost_updates(steps, config.optimizer.learning_rate):
+        found.pop("unmoved", None)  # that warning names the reason, and another remedy
+    return list(found.values())
 
 
 def _reference_samples(task: Task, config: RunConfig) -> int:

@@ -15,6 +15,8 @@ Line = Mapping[str, Any]
 
 LEAST_FALL = 0.05
 """Share of its first value by which a loss must fall to count as learnt."""
+LEAST_FALL_OF_PAIRS = 0.005
+"""The same of a preference loss: it starts at log 2, and small margins are some percent of it."""
 STEEP_END = 0.15
 """Share of the whole fall that lies in the last quarter of the summed learning rate."""
 EARLY = 0.5
@@ -123,6 +125,7 @@ def judge_training(
     held_out: Mapping[str, tuple[float, Change]],
     refresh_every: int | None = None,
     breadth: str | None = None,
+    least_fall: float = LEAST_FALL,
 ) -> dict[str, str]:
     """What the curve of a finished run says: kind -> a sentence; empty where all is well.
 
@@ -131,12 +134,13 @@ def judge_training(
       held_out: by set, the loss before and its change.
       refresh_every: steps between refreshes; None where nothing is refreshed at intervals.
       breadth: the setting by which less is projected away, and its value; None without projection.
+      least_fall: share of its first value by which a loss must fall to count as learnt.
     """
     found: dict[str, str] = {}
     if len(steps) >= 4 and all(math.isfinite(line["loss"]) for line in steps):
         curve = Curve.of(steps)
         rules = {
-            "unmoved": _unmoved(curve, held_out, _much_removed(steps, breadth)),
+            "unmoved": _unmoved(curve, held_out, _much_removed(steps, breadth), least_fall),
             "steep": _steep(curve),
             "early": _early(curve, refresh_every),
         }
@@ -157,9 +161,14 @@ def _much_removed(steps: Sequence[Line], breadth: str | None) -> str:
     return f"; the projection removed {removed:.1%} of the squared gradient norm: lower {breadth}"
 
 
-def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]], removed: str) -> str:
+def _unmoved(
+    curve: Curve,
+    held_out: Mapping[str, tuple[float, Change]],
+    removed: str,
+    least_fall: float,
+) -> str:
     fall = curve.first - curve.last
-    if fall > max(curve.told_apart, LEAST_FALL * abs(curve.first)) and not curve.jumped:
+    if fall > max(curve.told_apart, least_fall * abs(curve.first)) and not curve.jumped:
         return ""
     shown = f"from {curve.first:.4f} to {curve.last:.4f}"
     rate = f"optimizer.learning_rate ({curve.rates.max():g})"
@@ -172,14 +181,14 @@ def _unmoved(curve: Curve, held_out: Mapping[str, tuple[float, Change]], removed
         )
     for before, change in held_out.values():
         noise = 2 * (change.standard_error or 0.0)
-        if -change.mean > max(noise, LEAST_FALL * abs(before)):
+        if -change.mean > max(noise, least_fall * abs(before)):
             return ""
     told_apart = f"noise of the batches ± {curve.told_apart:.4f}"
-    others = f", and no held-out loss fell by {LEAST_FALL:.0%} either" if held_out else ""
-    least = max(LEAST_FALL, curve.told_apart / abs(curve.first or 1.0))
+    others = f", and no held-out loss fell by {least_fall:.1%} either" if held_out else ""
+    least = max(least_fall, curve.told_apart / abs(curve.first or 1.0))
     return (
         f"hardly anything was learnt: the training loss went {shown} ({told_apart}), which is less "
-        f"than {least:.0%} of it{others}; raise {rate} or train for more steps: docs/rates.md"
+        f"than {least:.1%} of it{others}; raise {rate} or train for more steps: docs/rates.md"
         f"{removed}"
     )
 

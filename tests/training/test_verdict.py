@@ -10,6 +10,7 @@ import pytest
 
 from ogpsa_jax.training.run import judge_curve
 from ogpsa_jax.training.verdict import (
+    LEAST_FALL_OF_PAIRS,
     Change,
     judge_lengths,
     judge_references,
@@ -117,6 +118,18 @@ def test_a_held_out_loss_that_fell_beyond_its_noise_is_learning(rng):
     assert "unmoved" in judge_training(lines, {"safety": (2.0, Change(-0.2, 0.15, 100))})
     assert "unmoved" in judge_training(lines, {"safety": (2.0, Change(-0.02, 0.001, 100))})
     assert "unmoved" in judge_training(lines, {"safety": (2.0, Change(+0.5, 0.02, 100))})
+
+
+def test_of_a_preference_loss_a_small_fall_is_learning(rng):
+    """From log 2 by 2 %, with a tenth of that as noise."""
+    lines = [
+        {"loss": 0.693 - 0.014 * i / 99 + 0.0014 * rng.standard_normal(), "learning_rate": 1e-5}
+        for i in range(100)
+    ]
+    assert "unmoved" in judge_training(lines, {})
+    assert "unmoved" not in judge_training(lines, {}, least_fall=LEAST_FALL_OF_PAIRS)
+    flat = [{**line, "loss": 0.693 + 0.0014 * rng.standard_normal()} for line in lines]
+    assert "unmoved" in judge_training(flat, {}, least_fall=LEAST_FALL_OF_PAIRS)
 
 
 def test_a_loss_that_jumped_and_never_came_back_is_told(rng):
