@@ -167,7 +167,7 @@ def fit(
         log.flush()
         shown.add(lines)
         problems = find_problems(lines) | find_capped(lines, config.ogpsa)
-        problems |= find_lost_updates(lines, config.optimizer.learning_rate)
+        problems |= find_lost_updates(lines, config)
         for kind, problem in problems.items():
             if kind not in told:
                 logger.warning("%s", problem)

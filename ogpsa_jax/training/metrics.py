@@ -156,11 +156,15 @@ def find_problems(lines: Sequence[Line]) -> dict[str, str]:
     return problems
 
 
-def find_lost_updates(lines: Sequence[Line], peak_rate: float) -> dict[str, str]:
+def find_lost_updates(lines: Sequence[Line], config: RunConfig) -> dict[str, str]:
     """The same for updates that rounding kept from the parameters.
 
-    Steps at a tenth of the peak learning rate or less do not count: what they lose is little.
+    Steps at a tenth of the peak learning rate or less do not count: what they lose is little. What
+    float32 parameters lose has no better type: there the rate is hopeless, which is told elsewhere.
     """
+    if config.model.param_dtype == "float32":
+        return {}
+    peak_rate = config.optimizer.learning_rate
     steps = [
         line
         for line in lines

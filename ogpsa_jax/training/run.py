@@ -308,7 +308,7 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     evaluations = [line for line in lines if "loss" not in line]
     total = steps[-1]["step"]
     changes = held_out_changes(lines)
-    lost = find_lost_updates(steps, config.optimizer.learning_rate)
+    lost = find_lost_updates(steps, config)
     capped = find_capped(steps, config.ogpsa)
     warnings = [*find_problems(steps).values(), *lost.values(), *capped.values()]
     warnings += find_foreign_references(lines, config)
@@ -365,7 +365,7 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
         breadth = f"ogpsa.rank ({ogpsa.rank})"
     least_fall = LEAST_FALL_OF_PAIRS if config.objective == "dpo" else LEAST_FALL
     found = judge_training(steps, held_out_changes(lines), every, breadth, least_fall)
-    if find_lost_updates(steps, config.optimizer.learning_rate):
+    if find_lost_updates(steps, config):
         found.pop("unmoved", None)  # that warning names the reason, and another remedy
     return list(found.values())
 

@@ -237,6 +237,7 @@ def execute(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(os.path.dirname(words[module]))
     try:
         if module:
+            monkeypatch.delitem(sys.modules, words[1], raising=False)  # as in a new process
             runpy.run_module(words[1], run_name="__main__")
         else:
             runpy.run_path(words[0], run_name="__main__")
