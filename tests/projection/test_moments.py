@@ -160,8 +160,9 @@ def test_moments_are_what_changes_its_sign_with_the_gradients(name, rng):
     for (owner, field, one), (_, _, other) in zip(*ends, strict=True):
         if owner.__name__ in IMPOSSIBLE:
             continue
-        odd = all(
-            np.any(x) and np.allclose(x, -y, rtol=0, atol=1e-4 * np.max(np.abs(x)))
+        # Of a small leaf all may be zero: Rprop forgets entries whose sign has changed.
+        odd = any(np.any(x) for x in jax.tree.leaves(one)) and all(
+            np.allclose(x, -y, rtol=0, atol=1e-4 * np.max(np.abs(x)))
             for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
         )
         # Sums that only set the size of steps, and a mean that is part of a variance.
