@@ -35,7 +35,7 @@ from ogpsa_jax.demo.scoring import Exam
 from ogpsa_jax.demo.world import World
 from ogpsa_jax.evaluation import Cost, Record, markdown_table, write_records
 from ogpsa_jax.evaluation.records import BASE
-from ogpsa_jax.training.config import RECOMMENDED_IN_STEP, RECOMMENDED_WITH_REPLAY
+from ogpsa_jax.training.presets import RECOMMENDED_IN_STEP, RECOMMENDED_WITH_REPLAY
 
 # Spelled out, because the preset itself depends on whether references are replayed.
 _OGPSA = {"preset": "recommended", **RECOMMENDED_WITH_REPLAY}

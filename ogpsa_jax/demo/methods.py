@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ogpsa_jax.evaluation.records import NAIVE
-from ogpsa_jax.training.config import RECOMMENDED_IN_STEP, RunConfig
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.presets import RECOMMENDED_IN_STEP
 
 PLENTY: Final = 400
 SCARCE: Final = 80

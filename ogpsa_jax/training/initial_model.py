@@ -10,10 +10,11 @@ from ogpsa_jax.files import read_json
 from ogpsa_jax.models import DecoderConfig
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
-from ogpsa_jax.training.config import ModelSection, RunConfig
+from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.model_digests import weights_digest
 from ogpsa_jax.training.origin import about
+from ogpsa_jax.training.sections import ModelSection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from tensorboardX import SummaryWriter
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
-from ogpsa_jax.training.config import OgpsaSection, RunConfig
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.sections import OgpsaSection
 from ogpsa_jax.training.verdict import Change, judge_references, paired_change
 
 logger = logging.getLogger(__name__)

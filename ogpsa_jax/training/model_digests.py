@@ -3,8 +3,8 @@
 import hashlib
 
 from ogpsa_jax.models.folders import resolve_folder, weights_files
-from ogpsa_jax.training.config import ModelSection
 from ogpsa_jax.training.origin import about
+from ogpsa_jax.training.sections import ModelSection
 
 _SAMPLE = 1 << 20  # bytes of a weights file that are read at each of three places
 

@@ -42,12 +42,13 @@ from ogpsa_jax.objectives.cross_entropy import surprise
 from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import DataSection, RunConfig, SourceSection
+from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.initial_model import InitialModel, check_initial_model
 from ogpsa_jax.training.loop import Evaluation, Task
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.origin import about
 from ogpsa_jax.training.reference_model import add_reference_log_probs
+from ogpsa_jax.training.sections import DataSection, SourceSection
 from ogpsa_jax.training.step import Objective
 from ogpsa_jax.training.verdict import judge_lengths
 

@@ -21,7 +21,7 @@ from ogpsa_jax.files import only_writer, read_json, write_whole
 from ogpsa_jax.models import Decoder, save_lora
 from ogpsa_jax.models.folders import MODEL_CARD, check_not_of_a_run
 from ogpsa_jax.training.checkpoints import Checkpoints
-from ogpsa_jax.training.config import ExportSection, MeshSection, RunConfig
+from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config, located
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
@@ -54,6 +54,7 @@ from ogpsa_jax.training.rounding import (
     rounding_lines,
     rounding_warning,
 )
+from ogpsa_jax.training.sections import ExportSection, MeshSection
 from ogpsa_jax.training.step import Network, TrainState
 from ogpsa_jax.training.verdict import LEAST_FALL, LEAST_FALL_OF_PAIRS, judge_training
 

@@ -17,8 +17,9 @@ from ogpsa_jax.demo.recipe import RECIPES
 from ogpsa_jax.evaluation.suite import JudgeSettings, Suite, Task
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 from ogpsa_jax.training import run
-from ogpsa_jax.training.config import DpoSection, MeshSection, ReferencesSection, RunConfig
+from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import key_of, load_config
+from ogpsa_jax.training.sections import DpoSection, MeshSection, ReferencesSection
 
 from .reading import PAGES, REPOSITORY, blocks
 

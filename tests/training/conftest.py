@@ -21,8 +21,9 @@ from jax.sharding import AxisType, Mesh
 from ogpsa_jax.models import Decoder, save_pretrained
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import run
-from ogpsa_jax.training.config import MeshSection, RunConfig
+from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import load_config
+from ogpsa_jax.training.sections import MeshSection
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "configs/models/tiny"

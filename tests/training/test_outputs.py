@@ -21,7 +21,6 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import save_lora
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import inputs, run
-from ogpsa_jax.training.config import MeshSection
 from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.loop import progress_of
@@ -29,6 +28,7 @@ from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
 from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
 from ogpsa_jax.training.progress import Progress
+from ogpsa_jax.training.sections import MeshSection
 
 from .conftest import STEPS, metrics
 

@@ -15,9 +15,9 @@ from ogpsa_jax.models import Decoder, abstract_decoder
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.names import tensor_names
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import OptimizerSection
 from ogpsa_jax.training.optimizer import decays, learning_rate, make_optimizer
 from ogpsa_jax.training.prepare import model_config, prepare_data
+from ogpsa_jax.training.sections import OptimizerSection
 
 from .conftest import TINY
 

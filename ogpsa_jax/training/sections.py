@@ -1,0 +1,300 @@
+"""The sections of a run's configuration. Every key is documented here; ``--help`` and the docs are
+made from it.
+"""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FloatDType = Literal["float32", "bfloat16", "float16"]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict, and immutable once made."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: PositiveInt = Field(8, description="rank of the adapters")
+    alpha: PositiveFloat = Field(16.0, description="scale: the adapter is multiplied by alpha/rank")
+    dropout: DecayRate = Field(0.0, description="dropout on the adapter's input")
+    adapter: str | None = Field(
+        None, description="PEFT adapter folder to start from; its rank, alpha and targets hold"
+    )
+    targets: tuple[LoraTarget, ...] = Field(
+        get_args(LoraTarget),
+        min_length=1,
+        description="names of the linear layers that get an adapter",
+    )
+
+
+class ModelSection(Section):
+    """Which model, and in what precision."""
+
+    path: str | None = Field(
+        None,
+        description="Hugging Face folder or hub id; in a later stage of a sequence, left out, "
+        "the stage before",
+    )
+    tokenizer: str | None = Field(
+        None, description="folder or hub id of the tokenizer, where it is not beside the model"
+    )
+    initial_weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: take only config and tokenizer from `path`"
+    )
+    dtype: FloatDType = Field("bfloat16", description="of the computation")
+    param_dtype: FloatDType = Field("float32", description="of parameters and optimizer state")
+    lora: LoraSection | None = Field(None, description="adapters; null: full fine-tuning")
+
+
+class SourceSection(Section):
+    """One data set: a file, a folder or a hub id."""
+
+    path: str = Field(min_length=1, description="file, folder or hub id")
+    split: str = Field(
+        "train", description="split, with the slice syntax of datasets, as in train[:2000]"
+    )
+    format: str = Field("auto", description="record format; auto: recognised by its columns")
+    weight: float = Field(1.0, ge=1e-6, description="share of this source in the mixture")
+    samples: PositiveInt | None = Field(None, description="take this many rows, drawn by seed")
+
+
+class EvalSection(SourceSection):
+    """A held-out set and what is measured on it."""
+
+    measure: Literal["response", "all_tokens", "preference"] = Field(
+        "response",
+        description="cross-entropy of the answers or of all tokens; preference: how often and by "
+        "how much the chosen answer is the likelier one",
+    )
+
+
+class DataSection(Section):
+    """What is trained on."""
+
+    train: tuple[SourceSection, ...] = Field((), description="the training sources")
+    eval: dict[str, EvalSection] = Field(
+        default_factory=dict, description="named held-out sources whose loss is reported"
+    )
+    template: str | None = Field(
+        None, description="chat template: built-in name or jinja file; null: the tokenizer's"
+    )
+    max_length: int = Field(2048, ge=2, description="tokens a row may have; longer answers are cut")
+    too_long: Literal["refuse", "skip", "cut"] = Field(
+        "refuse",
+        description="a row whose prompt alone fills max_length: refuse the run; skip the row; cut "
+        "the middle out of the prompt",
+    )
+    packing: bool = Field(True, description="several documents a row, isolated (SFT only)")
+
+
+class InStepSection(Section):
+    """References that ride in the training batch, one backward pass each, no extra samples."""
+
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="share of every batch that is reference rows"
+    )
+    window: PositiveInt = Field(
+        64, description="reference gradients the basis remembers; 1: this batch's mean only"
+    )
+    replay_weight: NonNegativeFloat = Field(
+        1.0,
+        description="weight with which reference rows are trained on as well; with few of them, "
+        "a hundred, say, more may be better",
+    )
+
+
+class OwnAnswersSection(Section):
+    """How the initial model answers the reference prompts, with references.answers: own."""
+
+    max_new_tokens: PositiveInt = Field(512, description="tokens an answer may have, at most")
+    temperature: NonNegativeFloat = Field(
+        0.0, description="0: the likeliest tokens; otherwise drawn, by the run's seed"
+    )
+
+
+class ReferencesSection(Section):
+    """The general-capability examples whose gradients span the reference subspace."""
+
+    sets: tuple[SourceSection, ...] = Field((), description="one reference gradient per set")
+    batch_size: PositiveInt = Field(4, description="rows a reference micro-batch")
+    loss: Literal["response", "all_tokens", "dpo", "official"] = Field(
+        "response",
+        description="response: answer tokens; all_tokens; dpo: the DPO loss on general pairs; "
+        "official: cross-entropy over chosen and rejected answers, as the published code",
+    )
+    rows_per_refresh: PositiveInt | None = Field(
+        None,
+        description="rows that a refresh takes, in turn, out of all of them; null: all. A multiple "
+        "of references.batch_size for each set",
+    )
+    target: Literal["answers", "initial"] = Field(
+        "answers",
+        description="what the loss compares the model with: the rows' answers; initial: what the "
+        "initial model predicts there (KL divergence), for which prompts alone will do",
+    )
+    answers: Literal["given", "own"] = Field(
+        "given", description="own: the initial model writes the answers first"
+    )
+    own_answers: OwnAnswersSection = Field(
+        default_factory=OwnAnswersSection, description="how it writes them"
+    )
+    initial_model: str | None = Field(
+        None,
+        description="folder or hub id of the initial model; null: the one that the first stage of "
+        "this pipeline started from",
+    )
+    top_k: PositiveInt | None = Field(
+        None,
+        description="tokens kept of each of its predictions; null: the fewest of 8, 16, ..., 256 "
+        "that leave at most 1 % of the probability to the rest, on average",
+    )
+    in_step: InStepSection | None = Field(
+        None, description="references inside every batch; null: refreshed at intervals"
+    )
+
+
+class OgpsaSection(Section):
+    """The projection."""
+
+    preset: Literal["paper", "recommended", "off"] = Field(
+        "recommended", description="fills in the keys below that are left out; off: no projection"
+    )
+    subspace: Literal["gradients", "inputs"] = Field(
+        "gradients",
+        description="spanned by reference gradients (the paper), or by what the layers' matrices "
+        "multiply on the reference rows, measured once before training; docs/method.md",
+    )
+    rank: PositiveInt = Field(
+        2,
+        description="directions kept per group, at most 64; 4 where recommended replays; with "
+        "inputs, columns of a layer's basis at most, 1024 where left out",
+    )
+    energy: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None,
+        description="with inputs: share of their second moment that the basis holds; 0.95 where "
+        "left out",
+    )
+    others: Literal["freeze", "leave"] | None = Field(
+        None,
+        description="with inputs: whether what is no matrix (embeddings, norms, biases) is trained "
+        "(leave) or not (freeze, where left out; adapters: leave)",
+    )
+    scope: Literal["tensor", "global"] = Field(
+        "tensor", description="one subspace per weight tensor (official code) or one for all"
+    )
+    placement: Literal["gradient", "update", "both"] = Field(
+        "gradient", description="project what enters the optimizer, what leaves it, or both"
+    )
+    rule: Literal["orthogonal", "conflict", "inplane", "none"] = Field(
+        "orthogonal", description="what happens to the in-span component"
+    )
+    scale: NonNegativeFloat = Field(1.0, description="rule conflict: factor where it agrees")
+    refresh_every: PositiveInt = Field(
+        30, description="steps between refreshes, where references are not in_step; 5 in dpo"
+    )
+    project_momentum: bool = Field(
+        True,
+        description="project first moments with each new basis; false in paper, and where "
+        "recommended replays or projects updates",
+    )
+    basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
+    offload: Literal[False] = Field(
+        False, description="basis in host memory between uses: not supported yet"
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    name: Literal["adamw", "column_adamw"] = Field(
+        "adamw",
+        description="column_adamw: AdamW with one second moment for each output of a matrix; its "
+        "scaling commutes with a subspace of inputs",
+    )
+    learning_rate: PositiveFloat = Field(
+        description="peak learning rate; no default fits all: the paper's runs of 7B and 8B models "
+        "use 1e-6, LoRA and smaller models need a higher one (from 3e-5 to 1e-3 in configs/), and "
+        "docs/rates.md says how to find it"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
+    warmup_steps: NonNegativeInt = Field(0, description="linear warm-up")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="AdamW's decay rates")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; matrices only")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="clip, after the projection")
+    stochastic_rounding: bool = Field(
+        False,
+        description="round parameters up or down at random, so that updates smaller than their "
+        "precision take effect on average; for model.param_dtype: bfloat16",
+    )
+
+
+class TrainSection(Section):
+    """How long, in what pieces, and what is kept."""
+
+    epochs: PositiveFloat = Field(3, description="passes over the data, unless `steps` is given")
+    steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
+    batch_size: PositiveInt = Field(128, description="rows an optimizer step, over all devices")
+    micro_batch_size: PositiveInt = Field(4, description="rows a device holds at a time, at most")
+    remat: Literal["none", "dots", "full"] = Field("full", description="rematerialisation")
+    loss_chunk: PositiveInt = Field(512, description="tokens whose logits exist at a time, per row")
+    eval_every: PositiveInt | None = Field(None, description="steps; null: before and after only")
+    save_every: PositiveInt = Field(100, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept")
+    log_every: PositiveInt = Field(5, description="steps between flushes of the metrics")
+
+
+class ExportSection(Section):
+    """The Hugging Face folder that a run leaves."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of its weights; auto: each tensor in the type it has in the model's folder. "
+        "What rounding costs is measured; a later stage starts from the unrounded weights",
+    )
+
+
+class DpoSection(Section):
+    """Direct preference optimisation."""
+
+    beta: PositiveFloat = Field(0.2, description="inverse temperature")
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "orpo", "simpo"] = Field(
+        "sigmoid", description="preference loss"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.0, description="probability that a label is flipped (cDPO, robust)"
+    )
+    simpo_gamma: NonNegativeFloat = Field(0.5, description="SimPO's target margin, in rewards")
+    reference_model: str = Field(
+        "initial",
+        description="initial: the weights the stage starts from; a folder or hub id; none (orpo "
+        "and simpo, which have no reference model)",
+    )
+
+
+class MeshSection(Section):
+    """Devices along each axis; -1: all that are left."""
+
+    data: int = Field(1, description="replicas of parameters and optimizer state")
+    fsdp: int = Field(-1, description="shards of parameters, optimizer state and basis")
+    tensor: int = Field(1, description="shards of heads, hidden units and vocabulary")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshSection":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"sizes must be positive, at most one of them -1, not {sizes}")
+        return self
