@@ -22,8 +22,8 @@ from ogpsa_jax.models import LoraParam, add_lora, merge_lora
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.loop import Batches, Task, fit
-from ogpsa_jax.training.prepare import preference_objective
 from ogpsa_jax.training.step import Network, Objective
+from ogpsa_jax.training.task import preference_objective
 
 
 @dataclass(frozen=True)

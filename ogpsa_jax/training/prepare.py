@@ -6,7 +6,6 @@ import datetime
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from ogpsa_jax.data import (
     DataReport,
     DataSource,
     Example,
-    TrainBatches,
-    fixed_batches,
     load_tokenizer,
     prepare,
 )
@@ -38,23 +35,14 @@ from ogpsa_jax.models import (
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.pretrained import check_computable
-from ogpsa_jax.objectives.cross_entropy import surprise
-from ogpsa_jax.objectives.distillation import distillation_loss
-from ogpsa_jax.objectives.dpo import dpo_loss
-from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.initial_model import InitialModel, check_initial_model
-from ogpsa_jax.training.loop import Evaluation, Task
-from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.origin import about
 from ogpsa_jax.training.reference_model import add_reference_log_probs
 from ogpsa_jax.training.sections import DataSection, SourceSection
-from ogpsa_jax.training.step import Objective
 from ogpsa_jax.training.verdict import judge_lengths
 
 logger = logging.getLogger(__name__)
-_START_ROWS = 64  # of each reference set, on which the loss at the start is measured
-_MOST_ROWS = 10**8  # a run's rows are laid out before its first step
 
 
 @dataclass(frozen=True)
@@ -356,119 +344,4 @@ def prepare_reference_log_probs(
         train=found[0],
         evaluations=dict(zip(data.evaluations, held_out, strict=True)),
         references=found[1 + len(held_out) :] or data.references,
-    )
-
-
-def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
-    """Objective, batches, references and held-out sets."""
-    shards = row_shards(mesh)
-    riding = config.reference_rows
-
-    def micro_rows(batch_size: int) -> int:
-        return rows_per_micro_batch(batch_size, config.train.micro_batch_size, mesh)
-
-    def stream(
-        examples: list[Example], sources: Sequence[SourceSection], rows: int, steps: int | None
-    ) -> TrainBatches:
-        return TrainBatches(
-            examples,
-            batch_size=rows,
-            micro_batch_size=micro_rows(rows),
-            max_length=config.data.max_length,
-            packing=config.data.packing and len(examples[0].sequences) == 1,
-            seed=config.seed,
-            epochs=config.train.epochs,
-            steps=steps,
-            weights=[section.weight for section in sources],
-        )
-
-    def fixed(examples: list[Example], batch_size: int) -> Any:
-        return fixed_batches(
-            examples, batch_size=batch_size, max_length=config.data.max_length, multiple=shards
-        )
-
-    preference = preference_objective(config)
-    cross_entropy = partial(sft_loss, chunk_size=config.train.loss_chunk)
-    reference_loss: Objective = cross_entropy
-    if config.references.target == "initial":
-        reference_loss = partial(distillation_loss, chunk_size=config.train.loss_chunk)
-    elif config.references.loss == "dpo":
-        reference_loss = preference
-    own_rows = config.train.batch_size - riding
-    _check_length(config, data, own_rows)
-    batches = stream(data.train, config.data.train, own_rows, config.train.steps)
-    if not len(batches):
-        raise InputError(
-            f"train.epochs: {config.train.epochs:g} passes over {len(data.train)} rows come to no "
-            "row at all; raise it, or set train.steps."
-        )
-    in_step_batches = None
-    if riding:
-        pool = [
-            dataclasses.replace(example, source=number)
-            for number, examples in enumerate(data.references)
-            for example in examples
-        ]
-        in_step_batches = stream(pool, config.references.sets, riding, len(batches))
-    inputs = config.projects and config.ogpsa.subspace == "inputs"
-    sets = [
-        fixed(examples, config.references.batch_size)
-        for examples in data.references
-        if inputs or not riding
-    ]
-    return Task(
-        objective=preference if config.objective == "dpo" else cross_entropy,
-        batches=batches,
-        references=[] if riding or inputs else sets,
-        input_rows=sets if inputs else [],
-        reference_rows=riding or sum(len(examples) for examples in data.references),
-        batches_per_refresh=None
-        if config.references.rows_per_refresh is None
-        else config.references.rows_per_refresh
-        // (config.references.batch_size * len(config.references.sets)),
-        reference_loss=reference_loss,
-        in_step_batches=in_step_batches,
-        reference_starts={
-            f"references.{number}": Evaluation(
-                fixed(examples[:_START_ROWS], micro_rows(own_rows)),
-                partial(surprise, chunk_size=config.train.loss_chunk),
-            )
-            for number, examples in enumerate(data.references)
-            if config.references.loss != "dpo" and config.references.target == "answers"
-        },
-        evaluations={
-            name: Evaluation(
-                fixed(examples, micro_rows(own_rows)),
-                preference_objective(config, per_row=True)
-                if len(examples[0].sequences) == 2
-                else partial(cross_entropy, per_row=True),
-            )
-            for name, examples in data.evaluations.items()
-        },
-    )
-
-
-def _check_length(config: RunConfig, data: RunData, rows_per_step: int) -> None:
-    """Refuse a run whose rows could not be laid out in memory."""
-    settings = config.train
-    key, rows = f"train.epochs: {settings.epochs:g}", settings.epochs * len(data.train)
-    if settings.steps is not None:
-        key, rows = f"train.steps: {settings.steps}", float(settings.steps * rows_per_step)
-    if rows > _MOST_ROWS:
-        raise InputError(
-            f"{key} comes to {rows:.3g} rows, more than the {_MOST_ROWS:.0e} that a run may see; "
-            "lower it."
-        )
-
-
-def preference_objective(config: RunConfig, *, per_row: bool = False) -> Objective:
-    """The configured preference loss."""
-    return partial(
-        dpo_loss,
-        loss=config.dpo.loss,
-        beta=config.dpo.beta,
-        label_smoothing=config.dpo.label_smoothing,
-        simpo_gamma=config.dpo.simpo_gamma,
-        chunk_size=config.train.loss_chunk,
-        per_row=per_row,
     )

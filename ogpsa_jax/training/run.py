@@ -1,7 +1,6 @@
 """A stage from configuration to exported checkpoint, and several stages in a row."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -25,16 +24,10 @@ from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config, located
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
-from ogpsa_jax.training.loop import Evaluation, Task, fit, in_turn, progress_of
+from ogpsa_jax.training.loop import Evaluation, fit, progress_of
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
 from ogpsa_jax.training.metrics import (
-    Line,
     draw_curves,
-    find_capped,
-    find_foreign_references,
-    find_lost_updates,
-    find_problems,
-    held_out_changes,
     read_metrics,
 )
 from ogpsa_jax.training.optimizer import make_optimizer
@@ -43,7 +36,6 @@ from ogpsa_jax.training.prepare import (
     prepare_data,
     prepare_model,
     prepare_reference_log_probs,
-    prepare_task,
     trained_parameters,
 )
 from ogpsa_jax.training.progress import Progress
@@ -56,7 +48,13 @@ from ogpsa_jax.training.rounding import (
 )
 from ogpsa_jax.training.sections import ExportSection, MeshSection
 from ogpsa_jax.training.step import Network, TrainState
-from ogpsa_jax.training.verdict import LEAST_FALL, LEAST_FALL_OF_PAIRS, judge_training
+from ogpsa_jax.training.summary import (
+    judge_curve,
+    measured_before,
+    reference_samples,
+    summarise,
+)
+from ogpsa_jax.training.task import prepare_task
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +188,7 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
         rounding = None
         if export(config, model, run_dir / "export", keep_unrounded=True):
             rounding = measure_rounding(
-                config, mesh, model, run_dir / "export", task.evaluations, _before(lines)
+                config, mesh, model, run_dir / "export", task.evaluations, measured_before(lines)
             )
         if config.model.lora is not None:
             save_lora(model, run_dir / "adapter")
@@ -213,7 +211,7 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
                     summary["warnings"].append(warning)
             summary |= {
                 "data": data.report(),
-                "reference_samples": _reference_samples(task, config),
+                "reference_samples": reference_samples(task, config),
                 "seconds": round(time.perf_counter() - started, 1),
                 "export": str(run_dir / "export"),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -294,119 +292,13 @@ def _measure_later(
         evaluations = prepare_task(config, data, mesh).evaluations
     except InputError as error:
         logger.warning("the held-out sets are not measured: %s", error)
-    before = _before(read_metrics(run_dir))
+    before = measured_before(read_metrics(run_dir))
     rounding = measure_rounding(config, mesh, model, target, evaluations, before)
     for line in rounding_lines(rounding):
         logger.info("%s", line)
     if (warning := rounding_warning(rounding)) is not None:
         logger.warning("%s", warning)
     return rounding
-
-
-def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
-    """The figures of a run from its metrics: nothing that was not measured in it."""
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "loss" not in line]
-    total = steps[-1]["step"]
-    changes = held_out_changes(lines)
-    lost = find_lost_updates(steps, config)
-    capped = find_capped(steps, config.ogpsa)
-    warnings = [*find_problems(steps).values(), *lost.values(), *capped.values()]
-    warnings += find_foreign_references(lines, config)
-    if missing := total - len({line["step"] for line in steps}):
-        warnings.append(
-            f"the metrics of {missing} of {total} steps are lost; so is what needs them"
-        )
-    warnings += judge_curve(config, lines)
-    projection: dict[str, Any] = {}
-    if config.projects:
-        removed = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
-        projection = {
-            "refreshes": _refreshes(config, total),
-            "refused_refreshes": steps[-1].get("refused_refreshes"),
-            "effective_rank": steps[-1].get("effective_rank"),
-            "mean_removed_fraction": sum(removed) / len(removed) if removed else None,
-            "reference_coverage": steps[-1].get("reference_coverage"),
-            "least_coverage": steps[-1].get("least_coverage"),
-        }
-    return {
-        "name": config.name,
-        "objective": config.objective,
-        "preset": config.ogpsa.preset,
-        "seed": config.seed,
-        "steps": total,
-        "train_loss": {
-            "first": steps[0]["loss"] if steps[0]["step"] == 1 else None,
-            "last": steps[-1]["loss"],
-        },
-        "before": _before(lines),
-        "after": _held_out(evaluations[-1]) if evaluations else {},
-        "change": {
-            f"{name}/loss": dataclasses.asdict(change) for name, (_, change) in changes.items()
-        },
-        "projection": projection,
-        # Sequences, as everywhere: a pair is two.
-        "training_samples": total
-        * (config.train.batch_size - config.reference_rows)
-        * (2 if config.objective == "dpo" else 1),
-        "warnings": warnings,
-    }
-
-
-def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
-    """What the whole curve says of the training; nothing where steps of it are lost."""
-    steps = [line for line in lines if "loss" in line]
-    if [line["step"] for line in steps] != list(range(1, len(steps) + 1)):
-        return []
-    ogpsa, every, breadth = config.ogpsa, None, None
-    if config.projects and ogpsa.subspace == "inputs":  # spanned once, before training
-        breadth = f"ogpsa.energy ({ogpsa.energy})"
-    elif config.projects:
-        every = None if config.reference_rows else ogpsa.refresh_every
-        breadth = f"ogpsa.rank ({ogpsa.rank})"
-    least_fall = LEAST_FALL_OF_PAIRS if config.objective == "dpo" else LEAST_FALL
-    found = judge_training(steps, held_out_changes(lines), every, breadth, least_fall)
-    if find_lost_updates(steps, config):
-        found.pop("unmoved", None)  # that warning names the reason, and another remedy
-    return list(found.values())
-
-
-def _reference_samples(task: Task, config: RunConfig) -> int:
-    """Sequences of references that went through the model, in all; a pair is two."""
-    refreshes = _refreshes(config, len(task.batches))
-    rows = task.reference_rows * (len(task.batches) if config.reference_rows else refreshes)
-    if task.batches_per_refresh is not None:
-        taken = [
-            batches["segment_ids"]
-            for number in range(refreshes)
-            for batches in in_turn(task.references, number, task.batches_per_refresh)
-        ]
-        # What fills up a batch has no token.
-        rows = sum(int(ids.reshape(*ids.shape[:2], -1).any(axis=-1).sum()) for ids in taken)
-    return rows * (2 if config.references.loss in ("dpo", "official") else 1)
-
-
-def _refreshes(config: RunConfig, steps: int) -> int:
-    """How often references have gone into the basis, after so many steps."""
-    if not config.projects:
-        return 0
-    if config.ogpsa.subspace == "inputs":
-        return 1
-    return steps if config.reference_rows else -(-steps // config.ogpsa.refresh_every)
-
-
-def _before(lines: Sequence[Line]) -> Line:
-    """The measures of before the first step, where the metrics still hold them."""
-    first = next((line for line in lines if "loss" not in line), None)
-    return _held_out(first) if first is not None and first["step"] == 0 else {}
-
-
-def _held_out(line: Line) -> Line:
-    return {
-        name.removeprefix("eval/"): value
-        for name, value in line.items()
-        if name.startswith("eval/")
-    }
 
 
 def _check_same_run(run_dir: Path, config: RunConfig) -> None:

@@ -16,8 +16,9 @@ from ogpsa_jax.models.config import read_config
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.mesh import replicate_rest, shard_rows
 from ogpsa_jax.training.optimizer import make_optimizer
-from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model, prepare_task
+from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
 from ogpsa_jax.training.step import Network, TrainState, make_train_step
+from ogpsa_jax.training.task import prepare_task
 
 from .conftest import TINY, some_devices
 

@@ -29,6 +29,7 @@ from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, r
 from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
 from ogpsa_jax.training.progress import Progress
 from ogpsa_jax.training.sections import MeshSection
+from ogpsa_jax.training.summary import judge_curve, summarise
 
 from .conftest import STEPS, metrics
 
@@ -105,9 +106,7 @@ def test_the_summary_is_that_of_the_metrics(uninterrupted):
     )
     assert summary["training_samples"] == 8 * STEPS
     assert summary["reference_samples"] == 2 * 12
-    assert summary["warnings"] == run.judge_curve(
-        load_config(uninterrupted / "config.yaml"), all_lines
-    )
+    assert summary["warnings"] == judge_curve(load_config(uninterrupted / "config.yaml"), all_lines)
     assert summary["before"].keys() == summary["after"].keys() == {"general/loss"}
     change = summary["change"]["general/loss"]
     assert change["mean"] == pytest.approx(
@@ -197,7 +196,7 @@ def test_a_pair_is_two_samples_in_the_summary_as_everywhere(configured, tmp_path
     samples = {}
     for objective in ("sft", "dpo"):
         config = configured(tmp_path / "run", f"objective={objective}", "ogpsa.preset=off")
-        samples[objective] = run.summarise(config, lines)["training_samples"]
+        samples[objective] = summarise(config, lines)["training_samples"]
         assert config.train.batch_size == 8
     assert samples == {"sft": 3 * 8, "dpo": 3 * 8 * 2}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ogpsa_jax.training.run import judge_curve
+from ogpsa_jax.training.summary import judge_curve
 from ogpsa_jax.training.verdict import (
     LEAST_FALL_OF_PAIRS,
     Change,
