@@ -5,7 +5,7 @@ The core of arXiv 2602.07892 as an Optax transformation; it imports jax and opta
 
 from ogpsa_jax.projection.column_adam import column_adamw, scale_by_column_adam
 from ogpsa_jax.projection.diagnostics import diagnostics, first_order_change
-from ogpsa_jax.projection.inputs import InputState
+from ogpsa_jax.projection.input_state import InputState
 from ogpsa_jax.projection.kernels import Kernel, flax_kernels
 from ogpsa_jax.projection.reference import reference_gradients
 from ogpsa_jax.projection.refresh import project_parameters, refresh

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import find_states
-from ogpsa_jax.projection.inputs import InputState
+from ogpsa_jax.projection.input_state import InputState
 from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.state import OgpsaState
 

@@ -5,21 +5,21 @@ from typing import Any
 
 import jax
 
-from ogpsa_jax.projection.inputs import InputState
-from ogpsa_jax.projection.state import OgpsaState
+from ogpsa_jax.projection.state import ProjectionState
 
 
-def _is_ours(node: Any) -> bool:
-    return isinstance(node, OgpsaState | InputState)
+def is_ours(node: Any) -> bool:
+    """Whether `node` is the state of a projection."""
+    return isinstance(node, ProjectionState)
 
 
-def find_states(opt_state: Any) -> list[OgpsaState | InputState]:
+def find_states(opt_state: Any) -> list[Any]:
     """All states of :func:`ogpsa_jax.ogpsa_project` in `opt_state`, in tree order.
 
     Raises:
       ValueError: there is none; the message names what was looked through.
     """
-    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(leaf)]
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(leaf)]
     if not found:
         raise ValueError(
             "opt_state: found no OgpsaState, having looked through "
@@ -37,9 +37,9 @@ def replace_states(opt_state: Any, change: Callable[[Any], Any]) -> Any:
     find_states(opt_state)
 
     def visit(node: Any) -> Any:
-        return change(node) if _is_ours(node) and node.settings.groups else node
+        return change(node) if is_ours(node) and node.settings.groups else node
 
-    return jax.tree.map(visit, opt_state, is_leaf=_is_ours)
+    return jax.tree.map(visit, opt_state, is_leaf=is_ours)
 
 
 def _outline(node: Any) -> str:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogpsa_jax.projection.find import find_states
+from ogpsa_jax.projection.find import find_states, is_ours
 from ogpsa_jax.projection.groups import MASKED, Group, is_masked, key_names
-from ogpsa_jax.projection.inputs import InputState, project_inputs
+from ogpsa_jax.projection.input_state import InputState
+from ogpsa_jax.projection.inputs import project_inputs
 from ogpsa_jax.projection.moments import is_moment, second_moment, why_impossible
 from ogpsa_jax.projection.project import Subspaces, project
 from ogpsa_jax.projection.state import OgpsaState
@@ -66,18 +67,14 @@ def project_first_moments(opt_state: Any, momentum: Momentum = True) -> Any:
     counts = iter(walk.counts)
 
     def count(node: Any) -> Any:
-        if not _is_ours(node):
+        if not is_ours(node):
             return node
         node = replace(node, projected_moments=jnp.asarray(next(counts), jnp.int32))
         if isinstance(node, InputState) and node.others is not None:
             return replace(node, others=count(node.others))
         return node
 
-    return jax.tree.map(count, new, is_leaf=_is_ours)
-
-
-def _is_ours(node: Any) -> bool:
-    return isinstance(node, OgpsaState | InputState)
+    return jax.tree.map(count, new, is_leaf=is_ours)
 
 
 def _with_others(states: Sequence[OgpsaState | InputState]) -> list[OgpsaState | InputState]:
@@ -109,7 +106,7 @@ class _Walk:
 
     def visit(self, node: Any, path: Path) -> Any:
         """`node` with the first moments below it projected."""
-        if _is_ours(node) or self.told(path) is False:
+        if is_ours(node) or self.told(path) is False:
             return node
         if reason := why_impossible(node):
             raise ValueError(
@@ -261,7 +258,7 @@ def _same_structure(a: Any, b: Any) -> bool:
 
 
 def _encloses(node: Any) -> bool:
-    return any(_is_ours(x) for x in jax.tree.leaves(node, is_leaf=_is_ours))
+    return any(is_ours(x) for x in jax.tree.leaves(node, is_leaf=is_ours))
 
 
 def _places(state: OgpsaState | InputState) -> _Place:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import find_states, replace_states
-from ogpsa_jax.projection.inputs import InputState, flatten_like, project_inputs, refresh_inputs
+from ogpsa_jax.projection.input_basis import refresh_inputs
+from ogpsa_jax.projection.input_state import InputState, flatten_like
+from ogpsa_jax.projection.inputs import project_inputs
 from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.second_moments import Moments
@@ -201,21 +203,9 @@ def with_basis(
     **arrays: jax.Array,
 ) -> OgpsaState:
     """`state` with another basis and what describes it, if `accept`; else one refusal more."""
-    trees = []
-    for tree, new in zip(state.basis, directions, strict=True):
-        old, treedef = jax.tree.flatten(tree)
-        leaves = [jnp.where(accept, x, y) for x, y in zip(new, old, strict=True)]
-        trees.append(treedef.unflatten(leaves))
-    arrays["metric"], arrays["rank_used"] = pseudo_inverse(arrays["gram"], state.settings.rank_tol)
-    chosen: dict[str, Any] = {
-        name: jnp.where(accept, array, getattr(state, name)) for name, array in arrays.items()
-    }
-    return replace(
-        state,
-        basis=tuple(trees),
-        steps_since_refresh=jnp.where(accept, 0, state.steps_since_refresh),
-        refreshes=state.refreshes + accept.astype(jnp.int32),
-        refused_refreshes=state.refused_refreshes + (~accept).astype(jnp.int32),
-        projected_moments=jnp.zeros([], jnp.int32),
-        **chosen,
+    trees = tuple(
+        jax.tree.structure(tree).unflatten(new)
+        for tree, new in zip(state.basis, directions, strict=True)
     )
+    arrays["metric"], arrays["rank_used"] = pseudo_inverse(arrays["gram"], state.settings.rank_tol)
+    return state.after_refresh(accept, basis=trees, **arrays)

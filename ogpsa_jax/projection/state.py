@@ -1,10 +1,13 @@
 """The state of the transformation: arrays that change, and settings that are part of its type."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from ogpsa_jax.projection.groups import Group, is_masked
 from ogpsa_jax.projection.project import Subspaces
@@ -22,24 +25,81 @@ class Settings:
     groups: tuple[Group, ...]  # over the held leaves
 
 
-class NoLeaves(Settings):
-    """Settings over a tree without leaves, where nothing is projected: equal to any settings.
+class Placeholder:
+    """Mixed into settings over a tree without leaves, where nothing is projected: equal to any.
 
     ``optax.tree.map_params`` makes a state of a placeholder without leaves and maps over it and the
     real one together, which asks for equal structures.
     """
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Settings)
+        return isinstance(other, type(self).__mro__[2])
 
     def __hash__(self) -> int:
         return 0
 
 
+class NoLeaves(Placeholder, Settings):
+    """Equal to any :class:`Settings`."""
+
+
+@dataclass(frozen=True)
+class ProjectionState:
+    """What every projection keeps beside its subspace; G is the number of groups."""
+
+    rank_used: jax.Array  # int32 [G]: directions that are present
+    squared_norm: jax.Array  # float32 [G]: of the last gradient, before the rule
+    in_span: jax.Array  # float32 [G]: of its component in the subspace
+    removed: jax.Array  # float32 [G]: what the rule took of its squared norm
+    steps_since_refresh: jax.Array  # int32 []: updates since the subspace last changed
+    refreshes: jax.Array  # int32 []: refreshes accepted
+    refused_refreshes: (
+        jax.Array
+    )  # int32 []: refreshes refused, as what they were given is not finite
+    projected_moments: jax.Array  # int32 []: leaves of first moments the last refresh projected
+
+    def after_update(self, squared_norm: jax.Array, in_span: jax.Array, removed: jax.Array) -> Self:
+        """The state that has measured one update more."""
+        return replace(
+            self,
+            squared_norm=squared_norm,
+            in_span=in_span,
+            removed=removed,
+            steps_since_refresh=optax.safe_increment(self.steps_since_refresh),
+        )
+
+    def after_refresh(self, accept: jax.Array, **subspace: Any) -> Self:
+        """The state with the fields of another subspace if `accept`; else one refusal more."""
+        chosen = {
+            name: jax.tree.map(partial(jnp.where, accept), new, getattr(self, name))
+            for name, new in subspace.items()
+        }
+        return replace(
+            self,
+            steps_since_refresh=jnp.where(accept, 0, self.steps_since_refresh),
+            refreshes=self.refreshes + accept.astype(jnp.int32),
+            refused_refreshes=self.refused_refreshes + (~accept).astype(jnp.int32),
+            projected_moments=jnp.zeros([], jnp.int32),
+            **chosen,
+        )
+
+
+def no_figures(groups: int) -> dict[str, jax.Array]:
+    """The fields of :class:`ProjectionState` before the first update and refresh."""
+    # Each an array of its own: aliased buffers cannot be donated.
+    names = ("squared_norm", "in_span", "removed")
+    counts = ("steps_since_refresh", "refreshes", "refused_refreshes", "projected_moments")
+    return {
+        "rank_used": jnp.zeros(groups, jnp.int32),
+        **{name: jnp.zeros(groups, jnp.float32) for name in names},
+        **{name: jnp.zeros([], jnp.int32) for name in counts},
+    }
+
+
 @serialisable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class OgpsaState:
+class OgpsaState(ProjectionState):
     """State of :func:`ogpsa_jax.ogpsa_project`; k is the rank, G the number of groups.
 
     Every layer of a stacked leaf counts as a group where the scope is not global.
@@ -51,14 +111,6 @@ class OgpsaState:
     spectrum: jax.Array  # float32 [G, k]: energy of the unit references by direction
     mean: jax.Array  # float32 [G, k]: sum of the unit references, in the basis
     discarded: jax.Array  # float32 [G]: energy of the unit references outside the basis, at most
-    rank_used: jax.Array  # int32 [G]: directions that are present
-    squared_norm: jax.Array  # float32 [G]: of the last gradient, before the rule
-    in_span: jax.Array  # float32 [G]: of its component in the subspace
-    removed: jax.Array  # float32 [G]: what the rule took of its squared norm
-    steps_since_refresh: jax.Array  # int32 []: updates since the basis last changed
-    refreshes: jax.Array  # int32 []: refreshes accepted
-    refused_refreshes: jax.Array  # int32 []: refreshes refused, the references not being finite
-    projected_moments: jax.Array  # int32 []: leaves of first moments the last refresh projected
     settings: Settings = field(metadata={"static": True})
 
     def directions(self) -> list[list[jax.Array]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import replace_states
 from ogpsa_jax.projection.groups import inner
-from ogpsa_jax.projection.inputs import InputState
+from ogpsa_jax.projection.input_state import InputState
 from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.refresh import with_basis, with_subspace
 from ogpsa_jax.projection.state import Alignment, OgpsaState

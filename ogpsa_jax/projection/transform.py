@@ -15,16 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from ogpsa_jax.projection.groups import MASKED, Scope, Stacked, form_groups, is_masked
-from ogpsa_jax.projection.inputs import (
-    InputState,
-    Others,
-    apply_inputs,
-    init_inputs,
-    kernel_names,
-)
+from ogpsa_jax.projection.input_state import InputState, Others, init_inputs, kernel_names
+from ogpsa_jax.projection.inputs import apply_inputs
 from ogpsa_jax.projection.kernels import Kernels
 from ogpsa_jax.projection.project import RULES, project
-from ogpsa_jax.projection.state import Alignment, NoLeaves, OgpsaState, Settings
+from ogpsa_jax.projection.state import Alignment, NoLeaves, OgpsaState, Settings, no_figures
 from ogpsa_jax.projection.streaming import push_reference
 
 Placement = Literal["gradient", "update", "both"]
@@ -210,8 +205,10 @@ def _init_gradients(
             ]
         )
 
-    def per_group(*trailing: int, dtype: Any = jnp.float32) -> jax.Array:
-        return jnp.zeros((groups[-1].rows.stop if groups else 0, *trailing), dtype)
+    count = groups[-1].rows.stop if groups else 0
+
+    def per_group(*trailing: int) -> jax.Array:
+        return jnp.zeros((count, *trailing), jnp.float32)
 
     kind = Settings if groups else NoLeaves  # the latter: all leaves masked, a placeholder
     return OgpsaState(
@@ -221,14 +218,7 @@ def _init_gradients(
         spectrum=per_group(rank),
         mean=per_group(rank),
         discarded=per_group(),
-        rank_used=per_group(dtype=jnp.int32),
-        squared_norm=per_group(),
-        in_span=per_group(),
-        removed=per_group(),
-        steps_since_refresh=jnp.zeros([], jnp.int32),
-        refreshes=jnp.zeros([], jnp.int32),
-        refused_refreshes=jnp.zeros([], jnp.int32),
-        projected_moments=jnp.zeros([], jnp.int32),
+        **no_figures(count),
         settings=kind(rank, rule, float(rank_tol), tuple(held), groups),
     )
 
@@ -256,13 +246,8 @@ def _apply_span(
     leaves, energies = project(
         aligned.leaves, state.subspaces(), settings.groups, settings.rule, scale, sign
     )
-    new_state = replace(
-        state,
-        squared_norm=energies.before,
-        in_span=energies.in_span,
-        removed=energies.before - energies.after,
-        steps_since_refresh=optax.safe_increment(state.steps_since_refresh),
-    )
+    removed = energies.before - energies.after
+    new_state = state.after_update(energies.before, energies.in_span, removed)
     return aligned.rebuild(leaves), new_state
 
 

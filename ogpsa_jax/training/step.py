@@ -16,14 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax import (
-    InputState,
-    OgpsaState,
     diagnostics,
     input_moments,
     project_parameters,
     reference_gradients,
     refresh,
 )
+from ogpsa_jax.projection.find import is_ours
 from ogpsa_jax.training.optimizer import apply_updates, global_norm
 
 Params = Any
@@ -187,9 +186,7 @@ def make_input_subspace(
 
 def projection_metrics(opt_state: Any) -> Metrics:
     """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
-    ours = (OgpsaState, InputState)
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ours))
-    if not any(isinstance(node, ours) for node in nodes):
+    if not any(map(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))):
         return {}
     return {name: value for name, value in diagnostics(opt_state).items() if name != "groups"}
 

@@ -194,5 +194,7 @@ def test_a_state_dict_of_other_shape_is_refused(rng):
     with pytest.raises(ValueError, match="opt_state/basis"):
         serialization.from_state_dict(other, found)
     del found["opt_state"]["metric"]
-    with pytest.raises(ValueError, match="OgpsaState: expected the fields basis, gram, metric"):
+    with pytest.raises(
+        ValueError, match=r"OgpsaState: expected the fields .*\bmetric\b.*, got (?!.*\bmetric\b)"
+    ):
         serialization.from_state_dict(state, found)

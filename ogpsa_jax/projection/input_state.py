@@ -1,0 +1,154 @@
+"""The state of a projection off the inputs of layers, and how it is made from parameters."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ogpsa_jax.projection.groups import is_masked, key_names
+from ogpsa_jax.projection.kernels import KernelLeaf, Kernels, find_kernels
+from ogpsa_jax.projection.serialization import serialisable
+from ogpsa_jax.projection.state import OgpsaState, Placeholder, ProjectionState, no_figures
+
+Others = Literal["freeze", "gradients", "leave"]
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """Hashable settings of one transformation: static in the tree structure of its state."""
+
+    rank: int
+    energy: float
+    rule: str
+    rank_tol: float
+    kernels: tuple[KernelLeaf, ...]
+    frozen: tuple[int, ...]  # places of the leaves whose updates are zero
+    paths: tuple[tuple[str, ...], ...]  # of all leaves, those that are masked included
+
+    @property
+    def groups(self) -> dict[str, tuple[KernelLeaf, ...]]:
+        """The kernels by the name of their input, in the order of the state's rows."""
+        names = dict.fromkeys(kernel.inputs for kernel in self.kernels)
+        return {name: tuple(k for k in self.kernels if k.inputs == name) for name in names}
+
+    def rows(self) -> dict[str, slice]:
+        """The rows of each input in per-group arrays, one for every layer."""
+        rows, start = {}, 0
+        for name, kernels in self.groups.items():
+            stop = start + math.prod(kernels[0].layers)
+            rows[name], start = slice(start, stop), stop
+        return rows
+
+
+class NoKernels(Placeholder, InputSettings):
+    """Equal to any :class:`InputSettings`."""
+
+
+@serialisable
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InputState(ProjectionState):
+    """State of :func:`ogpsa_jax.ogpsa_project` with ``subspace="inputs"``.
+
+    r is the rank, or the size of the input where that is smaller; G counts inputs, every layer for
+    one.
+    """
+
+    basis: dict[str, jax.Array]  # U [..., in, r] by input, layers in front
+    metric: dict[str, jax.Array]  # float32 [..., r, r]: (UᵀU)⁻¹ of U as stored, zero where absent
+    energy_held: jax.Array  # float32 [G]: share of the second moment that U spans, at least
+    others: OgpsaState | None  # of the leaves that are no matrices, where they have a gradient span
+    settings: InputSettings = field(metadata={"static": True})
+
+
+def init_inputs(
+    params: Any,
+    *,
+    rank: int,
+    energy: float,
+    rule: str,
+    rank_tol: float,
+    kernels: Kernels,
+    freeze: bool,
+    others: OgpsaState | None,
+    dtype: Any,
+) -> InputState:
+    """A state without a subspace: the identity on kernels."""
+    paths_and_leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
+    empty = all(is_masked(leaf) for _, leaf in paths_and_leaves)
+    found = () if empty else find_kernels(paths_and_leaves, kernels)
+    places = {kernel.leaf for kernel in found}
+    frozen = [
+        place
+        for place, (_, leaf) in enumerate(paths_and_leaves)
+        if freeze and place not in places and not is_masked(leaf)
+    ]
+    kind = NoKernels if empty else InputSettings
+    paths = tuple(key_names(path) for path, _ in paths_and_leaves)
+    settings = kind(rank, energy, rule, rank_tol, found, tuple(frozen), paths)
+    basis, metric = {}, {}
+    for name, group in settings.groups.items():
+        kernel, leaf = group[0], paths_and_leaves[group[0].leaf][1]
+        size = min(rank, kernel.width)
+        shape = (*kernel.layers, kernel.width, size)
+        basis[name] = _zeros_beside(leaf, kernel, shape, dtype or leaf.dtype)
+        metric[name] = jnp.zeros((*kernel.layers, size, size), jnp.float32)
+    groups = sum(rows.stop - rows.start for rows in settings.rows().values())
+    return InputState(
+        basis=basis,
+        metric=metric,
+        energy_held=jnp.zeros(groups, jnp.float32),
+        **no_figures(groups),
+        others=others,
+        settings=settings,
+    )
+
+
+def kernel_names(params: Any, kernels: Kernels) -> set[str]:
+    """The paths of the leaves that are matrices."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {kernel.name for kernel in find_kernels(flat, kernels)} if flat else set()
+
+
+def _zeros_beside(leaf: Any, kernel: KernelLeaf, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros ``[..., in, r]`` on the devices of a kernel, split as its layers and inputs are.
+
+    Only where its sharding can be seen: not of a traced array with automatic axes.
+    """
+    sharding = getattr(leaf, "sharding", None) or getattr(jax.typeof(leaf), "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return jnp.zeros(shape, dtype)
+    spec = [*sharding.spec, *[None] * (len(kernel.shape) - len(sharding.spec))]
+    inputs = spec[kernel.axes[0]] if len(kernel.axes) == 1 else None
+    parts = (*(spec[i] for i in kernel.stacked), inputs, None)
+    placed = jax.sharding.PartitionSpec(*parts)  # type: ignore[no-untyped-call]
+    if isinstance(sharding.mesh, jax.sharding.AbstractMesh):  # traced, with explicit axes
+        return jnp.zeros(
+            shape, dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, placed)
+        )
+    where = jax.sharding.NamedSharding(sharding.mesh, placed, memory_kind=sharding.memory_kind)
+    return jnp.zeros(shape, dtype, device=where)
+
+
+def flatten_like(settings: InputSettings, tree: Any, what: str) -> tuple[list[Any], Any]:
+    """Leaves (masked ones included) and structure of a tree like the parameters.
+
+    Raises:
+      ValueError: it has other leaves than they do.
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
+    if len(leaves) != len(settings.paths):
+        raise ValueError(
+            f"{what}: expected a tree shaped like the parameters ({len(settings.paths)} leaves), "
+            f"got {len(leaves)} leaves"
+        )
+    for kernel in settings.kernels:
+        leaf = leaves[kernel.leaf]
+        if not is_masked(leaf) and jnp.shape(leaf) != kernel.shape:
+            raise ValueError(
+                f"{what}: a leaf of shape {jnp.shape(leaf)} where the parameters have "
+                f"{kernel.shape} ({kernel.name})"
+            )
+    return leaves, treedef
