@@ -1,0 +1,296 @@
+"""One trial of the study: the package's core and Optax in a scan, nobody's trainer."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from ogpsa_jax import ogpsa, refresh, scale_by_column_adam
+from ogpsa_jax.data import TrainBatches, fixed_batches
+from ogpsa_jax.demo.align import one_device
+from ogpsa_jax.demo.pretraining import pretrain
+from ogpsa_jax.demo.recipe import RECIPES, key
+from ogpsa_jax.demo.scoring import Exam
+from ogpsa_jax.demo.world import LONGEST, Item, World, examples, refusals
+from ogpsa_jax.models import LoraParam, add_lora, merge_lora
+from ogpsa_jax.models.decoder import DECODER_KERNELS
+from ogpsa_jax.objectives.cross_entropy import target_mask
+from ogpsa_jax.objectives.sft import sft_loss
+from ogpsa_jax.training.optimizer import STACKED_LAYERS
+from ogpsa_jax.training.step import Network
+
+BATCH, SEQUENCES, PEAK = 16, 1760, 4e-4
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How fast is learnt, and whose words the references are in."""
+
+    name: str
+    rate: float = 1.0
+    foreign: bool = False
+    # Relative to `rate`, for every method. At a quarter the lower ones teach nobody safety.
+    grid: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method with one setting.
+
+    Attributes:
+      method: its name in the tables.
+      rate: learning rate, relative to the regime's.
+      share: of general rows in every batch, mixed in or as references.
+      weight: of the replayed reference gradient.
+      target: what replayed rows teach: their answers, or the initial model's predictions.
+      subspace: what is projected: nothing, a span of gradients, or of inputs.
+      energy: share of the second moment of the inputs.
+      every: steps between refreshes, where references do not ride in the batch.
+      refresh_rows: rows of a refresh, taken in turn.
+      momentum: first moments are projected at each refresh.
+      column: Adam's second moment is averaged over a kernel's inputs, and the gradient alone is
+        projected.
+      lora: adapters of rank 8 alone are trained.
+      merged: weight of the trained model in a merge with the one before.
+    """
+
+    method: str
+    rate: float
+    share: float = 0.0
+    weight: float = 0.0
+    target: str = "answers"
+    subspace: str = "none"
+    energy: float = 0.0
+    every: int = 0
+    refresh_rows: int = 0
+    momentum: bool = False
+    column: bool = False
+    lora: bool = False
+    merged: float = 1.0
+
+    @property
+    def uses_rows(self) -> bool:
+        """Whether general rows matter to it."""
+        return bool(self.share or self.every or self.subspace == "inputs")
+
+    def steps(self, rows: int) -> int:
+        """Steps that the compute pays for."""
+        forward = 0.0
+        if self.subspace == "inputs":
+            forward += rows
+        if self.target == "initial":
+            forward += rows
+        left = SEQUENCES - forward / 3
+        return int(left // (BATCH + (self.refresh_rows / self.every if self.every else 0)))
+
+
+class Setting:
+    """A world as one regime sees it."""
+
+    def __init__(self, out: Path, seed: int) -> None:
+        recipe = RECIPES["full"].pretraining
+        self.seed, self.world = seed, World(seed, recipe.tasks, recipe.facts)
+        self.exam = Exam(self.world)
+        folder = out / "runs" / f"pretraining-{seed}-{key(recipe, seed)}"
+        self.start = pretrain(recipe, self.world, one_device(), folder)
+        self.naive: dict[tuple[float, float], Network] = {}
+
+    @lru_cache(maxsize=8)  # noqa: B019 (a handful of worlds)
+    def general(self, rows: int, foreign: bool) -> list[Item]:
+        """The general rows; in a foreign form their answers are right, but not the model's own."""
+        items = self.world.draw_general(rows, self.seed)
+        return [replace(item, answer=f"so {item.answer}") for item in items] if foreign else items
+
+    def run(self, trial: Trial, regime: Regime, rows: int) -> dict[str, float]:
+        """Train and score."""
+        if trial.merged < 1.0:
+            done = self._trained(replace(trial, method="naive", merged=1.0), regime, rows)
+            weight = trial.merged
+            mixed = jax.tree.map(
+                lambda a, b: (1 - weight) * a + weight * b, self.start.trained, done.trained
+            )
+            return self._scores(done._replace(trained=mixed))
+        return self._scores(self._trained(trial, regime, rows))
+
+    def _scores(self, network: Network) -> dict[str, float]:
+        scores = self.exam.score(network)[0]
+        return {name: value for name, value in scores.items() if not name.startswith("task")}
+
+    def _trained(self, trial: Trial, regime: Regime, rows: int) -> Network:
+        memo = (trial.rate, regime.rate)
+        if trial.method == "naive" and memo in self.naive:
+            return self.naive[memo]
+        network, steps = self.start, trial.steps(rows)
+        if trial.lora:
+            model = network.model()
+            add_lora(model, rank=8, alpha=16.0, rngs=nnx.Rngs(self.seed))
+            network = Network.of(model, LoraParam)
+        safe = examples(refusals(self.world.harmful))
+        general = examples(self.general(rows, regime.foreign), source=1)
+        stream = partial(_stream, seed=self.seed, steps=steps)
+        riding = round(BATCH * trial.share) if trial.weight else 0
+        if trial.share and not riding:  # mixed
+            weights = [1 - trial.share, trial.share]
+            batches = {"safe": stream(safe + general, BATCH, weights=weights)}
+        else:
+            batches = {"safe": stream(safe, BATCH - riding, weights=[1.0])}
+        if riding:
+            # Which row of the data each row of a batch is, to look its teacher up.
+            batches["reference"] = stream(
+                [replace(example, source=0) for example in general], riding, weights=[1.0]
+            )
+        refreshes = None
+        if trial.every:
+            count = -(-steps // trial.every)
+            size = trial.refresh_rows // 2
+            pool = [replace(example, source=0) for example in general]
+            taken = _stream(pool, trial.refresh_rows, seed=self.seed, steps=count, weights=[1.0])
+            refreshes = {
+                name: array.reshape(count, 2, size, *array.shape[2:])
+                for name, array in taken.items()
+            }
+        whole = fixed_batches(general, batch_size=40, max_length=LONGEST)
+        peak = PEAK * regime.rate * trial.rate * (2.0 if trial.lora else 1.0)
+        trained = _train(
+            network.graphdef,
+            _Static(**{name: getattr(trial, name) for name in _Static.__dataclass_fields__}),
+            (network.trained, network.frozen),
+            (self.start.trained, self.start.frozen),
+            batches,
+            refreshes,
+            whole,
+            jnp.float32(peak),
+            jnp.float32(trial.weight),
+        )
+        network = network._replace(trained=trained)
+        if trial.lora:
+            merged = Network.of(merge_lora(network.model()))
+            network = merged._replace(graphdef=self.start.graphdef)
+        if trial.method == "naive":
+            self.naive[memo] = network
+        return network
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What of a trial decides the program; its rate and weight are numbers in it."""
+
+    subspace: str
+    target: str
+    energy: float
+    every: int
+    momentum: bool
+    column: bool
+    lora: bool
+
+
+def _stream(rows: Any, count: int, *, seed: int, steps: int, weights: Any) -> dict[str, Any]:
+    """Arrays ``[steps, rows, T]``, in the trainer's order."""
+    batches = TrainBatches(
+        rows,
+        batch_size=count,
+        micro_batch_size=count,
+        max_length=LONGEST,
+        packing=False,
+        seed=seed,
+        steps=steps,
+        weights=weights,
+    )
+    taken = [batches.batch(step) for step in range(steps)]
+    arrays = {name: np.stack([batch[name][0] for batch in taken]) for name in taken[0]}
+    width = LONGEST - arrays["input_ids"].shape[-1]  # one width for all: one program for all worlds
+    return {name: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width)]) for name, a in arrays.items()}
+
+
+def _kl(model: Any, batch: Any, teacher: jax.Array) -> jax.Array:
+    """KL(initial ‖ now) a token to be learnt, of rows ``[B, T]``; teacher ``[B, T, V]``."""
+    logits = model(batch["input_ids"], batch["positions"], batch["segment_ids"])
+    mask = target_mask(batch)
+    each = jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits)), axis=-1)
+    return jnp.sum(jnp.where(mask, each, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _train(
+    graphdef: Any,
+    trial: _Static,
+    network: Any,
+    initial: Any,
+    batches: Any,
+    refreshes: Any,
+    whole: Any,
+    peak: jax.Array,
+    weight: jax.Array,
+) -> Any:
+    params, frozen = network
+    steps = batches["safe"]["input_ids"].shape[0]
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        total, count, _ = sft_loss(nnx.merge(graphdef, params, frozen), batch, chunk_size=LONGEST)
+        return total / jnp.maximum(count, 1.0)
+
+    def reference_loss(params: Any, batch: Any) -> jax.Array:
+        if trial.target == "answers":
+            return loss(params, batch)
+        # The teacher is evaluated here, in place of a cache of it; its cost is in `Trial.steps`.
+        model = nnx.merge(graphdef, *initial)
+        logits = model(batch["input_ids"], batch["positions"], batch["segment_ids"])
+        teacher = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
+        return _kl(nnx.merge(graphdef, params, frozen), batch, teacher)
+
+    def rate(step: Any) -> jax.Array:
+        return peak * jnp.square(jnp.cos(0.5 * jnp.pi * step / steps))
+
+    adam = optax.scale_by_adam()
+    if trial.column:
+        adam = scale_by_column_adam(kernels=DECODER_KERNELS)
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), adam)
+    inner = optax.chain(clipped, optax.scale_by_learning_rate(rate))
+    riding = "reference" in batches
+    settings: dict[str, Any] = {"rank": 1, "stacked": STACKED_LAYERS, "rule": "none"}
+    if trial.subspace == "gradients":
+        settings |= {"rank": 2 if trial.every else 1, "rule": "orthogonal"}
+        settings |= {"window": 1} if riding else {}
+    if trial.subspace == "inputs":
+        settings |= {"rank": 10**6, "rule": "orthogonal", "subspace": "inputs"}
+        settings |= {"energy": trial.energy, "kernels": DECODER_KERNELS}
+        settings |= {"placement": "gradient" if trial.column else "both"}
+    # The weight is a traced number here, so the reference comes weighted.
+    tx = ogpsa(inner, **settings, replay=1.0 if riding else None)
+    state = tx.init(params)
+    if trial.subspace == "inputs":
+        model = nnx.merge(graphdef, *initial)
+        parts = jax.lax.map(
+            lambda b: model.input_moments(b["input_ids"], b["positions"], b["segment_ids"]), whole
+        )
+        state = refresh(state, moments=jax.tree.map(lambda x: jnp.sum(x, axis=0), parts))
+
+    def step(carry: Any, item: Any) -> tuple[Any, None]:
+        params, state = carry
+        number, batch = item
+        if trial.every:
+            sets = jax.tree.map(lambda x: x[number // trial.every], refreshes)
+            state = jax.lax.cond(
+                number % trial.every == 0,
+                lambda state: refresh(
+                    state,
+                    [jax.grad(loss)(params, jax.tree.map(lambda x: x[i], sets)) for i in (0, 1)],  # noqa: B023
+                    project_momentum=trial.momentum,
+                ),
+                lambda state: state,
+                state,
+            )
+        grads, extra = jax.grad(loss)(params, batch["safe"]), {}
+        if riding:
+            reference = jax.grad(reference_loss)(params, batch["reference"])
+            extra = {"reference": jax.tree.map(lambda g: weight * g, reference)}
+        updates, state = tx.update(grads, state, params, **extra)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, state), (jnp.arange(steps), batches))[0][0]
