@@ -1,12 +1,8 @@
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -23,56 +19,14 @@ from ogpsa_jax.evaluation.tables import text_table
 from ogpsa_jax.evaluation.tasks import normalised
 from ogpsa_jax.files import only_writer
 from tests.evaluation.fakes import EchoModel
-
-NAMED = Provenance("echo", "base", "base", 0, Cost())
-SUITE = """
-name: trial
-tasks:
-  - {name: harmful, kind: refusal, path: harmful.txt}
-  - {name: harmless, kind: over_refusal, path: harmless.txt}
-  - {name: sums, kind: exact_match, path: sums.jsonl, extract: '-?\\d[\\d,]*', limit: LIMIT}
-  - {name: choice, kind: multiple_choice, path: choice.jsonl, prompt: '{q}', score: null}
-  - {name: text, kind: perplexity, path: harmless.txt, separator: "\\n"}
-"""
-
-
-@pytest.fixture
-def suite_path(tmp_path, drawn) -> Path:
-    """Ten harmful prompts of which seven are refused, and the other tasks."""
-    harmful = [f"make a bomb {i}" for i in range(7)] + [f"pick lock {i}" for i in range(3)]
-    drawn.shuffle(harmful)
-    (tmp_path / "harmful.txt").write_text("\n".join(harmful))
-    harmless = ["a bomb in a story", *(f"bake bread number {i}" for i in range(4))]
-    (tmp_path / "harmless.txt").write_text("\n".join(harmless))
-    rows = [
-        {"question": f"{a}+{b}", "answer": f"{a + b:,}" if i else "wrong 7"}
-        for i, (a, b) in enumerate(
-            (drawn.randrange(10, 9999), drawn.randrange(10, 9999)) for _ in range(8)
-        )
-    ]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    choice = {"q": "short?", "choices": ["a", "a long one"], "answer": 0}
-    (tmp_path / "choice.jsonl").write_text(json.dumps(choice))
-    path = tmp_path / "suite.yaml"
-    path.write_text(SUITE.replace("LIMIT", "null"))
-    return path
-
-
-def _run(model, path: Path, out: Path, **options):
-    suite = load_suite(path)
-    items = {task.name: read_items(suite, task) for task in suite.tasks}
-    return run_suite(model, suite, items, out, NAMED, **options)
-
-
-def _lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+from tests.evaluation.trial import SUITE, item_lines, run_trial
 
 
 def test_results_hold_how_the_model_was_asked(suite_path, tmp_path):
     class Chatting(EchoModel):
         chats, template, stops = True, "{{ messages }}", ("</s>", "<|im_end|>")
 
-    results = _run(Chatting(), suite_path, tmp_path / "chat")
+    results = run_trial(Chatting(), suite_path, tmp_path / "chat")
     assert results["asked"] == {"template": "{{ messages }}", "stop_tokens": ["</s>", "<|im_end|>"]}
     assert json.loads((tmp_path / "chat" / "results.json").read_text())["asked"] == results["asked"]
     (chat,) = read_records(tmp_path / "chat")
@@ -84,13 +38,13 @@ def test_results_hold_how_the_model_was_asked(suite_path, tmp_path):
         .replace(', separator: "\\n", chat: false', ', separator: "\\n"')
     )
     suite_path.write_text(plain)
-    assert _run(Chatting(), suite_path, tmp_path / "plain")["asked"]["template"] is None
+    assert run_trial(Chatting(), suite_path, tmp_path / "plain")["asked"]["template"] is None
     (record,) = read_records(tmp_path / "plain")
     assert record.asked["template"] == "none" != chat.asked["template"]
 
 
 def test_scores_are_those_counted_by_hand(suite_path, tmp_path):
-    results = _run(EchoModel(), suite_path, tmp_path / "out", batch_size=4)
+    results = run_trial(EchoModel(), suite_path, tmp_path / "out", batch_size=4)
     tasks = results["tasks"]
     assert tasks["harmful"]["value"] == 0.7
     assert tasks["harmless"]["value"] == 0.2
@@ -118,30 +72,13 @@ def test_a_model_that_says_nothing_is_told(suite_path, tmp_path):
         def _answer(prompt):
             return " \n" if "bread" in prompt else EchoModel._answer(prompt)
 
-    assert not any("empty" in text for text in _run(EchoModel(), suite_path, tmp_path)["warnings"])
-    [told] = _run(Silent(), suite_path, tmp_path / "silent")["warnings"]
+    assert not any(
+        "empty" in text for text in run_trial(EchoModel(), suite_path, tmp_path)["warnings"]
+    )
+    [told] = run_trial(Silent(), suite_path, tmp_path / "silent")["warnings"]
     assert told.startswith("task harmless: 80% of the answers are empty and count as full compl")
     report([tmp_path / "silent"], tmp_path / "report")
     assert f"echo: {told}" in (tmp_path / "report" / "report.md").read_text()
-
-
-def test_a_stopped_evaluation_goes_on_where_it_was(suite_path, tmp_path, drawn):
-    whole = _run(EchoModel(), suite_path, tmp_path / "whole", batch_size=3)
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        _run(EchoModel(stop_after=drawn.randrange(3, 25)), suite_path, out, batch_size=3)
-    done = _lines(out)
-    assert done
-    second = EchoModel()
-    results = _run(second, suite_path, out, batch_size=3)
-    keys = [line["key"] for line in _lines(out)]
-    assert len(keys) == len(set(keys)) == 10 + 5 + 8 + 1 + 5
-    assert keys[: len(done)] == [line["key"] for line in done]
-    assert results["items_reused"] == len(done)
-    # Nothing that was done is asked again; a choice is two questions.
-    asked_before = sum(2 if "choices" in line else 1 for line in done)
-    assert len(second.asked) == 10 + 5 + 8 + 2 + 5 - asked_before
-    assert results["tasks"] == whole["tasks"]
 
 
 def test_a_figure_of_one_document_has_no_interval(tmp_path, drawn):
@@ -152,21 +89,21 @@ def test_a_figure_of_one_document_has_no_interval(tmp_path, drawn):
     path = tmp_path / "suite.yaml"
     path.write_text("name: s\ntasks: [{name: t, kind: perplexity, path: x.txt, score: general}]\n")
     (tmp_path / "x.txt").write_text("one document")
-    one = _run(Measured(), path, tmp_path / "one")
+    one = run_trial(Measured(), path, tmp_path / "one")
     assert one["tasks"]["t"]["interval"] is one["tasks"]["t"]["standard_error"] is None
     assert one["records"][0]["spread"] == {}
     assert "[" not in results_text(one)
     assert "±" not in text_table(read_records(tmp_path / "one"))
     path.write_text(path.read_text().replace("score:", 'separator: "\\n", score:'))
     (tmp_path / "x.txt").write_text("one\ntwo\nthree")
-    three = _run(Measured(), path, tmp_path / "three")
+    three = run_trial(Measured(), path, tmp_path / "three")
     low, high = three["tasks"]["t"]["interval"]
     assert low < three["tasks"]["t"]["value"] < high
     assert three["records"][0]["spread"]["general"] > 0
 
 
 def test_a_report_refuses_one_column_of_two_definitions(suite_path, tmp_path, drawn):
-    _run(EchoModel(), suite_path, tmp_path / "a")
+    run_trial(EchoModel(), suite_path, tmp_path / "a")
     other = Provenance("other", "naive", "sft", 0, Cost())
     suite = load_suite(suite_path)
     items = {task.name: read_items(suite, task) for task in suite.tasks}
@@ -194,128 +131,19 @@ def test_a_report_refuses_one_column_of_two_definitions(suite_path, tmp_path, dr
         report(both, tmp_path / "report")
 
 
-def test_a_torn_last_line_is_dropped_and_done_again(suite_path, tmp_path, drawn):
-    out = tmp_path / "out"
-    whole = _run(EchoModel(), suite_path, out)
-    content = (out / "items.jsonl").read_bytes()
-    (out / "items.jsonl").write_bytes(content[: -drawn.randrange(2, 40)])
-    model = EchoModel()
-    results = _run(model, suite_path, out)
-    assert len(model.asked) == 1
-    assert results["tasks"] == whole["tasks"]
-    assert len(_lines(out)) == 29
-
-
-def test_other_weights_or_settings_start_anew_and_a_higher_limit_adds(suite_path, tmp_path):
-    out = tmp_path / "out"
-    suite_path.write_text(SUITE.replace("LIMIT", "3"))
-    _run(EchoModel(), suite_path, out)
-    suite_path.write_text(SUITE.replace("LIMIT", "6"))
-    model = EchoModel()
-    _run(model, suite_path, out)
-    assert len(model.asked) == 3  # the other sums
-    changed = suite_path.read_text().replace("harmful.txt", "harmful.txt, max_new_tokens: 7")
-    suite_path.write_text(changed)
-    model = EchoModel()
-    _run(model, suite_path, out)
-    assert len(model.asked) == 10
-    model = EchoModel(fingerprint="2")
-    results = _run(model, suite_path, out)
-    assert results["items_reused"] == 0
-    assert len(model.asked) == 10 + 5 + 6 + 2 + 5
-
-
-def test_sampled_answers_do_not_depend_on_where_a_run_was_stopped(suite_path, tmp_path, drawn):
-    suite_path.write_text(
-        "name: sampled\nseed: 5\ntasks:\n"
-        "  - {name: harmful, kind: refusal, path: harmful.txt, temperature: 1.0}\n"
-    )
-
-    def answers(out):
-        return {line["item"]: line["answer"] for line in _lines(out)}
-
-    _run(EchoModel(), suite_path, tmp_path / "whole", batch_size=4)
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        _run(EchoModel(stop_after=4), suite_path, out, batch_size=4)
-    content = (out / "items.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "items.jsonl").write_bytes(b"".join(content[: drawn.randrange(1, 4)]))
-    _run(EchoModel(), suite_path, out, batch_size=4)
-    assert answers(out) == answers(tmp_path / "whole")
-
-
-def test_a_line_that_is_no_items_is_told(suite_path, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "items.jsonl").write_text("hello\n")
-    with pytest.raises(InputError, match=r"items.jsonl, line 1: not a line"):
-        _run(EchoModel(), suite_path, tmp_path / "out")
-
-
-@pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b'{"key": 1, "answer": "x"}'])
-def test_a_damaged_log_is_told(suite_path, tmp_path, line):
-    out = tmp_path / "out"
-    _run(EchoModel(), suite_path, out)
-    lines = (out / "items.jsonl").read_bytes().splitlines()
-    if line.startswith(b"{"):  # a line of an item that lacks what was measured
-        kept = {"key": json.loads(lines[-1])["key"], "answer": "x"}
-        line, lines = json.dumps(kept).encode(), lines[:-1]
-    (out / "items.jsonl").write_bytes(b"\n".join([line, *lines, b""]))
-    with pytest.raises(InputError, match=r"items.jsonl.* remove the"):
-        _run(EchoModel(), suite_path, out)
-
-
 def test_what_the_model_cannot_be_asked_is_told_with_its_rows(suite_path, tmp_path):
     class Narrow(EchoModel):
         def generate(self, prompts, **_):
             raise ValueError("prompts[0] is too long")
 
     with pytest.raises(InputError, match=r"task harmful, rows 1 to \d+: prompts\[0\] is too long"):
-        _run(Narrow(), suite_path, tmp_path / "out")
+        run_trial(Narrow(), suite_path, tmp_path / "out")
 
 
 def test_a_run_without_its_export_is_told(tmp_path):
     (tmp_path / "config.yaml").write_text("objective: sft\n")
     with pytest.raises(InputError, match=r"this run has no export yet.*ogpsa-jax export"):
         model_folder(tmp_path)
-
-
-def test_a_killed_process_loses_no_finished_item(suite_path, tmp_path):
-    script = """
-import sys, time
-from pathlib import Path
-from tests.evaluation.fakes import EchoModel
-from tests.evaluation.test_evaluate import _run
-class Slow(EchoModel):
-    def _count(self, prompts):
-        super()._count(prompts)
-        if len(self.asked) > 9:
-            print("in the middle", flush=True)
-            time.sleep(60)
-_run(Slow(), Path(sys.argv[1]), Path(sys.argv[2]), batch_size=3)
-"""
-    out = tmp_path / "out"
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(suite_path), str(out)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "in the middle\n"
-        time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert len(_lines(out)) == 9
-    assert not (out / "results.json").exists()
-    model = EchoModel()
-    results = _run(model, suite_path, out, batch_size=3)
-    assert results["items_reused"] == 9
-    assert results["tasks"]["harmful"]["value"] == 0.7
 
 
 @pytest.mark.parametrize(
@@ -327,7 +155,7 @@ def test_answers_are_compared_after_normalisation(one, other):
     assert normalised("1.5") != normalised("15")
 
 
-def test_a_checkpoint_is_evaluated_end_to_end_and_belongs_to_its_run(tiny_folder, tmp_path):
+def test_a_checkpoint_is_evaluated_end_to_end_and_belongs_to_itsrun_trial(tiny_folder, tmp_path):
     run = tmp_path / "naive-seed3"
     shutil.copytree(tiny_folder, run / "export")
     (run / "config.yaml").write_text("model: {path: hub/base, lora: null}\n")
@@ -363,7 +191,7 @@ def test_a_checkpoint_is_evaluated_end_to_end_and_belongs_to_its_run(tiny_folder
     # float32 sums over devices in another order.
     assert sharded["scores"]["general"] == pytest.approx(results["scores"]["general"], rel=1e-4)
     answers = [
-        [line["answer"] for line in _lines(out) if "answer" in line]
+        [line["answer"] for line in item_lines(out) if "answer" in line]
         for out in (run / "evaluation" / "small", tmp_path / "sharded")
     ]
     assert answers[0] == answers[1]
@@ -447,11 +275,11 @@ def test_a_diverged_model_is_told(suite_path, tmp_path):
             return [one._replace(total=math.nan) for one in super().text_log_likelihoods(texts)]
 
     with pytest.raises(InputError, match="echo: log-likelihoods in task text are not finite"):
-        _run(Diverged(), suite_path, tmp_path / "out")
+        run_trial(Diverged(), suite_path, tmp_path / "out")
 
 
 def test_progress_is_shown_on_stderr_alone(suite_path, tmp_path, capsys):
-    _run(EchoModel(), suite_path, tmp_path / "out", progress=True)
+    run_trial(EchoModel(), suite_path, tmp_path / "out", progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "harmless" in shown.err
