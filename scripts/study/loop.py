@@ -51,6 +51,8 @@ class Trial:
       target: what replayed rows teach: their answers, or the initial model's predictions.
       subspace: what is projected: nothing, a span of gradients, or of inputs.
       energy: share of the second moment of the inputs.
+      window: reference gradients that a gradient span remembers, of which it keeps four
+        directions; 1: the step's own alone.
       every: steps between refreshes, where references do not ride in the batch.
       refresh_rows: rows of a refresh, taken in turn.
       momentum: first moments are projected at each refresh.
@@ -67,6 +69,7 @@ class Trial:
     target: str = "answers"
     subspace: str = "none"
     energy: float = 0.0
+    window: int = 1
     every: int = 0
     refresh_rows: int = 0
     momentum: bool = False
@@ -184,6 +187,7 @@ class _Static:
     subspace: str
     target: str
     energy: float
+    window: int
     every: int
     momentum: bool
     column: bool
@@ -255,8 +259,8 @@ def _train(
     riding = "reference" in batches
     settings: dict[str, Any] = {"rank": 1, "stacked": STACKED_LAYERS, "rule": "none"}
     if trial.subspace == "gradients":
-        settings |= {"rank": 2 if trial.every else 1, "rule": "orthogonal"}
-        settings |= {"window": 1} if riding else {}
+        settings |= {"rule": "orthogonal", "rank": 2 if trial.every else min(trial.window, 4)}
+        settings |= {"window": trial.window} if riding else {}
     if trial.subspace == "inputs":
         settings |= {"rank": 10**6, "rule": "orthogonal", "subspace": "inputs"}
         settings |= {"energy": trial.energy, "kernels": DECODER_KERNELS}

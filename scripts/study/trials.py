@@ -56,7 +56,9 @@ def grid(regime: Regime) -> list[Trial]:
         found += [one("mixing", share=share) for share in (0.5, 0.75)]
         found += [half("replay", weight=weight) for weight in WEIGHTS]
         found += [model("replay of the model", weight=weight) for weight in WEIGHTS]
-        found.append(half("gradient span + replay", weight=8.0, subspace="gradients"))
+        span = partial(half, weight=8.0, subspace="gradients")
+        found.append(span("gradient span + replay"))
+        found.append(span("gradient span of a window + replay", window=64))
         found.append(model("gradient span + replay of the model", weight=8.0, subspace="gradients"))
         for energy in (0.95, 0.98):
             inputs = {"subspace": "inputs", "energy": energy}
