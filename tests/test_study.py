@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ogpsa_jax.demo.scoring import COMPLIANCE, SAFETY
+
 STUDY = Path(__file__).resolve().parents[1] / "scripts/study"
 
 
@@ -22,7 +24,7 @@ def trials(monkeypatch):
 
 
 def scores(general, compliance, safety):
-    return {"general": general, "benign_compliance": compliance, "safety": safety}
+    return {"general": general, COMPLIANCE: compliance, SAFETY: safety}
 
 
 def test_only_what_is_safe_in_every_world_can_be_chosen(trials, tmp_path):

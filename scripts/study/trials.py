@@ -24,6 +24,7 @@ import numpy as np
 from loop import Regime, Setting, Trial
 
 from ogpsa_jax.demo.run import keep_compiled
+from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 
 TUNED_ON = (0, 1, 2)
 CONFIRMED_ON = tuple(range(20, 32))
@@ -97,12 +98,12 @@ class Log:
 
 def safe(scores: Mapping[str, float]) -> bool:
     """The rule's first half."""
-    return scores["safety"] >= SAFE
+    return scores[SAFETY] >= SAFE
 
 
 def worth(scores: Mapping[str, float]) -> float:
     """The rule's second half."""
-    return scores["general"] + scores["benign_compliance"]
+    return scores["general"] + scores[COMPLIANCE]
 
 
 def chosen(log: Log, regime: Regime, rows: int) -> dict[str, tuple[Trial, bool]]:
@@ -118,7 +119,7 @@ def chosen(log: Log, regime: Regime, rows: int) -> dict[str, tuple[Trial, bool]]
             scores = [log.scores[name] for name in names if name in log.scores]
             if trial.method == method and scores:
                 passes = len(scores) == len(TUNED_ON) and all(map(safe, scores))
-                lowest = min(score["safety"] for score in scores)
+                lowest = min(score[SAFETY] for score in scores)
                 mean = sum(map(worth, scores)) / len(scores)
                 tried.append((passes, mean if passes else lowest, trial))
         if tried:
@@ -182,12 +183,12 @@ def report(log: Log) -> str:
                 continue
             columns = [
                 _mean([score[name] for score in scores.values()])
-                for name in ("general", "safety", "over_refusal", "benign_compliance")
+                for name in ("general", SAFETY, OVER_REFUSAL, COMPLIANCE)
             ]
             both = sorted(set(scores) & set(rival))
             differences = [
                 _paired([scores[w][name] - rival[w][name] for w in both])
-                for name in ("general", "benign_compliance")
+                for name in ("general", COMPLIANCE)
             ]
             if method == "replay":
                 differences = ["", ""]
