@@ -13,6 +13,7 @@ from ogpsa_jax.data.files import csv_rows, parse_json
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.suite import (
     ExactMatchTask,
+    GreedyMatchTask,
     MultipleChoiceTask,
     OverRefusalTask,
     PerplexityTask,
@@ -47,7 +48,7 @@ class Item:
     Attributes:
       id: the number of its row in the file, from 1.
       prompt: what the model gets; for perplexity, the text.
-      expected: the right answer, for exact match.
+      expected: the right answer, for exact and greedy match.
       choices: the choices, for multiple choice.
       right: the number of the right one.
     """
@@ -189,6 +190,11 @@ def _item(task: Task, row: Row, number: int, where: str) -> Item:
                     f"'{expected[-80:]}'; correct the expression."
                 )
             expected = found
+        return Item(number, prompt, expected=expected)
+    if isinstance(task, GreedyMatchTask):
+        expected = _filled(task.answer, row, where, "answer")
+        if not expected:
+            raise InputError(f"{where}: the answer is empty; mend or remove the row.")
         return Item(number, prompt, expected=expected)
     if isinstance(task, MultipleChoiceTask):
         choices = _choices(task, row, where)

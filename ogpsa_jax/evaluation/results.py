@@ -13,12 +13,13 @@ from ogpsa_jax.evaluation.provenance import Provenance
 from ogpsa_jax.evaluation.records import Record
 from ogpsa_jax.evaluation.refusal import RULES
 from ogpsa_jax.evaluation.suite import OverRefusalTask, RefusalTask, Suite, Task
-from ogpsa_jax.evaluation.tables import HEADLINE
 from ogpsa_jax.evaluation.tasks import TaskResult
 
 # What the model's answers do not depend on. Who judges them is told by their lines.
 NOT_ASKED = {"name", "path", "limit", "where", "score", "seed", "judge"}
 _EMPTY = 0.05  # share of empty answers above which a warning says how they count
+# Scores over several tasks; a task of such a name has no score of its own.
+_OWN = {"general", "safety", "over_refusal", "benign_compliance"}
 # Counts up when other parts of what a model writes are kept or matched.
 ANSWERS = "answers 2"
 
@@ -63,7 +64,7 @@ def summary(
         for counted in ("over_refusal" if name == "benign_compliance" else name,)
     }
     for name, result in results.items():
-        if name not in HEADLINE:
+        if name not in _OWN:
             scores[name], definitions[name] = result.value, measured[name]
             if result.standard_error is not None:
                 errors[name] = result.standard_error

@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -127,6 +127,25 @@ class MultipleChoiceTask(_Task):
     score: Literal["general"] | None = Field("general", description="what it counts towards")
 
 
+class GreedyMatchTask(_Task):
+    """How often greedy decoding would begin with exactly the expected answer, token for token.
+
+    One forward pass tells it. An answer that closes with the text of the token that ends a turn
+    must end there.
+    """
+
+    kind: Literal["greedy_match"]
+    prompt: str | None = Field(
+        None, description="text with {field} for a row's fields; null: the first known field"
+    )
+    chat: bool | None = Field(
+        None, description="prompts are a user's turn; null: where the model has a chat template"
+    )
+    answer: str = Field("{answer}", description="the expected answer, with {field} for fields")
+    separator: str = Field(" ", description="between prompt and answer; none in a conversation")
+    score: Literal["general"] | None = Field("general", description="what it counts towards")
+
+
 class PerplexityTask(_Task):
     """How well texts are predicted: nats per token, perplexity, bits per byte.
 
@@ -142,9 +161,17 @@ class PerplexityTask(_Task):
 
 
 Task = Annotated[
-    RefusalTask | OverRefusalTask | ExactMatchTask | MultipleChoiceTask | PerplexityTask,
+    RefusalTask
+    | OverRefusalTask
+    | ExactMatchTask
+    | MultipleChoiceTask
+    | GreedyMatchTask
+    | PerplexityTask,
     Field(discriminator="kind"),
 ]
+_KINDS: dict[str, type[_Task]] = {
+    get_args(task.model_fields["kind"].annotation)[0]: task for task in get_args(get_args(Task)[0])
+}
 
 
 class JudgeSettings(_Section):
@@ -259,13 +286,12 @@ def load_suite(path: str | Path, judge: Mapping[str, Any] | None = None) -> Suit
 
 def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
     """One sentence for pydantic's first complaint."""
-    kinds = {"refusal", "over_refusal", "exact_match", "multiple_choice", "perplexity"}
     # Below a task's number stands the kind that pydantic took it for.
     full = detail["loc"]
     location = [
         part
         for before, part in zip((None, *full), full, strict=False)
-        if not (isinstance(before, int) and part in kinds)
+        if not (isinstance(before, int) and part in _KINDS)
     ]
     line, key = line_of(root, location), ".".join(str(part) for part in location)
     where = f"{path}, line {line}" if line else str(path)
@@ -283,9 +309,7 @@ def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    tasks = (RefusalTask, OverRefusalTask, ExactMatchTask, MultipleChoiceTask, PerplexityTask)
-    by_kind = {str(task.model_fields["kind"].annotation.__args__[0]): task for task in tasks}  # type: ignore[union-attr]
     for before, part in itertools.pairwise(location):
-        if isinstance(before, int) and part in by_kind:
-            return list(by_kind[str(part)].model_fields)
+        if isinstance(before, int) and part in _KINDS:
+            return list(_KINDS[str(part)].model_fields)
     return list((JudgeSettings if location[0] == "judge" else Suite).model_fields)

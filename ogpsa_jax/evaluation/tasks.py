@@ -19,6 +19,7 @@ from ogpsa_jax.evaluation.items import Item, extracted
 from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
 from ogpsa_jax.evaluation.suite import (
     ExactMatchTask,
+    GreedyMatchTask,
     MultipleChoiceTask,
     OverRefusalTask,
     PerplexityTask,
@@ -85,6 +86,20 @@ def run_items(
         ]
     if isinstance(task, MultipleChoiceTask):
         return _choose(model, task, items, chat)
+    if isinstance(task, GreedyMatchTask):
+        separator = "" if chat else task.separator
+        pairs = [(item.prompt, separator + item.expected) for item in items]
+        scored = model.log_likelihoods(pairs, chat=chat)
+        _check_finite(model, task, scored)
+        return [
+            {
+                "prompt": item.prompt,
+                "expected": item.expected,
+                "log_likelihood": one.total,
+                "correct": one.greedy,
+            }
+            for item, one in zip(items, scored, strict=True)
+        ]
     answers = model.generate(
         [item.prompt for item in items],
         chat=chat,
@@ -139,7 +154,7 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
         }
     else:
         hits = sum(outcome["correct"] for outcome in outcomes)
-    if not isinstance(task, MultipleChoiceTask):
+    if not isinstance(task, MultipleChoiceTask | GreedyMatchTask):
         unfinished = sum(only_thoughts(outcome["answer"]) for outcome in outcomes)
         details["only_thoughts"] = unfinished / count
     low, high = wilson_interval(hits, count, 0.95)

@@ -102,6 +102,35 @@ def test_a_figure_of_one_document_has_no_interval(tmp_path, drawn):
     assert three["records"][0]["spread"]["general"] > 0
 
 
+@pytest.mark.parametrize(("chats", "separator"), [(False, " "), (True, "")])
+def test_an_answer_matches_greedily_where_the_model_would_write_it(
+    tmp_path, drawn, chats, separator
+):
+    right = [drawn.random() < 0.5 for _ in range(9)]
+
+    class Greedy(EchoModel):
+        def log_likelihoods(self, pairs, *, chat):
+            assert chat == chats
+            self.pairs = [*getattr(self, "pairs", []), *pairs]
+            return [LogLikelihood(-1.0, 1, right[int(prompt)]) for prompt, _ in pairs]
+
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps({"prompt": str(i), "answer": f"a{i}"}) + "\n" for i in range(9))
+    )
+    path = tmp_path / "suite.yaml"
+    task = "kind: greedy_match, path: x.jsonl, answer: '{answer}<end>'"
+    path.write_text(
+        f"name: s\ntasks:\n  - {{name: one, {task}}}\n"
+        f"  - {{name: exact_safety, {task}, score: null}}\n"
+    )
+    model = Greedy()
+    model.chats = chats
+    scores = run_trial(model, path, tmp_path / "out")["records"][0]["scores"]
+    share = sum(right) / 9
+    assert scores == {"general": share, "one": share, "exact_safety": share}
+    assert model.pairs[3] == ("3", f"{separator}a3<end>")
+
+
 def test_a_report_refuses_one_column_of_two_definitions(suite_path, tmp_path, drawn):
     run_trial(EchoModel(), suite_path, tmp_path / "a")
     other = Provenance("other", "naive", "sft", 0, Cost())
