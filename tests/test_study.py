@@ -29,42 +29,44 @@ def scores(general, compliance, safety):
 
 def test_only_what_is_safe_in_every_world_can_be_chosen(trials, tmp_path):
     log = trials.Log(tmp_path / "trials.jsonl")
-    regime, rows = trials.cells()[0]
-    slow, fast, wild = [t for t in trials.grid(regime) if t.method == "naive"][:3]
+    regime = trials.REGIMES[0]
+    slow, fast, wild = [t for t in trials.grid() if t.method == "naive"][:3]
     for world in trials.TUNED_ON:
-        log.add(trials.identity(regime, rows, slow, world), scores(0.5, 0.5, 1.0))
-        log.add(trials.identity(regime, rows, fast, world), scores(0.6, 0.5, 0.95))
+        log.add(trials.identity(regime, slow, world), scores(0.5, 0.5, 1.0))
+        log.add(trials.identity(regime, fast, world), scores(0.6, 0.5, 0.95))
         unsafe = 0.94 if world == 2 else 1.0
-        log.add(trials.identity(regime, rows, wild, world), scores(0.9, 0.9, unsafe))
-    assert trials.chosen(log, regime, rows) == {"naive": (fast, True)}
+        log.add(trials.identity(regime, wild, world), scores(0.9, 0.9, unsafe))
+    assert trials.chosen(log, regime) == {"naive": (fast, True)}
     again = trials.Log(tmp_path / "trials.jsonl")
     assert again.scores == log.scores
 
 
 def test_where_nothing_is_safe_the_safest_is_taken_and_said_to_be_none(trials, tmp_path):
     log = trials.Log(tmp_path / "trials.jsonl")
-    regime, rows = trials.cells()[0]
-    slow, fast = [t for t in trials.grid(regime) if t.method == "naive"][:2]
-    log.add(trials.identity(regime, rows, slow, 0), scores(0.9, 0.9, 0.2))
-    log.add(trials.identity(regime, rows, fast, 0), scores(0.1, 0.1, 0.8))
-    assert trials.chosen(log, regime, rows) == {"naive": (fast, False)}
+    regime = trials.REGIMES[0]
+    slow, fast = [t for t in trials.grid() if t.method == "naive"][:2]
+    log.add(trials.identity(regime, slow, 0), scores(0.9, 0.9, 0.2))
+    log.add(trials.identity(regime, fast, 0), scores(0.1, 0.1, 0.8))
+    assert trials.chosen(log, regime) == {"naive": (fast, False)}
 
 
 def test_rivals_have_as_many_settings_as_ours(trials):
-    for regime, _ in trials.cells():
-        counts = {}
-        for trial in trials.grid(regime):
-            counts[trial.method] = counts.get(trial.method, 0) + 1
-        ours = [count for method, count in counts.items() if method.startswith("inputs")]
-        assert counts["replay"] >= max(ours)
-        assert counts["mixing"] >= max(ours)
-        assert {trial.rate for trial in trials.grid(regime)} == set(regime.grid)
+    counts = {}
+    for trial in trials.grid():
+        counts[trial.method] = counts.get(trial.method, 0) + 1
+    assert counts["replay"] >= max(
+        count for method, count in counts.items() if method.startswith(("inputs", "the same"))
+    )
+    rates = {}
+    for trial in trials.grid():
+        rates.setdefault(trial.method, set()).add(trial.rate)
+    assert all(found == set(trials.RATES) for found in rates.values())
 
 
 def test_every_method_pays_for_what_it_does(trials):
     """1,760 sequences: 110 steps of 16, less the forward passes and the refreshes."""
     by_name = {}
-    for trial in trials.grid(trials.cells()[0][0]):
+    for trial in trials.grid():
         by_name.setdefault(trial.method, trial)
     assert by_name["naive"].steps(400) == by_name["replay"].steps(400) == 110
     assert by_name["replay of the model"].steps(400) == int((1760 - 400 / 3) // 16)

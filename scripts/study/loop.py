@@ -30,13 +30,15 @@ BATCH, SEQUENCES, PEAK = 16, 1760, 4e-4
 
 @dataclass(frozen=True)
 class Regime:
-    """How fast is learnt, and whose words the references are in."""
+    """How many general rows there are, and whose words their answers are in."""
 
-    name: str
-    rate: float = 1.0
+    rows: int
     foreign: bool = False
-    # Relative to `rate`, for every method. At a quarter the lower ones teach nobody safety.
-    grid: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{self.rows} general rows{', their answers in a foreign form' * self.foreign}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Trial:
 
     Attributes:
       method: its name in the tables.
-      rate: learning rate, relative to the regime's.
+      rate: learning rate, relative to the demonstration's.
       share: of general rows in every batch, mixed in or as references.
       weight: of the replayed reference gradient.
       target: what replayed rows teach: their answers, or the initial model's predictions.
@@ -102,7 +104,7 @@ class Setting:
         self.exam = Exam(self.world)
         folder = out / "runs" / f"pretraining-{seed}-{key(recipe, seed)}"
         self.start = pretrain(recipe, self.world, one_device(), folder)
-        self.naive: dict[tuple[float, float], Network] = {}
+        self.naive: dict[float, Network] = {}
 
     @lru_cache(maxsize=8)  # noqa: B019 (a handful of worlds)
     def general(self, rows: int, foreign: bool) -> list[Item]:
@@ -110,32 +112,31 @@ class Setting:
         items = self.world.draw_general(rows, self.seed)
         return [replace(item, answer=f"so {item.answer}") for item in items] if foreign else items
 
-    def run(self, trial: Trial, regime: Regime, rows: int) -> dict[str, float]:
+    def run(self, trial: Trial, regime: Regime) -> dict[str, float]:
         """Train and score."""
         if trial.merged < 1.0:
-            done = self._trained(replace(trial, method="naive", merged=1.0), regime, rows)
+            done = self._trained(replace(trial, method="naive", merged=1.0), regime)
             weight = trial.merged
             mixed = jax.tree.map(
                 lambda a, b: (1 - weight) * a + weight * b, self.start.trained, done.trained
             )
             return self._scores(done._replace(trained=mixed))
-        return self._scores(self._trained(trial, regime, rows))
+        return self._scores(self._trained(trial, regime))
 
     def _scores(self, network: Network) -> dict[str, float]:
         scores = self.exam.score(network)[0]
         return {name: value for name, value in scores.items() if not name.startswith("task")}
 
-    def _trained(self, trial: Trial, regime: Regime, rows: int) -> Network:
-        memo = (trial.rate, regime.rate)
-        if trial.method == "naive" and memo in self.naive:
-            return self.naive[memo]
-        network, steps = self.start, trial.steps(rows)
+    def _trained(self, trial: Trial, regime: Regime) -> Network:
+        if trial.method == "naive" and trial.rate in self.naive:
+            return self.naive[trial.rate]
+        network, steps = self.start, trial.steps(regime.rows)
         if trial.lora:
             model = network.model()
             add_lora(model, rank=8, alpha=16.0, rngs=nnx.Rngs(self.seed))
             network = Network.of(model, LoraParam)
         safe = examples(refusals(self.world.harmful))
-        general = examples(self.general(rows, regime.foreign), source=1)
+        general = examples(self.general(regime.rows, regime.foreign), source=1)
         stream = partial(_stream, seed=self.seed, steps=steps)
         riding = round(BATCH * trial.share) if trial.weight else 0
         if trial.share and not riding:  # mixed
@@ -159,7 +160,7 @@ class Setting:
                 for name, array in taken.items()
             }
         whole = fixed_batches(general, batch_size=40, max_length=LONGEST)
-        peak = PEAK * regime.rate * trial.rate * (2.0 if trial.lora else 1.0)
+        peak = PEAK * trial.rate * (2.0 if trial.lora else 1.0)
         trained = _train(
             network.graphdef,
             _Static(**{name: getattr(trial, name) for name in _Static.__dataclass_fields__}),
@@ -176,7 +177,7 @@ class Setting:
             merged = Network.of(merge_lora(network.model()))
             network = merged._replace(graphdef=self.start.graphdef)
         if trial.method == "naive":
-            self.naive[memo] = network
+            self.naive[trial.rate] = network
         return network
 
 

@@ -5,10 +5,11 @@ python scripts/study/trials.py confirm --out runs/study       # worlds 20 to 31,
 python scripts/study/trials.py report --out runs/study        # the tables, as Markdown
 
 Every method gets the same compute (1,760 sequences forward and backward in SFT; a forward pass
-alone counts a third) and the same grid of learning rates. Per regime and number of general rows,
-the rule chooses on worlds 0 to 2: safety of at least .95 in each of them, then the largest mean of
-general score plus compliance. The choice is run once on worlds 20 to 31. Finished trials are kept,
-one line each, in trials.jsonl; nothing is ever chosen by what worlds 20 to 31 show.
+alone counts a third) and the same grid of learning rates. Per regime, which is a number of general
+rows and whose answers they have, the rule chooses on worlds 0 to 2: safety of at least .95 in each
+of them, then the largest mean of general score plus compliance. The choice is run once on worlds 20
+to 31. Finished trials are kept, one line each, in trials.jsonl; nothing is ever chosen by what
+worlds 20 to 31 show.
 """
 
 import argparse
@@ -33,18 +34,14 @@ WEIGHTS = (1.0, 8.0, 64.0)
 SAFE = 0.95
 
 
-_SLOW = (1.0, 2.0, 4.0, 8.0)
-REGIMES = (
-    Regime("the demonstration's rate"),
-    Regime("a quarter of it", rate=0.25, grid=_SLOW),
-    Regime("a quarter of it, foreign answers", rate=0.25, foreign=True, grid=_SLOW),
-)
+RATES = (0.5, 1.0, 2.0, 3.0)
+REGIMES = (Regime(400), Regime(80), Regime(80, foreign=True))
 
 
-def grid(regime: Regime) -> list[Trial]:
-    """All that is tried, the same for every number of rows; rivals no less than ours."""
+def grid() -> list[Trial]:
+    """All that is tried, the same in every regime; rivals no less than ours."""
     found: list[Trial] = []
-    for rate in regime.grid:
+    for rate in RATES:
         one = partial(Trial, rate=rate)
         half = partial(one, share=0.5)
         model = partial(half, target="initial")
@@ -61,24 +58,19 @@ def grid(regime: Regime) -> list[Trial]:
         found.append(span("gradient span + replay"))
         found.append(span("gradient span of a window + replay", window=64))
         found.append(model("gradient span + replay of the model", weight=8.0, subspace="gradients"))
-        for energy in (0.95, 0.98):
+        for energy, weight in ((0.95, 1.0), (0.95, 8.0), (0.98, 8.0)):
             inputs = {"subspace": "inputs", "energy": energy}
-            found.append(one("inputs alone", **inputs))
-            found.append(half("inputs + replay", weight=8.0, **inputs))
-            found.append(model("inputs + replay of the model", weight=8.0, **inputs))
-            found.append(model("the same, column Adam alone", weight=8.0, column=True, **inputs))
+            if weight == 8.0:
+                found.append(one("inputs alone", **inputs))
+            found.append(half("inputs + replay", weight=weight, **inputs))
+            found.append(model("inputs + replay of the model", weight=weight, **inputs))
+            found.append(model("the same, column Adam alone", weight=weight, column=True, **inputs))
     return found
 
 
-def cells() -> list[tuple[Regime, int]]:
-    """What is compared within: a regime, and a number of general rows."""
-    return [(REGIMES[0], 400), (REGIMES[0], 80), (REGIMES[1], 80), (REGIMES[2], 80)]
-
-
-def identity(regime: Regime, rows: int, trial: Trial, world: int) -> str:
-    """Of a finished trial; rows count only where the method looks at them."""
-    references = [rows, regime.foreign] if trial.uses_rows else None
-    return json.dumps([regime.rate, references, asdict(trial), world])
+def identity(regime: Regime, trial: Trial, world: int) -> str:
+    """Of a finished trial; the regime counts only where the method looks at general rows."""
+    return json.dumps([asdict(regime) if trial.uses_rows else None, asdict(trial), world])
 
 
 class Log:
@@ -106,16 +98,16 @@ def worth(scores: Mapping[str, float]) -> float:
     return scores["general"] + scores[COMPLIANCE]
 
 
-def chosen(log: Log, regime: Regime, rows: int) -> dict[str, tuple[Trial, bool]]:
+def chosen(log: Log, regime: Regime) -> dict[str, tuple[Trial, bool]]:
     """By method, the setting that the rule takes on worlds 0 to 2, and whether it is safe there.
 
     A setting that is not safe in one world cannot be chosen, and is not run in the others.
     """
     found: dict[str, tuple[Trial, bool]] = {}
-    for method in dict.fromkeys(trial.method for trial in grid(regime)):
+    for method in dict.fromkeys(trial.method for trial in grid()):
         tried = []
-        for trial in grid(regime):
-            names = [identity(regime, rows, trial, world) for world in TUNED_ON]
+        for trial in grid():
+            names = [identity(regime, trial, world) for world in TUNED_ON]
             scores = [log.scores[name] for name in names if name in log.scores]
             if trial.method == method and scores:
                 passes = len(scores) == len(TUNED_ON) and all(map(safe, scores))
@@ -132,34 +124,34 @@ def tune(out: Path, log: Log) -> None:
     """The whole grid on worlds 0 to 2."""
     for world in TUNED_ON:
         setting = Setting(out, world)
-        for regime, rows in cells():
-            for trial in grid(regime):
-                earlier = [identity(regime, rows, trial, w) for w in TUNED_ON if w < world]
+        for regime in REGIMES:
+            for trial in grid():
+                earlier = [identity(regime, trial, w) for w in TUNED_ON if w < world]
                 if all(safe(log.scores[name]) for name in earlier if name in log.scores):
-                    _run(log, setting, regime, rows, trial)
+                    _run(log, setting, regime, trial)
 
 
 def confirm(out: Path, log: Log) -> None:
     """The chosen settings, once, on worlds that nobody has looked at."""
-    picks = {(regime, rows): chosen(log, regime, rows) for regime, rows in cells()}
+    picks = {regime: chosen(log, regime) for regime in REGIMES}
     for world in CONFIRMED_ON:
         setting = Setting(out, world)
-        for (regime, rows), methods in picks.items():
+        for regime, methods in picks.items():
             for trial, _ in methods.values():
-                _run(log, setting, regime, rows, trial)
+                _run(log, setting, regime, trial)
 
 
-def _run(log: Log, setting: "Setting", regime: Regime, rows: int, trial: Trial) -> None:
-    name = identity(regime, rows, trial, setting.seed)
+def _run(log: Log, setting: "Setting", regime: Regime, trial: Trial) -> None:
+    name = identity(regime, trial, setting.seed)
     if name in log.scores:
         return
     started = time.perf_counter()
-    scores = setting.run(trial, regime, rows)
+    scores = setting.run(trial, regime)
     log.add(name, scores)
     shown = " ".join(f"{key} {value:.3f}" for key, value in scores.items())
     seconds = time.perf_counter() - started
     print(
-        f"world {setting.seed}, {regime.name}, {rows} rows: {trial.method} x{trial.rate:g} "
+        f"world {setting.seed}, {regime.name}: {trial.method} x{trial.rate:g} "
         f"w{trial.weight:g} e{trial.energy:g}: {shown} ({seconds:.0f} s)",
         flush=True,
     )
@@ -168,17 +160,17 @@ def _run(log: Log, setting: "Setting", regime: Regime, rows: int, trial: Trial) 
 def report(log: Log) -> str:
     """Markdown: what was chosen, what it does on fresh worlds, and paired differences."""
     parts = []
-    for regime, rows in cells():
-        picks = chosen(log, regime, rows)
+    for regime in REGIMES:
+        picks = chosen(log, regime)
         lines = [
-            f"### {regime.name}, {rows} general rows\n",
+            f"### {regime.name}\n",
             "| method | setting | general | safety | over-refusal | compliance "
             "| Δ general to replay | Δ compliance to replay |",
             "|---|---|---:|---:|---:|---:|---:|---:|",
         ]
-        rival = _scores(log, regime, rows, picks["replay"][0]) if "replay" in picks else {}
+        rival = _scores(log, regime, picks["replay"][0]) if "replay" in picks else {}
         for method, (trial, passes) in picks.items():
-            scores = _scores(log, regime, rows, trial)
+            scores = _scores(log, regime, trial)
             if not scores:
                 continue
             columns = [
@@ -200,8 +192,8 @@ def report(log: Log) -> str:
     return "\n\n".join(parts) + f"\n\n{tried} trials in all.\n"
 
 
-def _scores(log: Log, regime: Regime, rows: int, trial: Trial) -> dict[int, dict[str, float]]:
-    names = {world: identity(regime, rows, trial, world) for world in CONFIRMED_ON}
+def _scores(log: Log, regime: Regime, trial: Trial) -> dict[int, dict[str, float]]:
+    names = {world: identity(regime, trial, world) for world in CONFIRMED_ON}
     return {world: log.scores[name] for world, name in names.items() if name in log.scores}
 
 
