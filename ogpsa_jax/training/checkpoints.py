@@ -1,9 +1,10 @@
 """Checkpoints by Orbax: parameters, optimizer state with the basis, and the step.
 
 The position in the data and every random choice are functions of (seed, step), so the step is all
-that is needed to go on. A checkpoint is complete or invisible. One that is torn is put aside, never
-deleted, and the one before is used; one that cannot be read for another reason, or that holds
-another model, stops the run.
+that is needed to go on. A checkpoint is complete or invisible: its last file, a manifest, holds the
+digest of every other, and none is used whose bytes have changed since. One that is torn or changed
+is put aside, never deleted, and the one before is used; one that cannot be read for another reason,
+or that holds another model, stops the run.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.manifest import check_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ _PASSING_ERRNOS = {
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC),
 }
+# The storage library puts the time of completion into it after the manifest is written.
+_TIMES = "_CHECKPOINT_METADATA"
 _PASSING_WORDS = (
     *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
     *("CANCELLED", "UNAUTHENTICATED"),
@@ -66,10 +70,17 @@ class Checkpoints:
             enable_async_checkpointing=True,
             create=self._write,
             cleanup_tmp_directories=self._write,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         return ocp.CheckpointManager(
             self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
+
+    def _seal(self) -> None:
+        """Write the manifest, when all else is written and before the checkpoint gets its name."""
+        if jax.process_index() == 0:
+            for folder in self._folder.glob(f"{self._saving}.*"):
+                write_manifest(folder, {"step": self._saving}, leave_out={_TIMES})
 
     def save(self, step: int, state: Any) -> None:
         """Write the checkpoint of `step` in the background.
@@ -123,8 +134,11 @@ class Checkpoints:
         found = problem = None
         with _quiet():
             try:
-                self._check_fits(step, abstract)
-                found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                if jax.process_index() == 0:
+                    problem = check_manifest(self._folder / str(step), {"step": step})
+                if _everywhere(problem is None):
+                    self._check_fits(step, abstract)
+                    found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except (InputError, AssertionError, TypeError, AttributeError):
                 raise
             except Exception as error:  # whatever a torn file makes the storage layers raise
@@ -134,14 +148,9 @@ class Checkpoints:
                         f"{self._folder / str(step)}: the checkpoint cannot be read ({problem}); "
                         "nothing was changed: mend this and run the same command again."
                     ) from error
-        if problem is None and jax.process_count() == 1:
-            return found
         if problem is not None:
             logger.warning("the checkpoint of step %d is torn: %s", step, problem)
-        if jax.process_count() > 1:  # every process, or none
-            whole = multihost_utils.process_allgather(np.asarray(problem is None))
-            found = found if bool(whole.all()) else None
-        return found
+        return found if _everywhere(found is not None) else None
 
     def _check_fits(self, step: int, abstract: Any) -> None:
         """Tell a checkpoint of another model or optimizer from a torn one."""
@@ -208,6 +217,13 @@ class Checkpoints:
                 f"{self._folder}: the checkpoint of step {self._saving} could not be written "
                 f"({_reason(error)}); {rest}: make room and run the same command again."
             ) from error
+
+
+def _everywhere(here: bool) -> bool:
+    """Whether it is so in every process: all use a checkpoint, or none does."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
 
 
 def _outline(tree: Any) -> dict[str, str]:
