@@ -79,8 +79,12 @@ AXES: dict[str, list[Method]] = {
     ],
     "share": [varied("share 0.25", share=0.25)],
     "refresh": [
-        varied("refresh every 10", in_step=False, rank=2, refresh_every=10, project_momentum=True),
-        varied("refresh every 30", in_step=False, rank=2, refresh_every=30, project_momentum=True),
+        varied(
+            "refresh every 10", in_step=False, rank=2, refresh={"every": 10}, project_momentum=True
+        ),
+        varied(
+            "refresh every 30", in_step=False, rank=2, refresh={"every": 30}, project_momentum=True
+        ),
     ],
     "placement": [
         varied("update, replay 0", placement="update", replay_weight=0.0),

@@ -29,6 +29,7 @@ from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.loop import is_due
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer, projection_settings
 from ogpsa_jax.training.sections import OgpsaSection
 from ogpsa_jax.training.step import (
@@ -132,7 +133,7 @@ class Recording:
                 "rank": len(self.sets),
                 "rule": rule,
                 "scale": 1.0 if scale is None else scale,
-                "refresh_every": args["base_num_steps"],
+                "refresh": {"every": args["base_num_steps"]},
             }
         return RunConfig.model_validate(
             {
@@ -258,10 +259,10 @@ def replay(recording: Recording, compare: Comparison) -> None:
     state = TrainState(network.trained, optimizer.init(network.trained))
     compare_weights(recording, compare, 0, flat(state.params))
     for number, step in enumerate(steps):
-        if references and number % config.ogpsa.refresh_every == 0:
+        if references and is_due(state, number, config.ogpsa.refresh):
             found = reference_gradient(state.params, references)
             compare_references(recording, compare, number, [flat(tree) for tree in found])
-            state = refresh(state, network.frozen, references)
+            state, _ = refresh(state, network.frozen, references)
         micros = [recording.json["micro"][index] for index in step["micro"]]
         batches = [recording.training_batch(index) for index in step["micro"]]
         if recording.pairs:

@@ -115,7 +115,7 @@ def plan(method: Method, stage: Stage, seed: int, output_dir: str) -> Plan:
     if method.equal_data:
         steps = round(stage.steps / (1 - method.mixing))
     elif sets:
-        every = config.ogpsa.refresh_every
+        every = steps_between(config)
         affordable = range(1, stage.steps + 1)
         steps = max(
             n
@@ -124,7 +124,7 @@ def plan(method: Method, stage: Stage, seed: int, output_dir: str) -> Plan:
         )
     else:
         steps = stage.sequences // (training + referring)
-    refreshes = math.ceil(steps / config.ogpsa.refresh_every) if sets else 0
+    refreshes = math.ceil(steps / steps_between(config)) if sets else 0
     return Plan(
         config=RunConfig.model_validate(raw | {"train": raw["train"] | {"steps": steps}}),
         steps=steps,
@@ -132,6 +132,17 @@ def plan(method: Method, stage: Stage, seed: int, output_dir: str) -> Plan:
         training_sequences=steps * training,
         reference_sequences=steps * referring + refreshes * method.general,
     )
+
+
+def steps_between(config: RunConfig) -> int:
+    """Steps between refreshes, which the demonstration must know beforehand to plan a run.
+
+    Raises:
+      ValueError: the run refreshes by distance.
+    """
+    if config.ogpsa.refresh.every is None:
+        raise ValueError("ogpsa.refresh: a run of the demonstration needs `every`")
+    return config.ogpsa.refresh.every
 
 
 def _raw(method: Method, stage: Stage, seed: int, output_dir: str) -> dict[str, Any]:
@@ -169,7 +180,7 @@ PAPER_METHOD: Final = Method(
     "OGPSA, paper",
     PAPER,
     "gradient projected, two reference sets, refreshed every 30 steps, momentum left alone",
-    ogpsa={"preset": "paper", "rank": 2, "refresh_every": 30},
+    ogpsa={"preset": "paper", "rank": 2, "refresh": {"every": 30}},
 )
 RECOMMENDED_METHOD: Final = Method(
     "OGPSA, recommended",
@@ -205,13 +216,13 @@ REPROJECTED_METHOD: Final = Method(
     "momentum re-projected",
     "momentum re-projected",
     "the paper's refreshes, and the first moment projected at each",
-    ogpsa={"preset": "recommended", "rank": 2, "refresh_every": 30, "project_momentum": True},
+    ogpsa={"preset": "recommended", "rank": 2, "refresh": {"every": 30}, "project_momentum": True},
 )
 UPDATE_METHOD: Final = Method(
     "update placement",
     "update placement",
     "what leaves Adam is projected, not what enters it",
-    ogpsa={"preset": "paper", "rank": 2, "refresh_every": 30, "placement": "update"},
+    ogpsa={"preset": "paper", "rank": 2, "refresh": {"every": 30}, "placement": "update"},
 )
 MIXING_DATA_METHOD: Final = Method(
     "mixing 50 %, equal data",

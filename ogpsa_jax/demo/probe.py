@@ -18,6 +18,7 @@ from ogpsa_jax.data import fixed_batches
 from ogpsa_jax.demo.align import cross_entropy, make_task, trainable
 from ogpsa_jax.demo.methods import Method, Stage, plan
 from ogpsa_jax.demo.world import LONGEST, World, examples
+from ogpsa_jax.training.loop import is_due
 from ogpsa_jax.training.mesh import replicate_rest, shard_rows
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.step import (
@@ -69,8 +70,8 @@ def first_order_changes(
     state = TrainState(params, replicate_rest(optimizer.init(params), mesh))
     found = []
     for step in range(todo.steps):
-        if references and step % config.ogpsa.refresh_every == 0:
-            state = refresh(state, start.frozen, references)
+        if references and is_due(state, step, config.ogpsa.refresh):
+            state, _ = refresh(state, start.frozen, references)
         measured = step % every == 0
         before = jax.tree.map(lambda x: x.copy(), state.params) if measured else None
         batches = [task.batches] + ([task.in_step_batches] if task.in_step_batches else [])

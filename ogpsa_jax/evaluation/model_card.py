@@ -267,7 +267,7 @@ def _idle_settings(stage: Run) -> set[str]:
         idle.add("train.epochs")
     spanned_once = _part(stage.config, "ogpsa").get("subspace") == "inputs"
     if _part(stage.config, "references").get("in_step") or spanned_once:
-        idle.add("ogpsa.refresh_every")
+        idle.add("ogpsa.refresh")
     if stage.summary.get("objective") == "dpo":
         idle.add("data.packing")  # pairs are never packed
     return idle
@@ -291,6 +291,8 @@ def _part(mapping: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _setting(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if item is not None}
     return json.dumps(value) if isinstance(value, dict | list | bool) else str(value)
 
 

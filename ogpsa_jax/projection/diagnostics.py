@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from ogpsa_jax.projection.find import find_states
 from ogpsa_jax.projection.input_state import InputState
+from ogpsa_jax.projection.project import project
 from ogpsa_jax.projection.reference import as_list
-from ogpsa_jax.projection.state import OgpsaState
+from ogpsa_jax.projection.state import Alignment, OgpsaState
 
 
 def diagnostics(opt_state: Any) -> dict[str, Any]:
@@ -147,6 +148,41 @@ def first_order_change(references: Sequence[Any], updates: Any) -> jax.Array:
         cosine = _product(reference, step) / jnp.where(norm == 0, 1.0, norm)
         cosines.append(jnp.where(norm == 0, 0.0, cosine))
     return jnp.stack(cosines)
+
+
+def mean_cosine(references: Sequence[Any]) -> jax.Array:
+    """Of each two of several gradients, as a mean over the pairs; float32 ``()``.
+
+    Args:
+      references: two pytrees or more.
+    """
+    pairs = [
+        first_order_change(references[:i], reference)
+        for i, reference in enumerate(references)
+        if i > 0
+    ]
+    return jnp.mean(jnp.concatenate(pairs))
+
+
+def captured_fraction(opt_state: Any, references: Sequence[Any]) -> jax.Array:
+    """What the basis holds of gradients that it was not spanned with.
+
+    Args:
+      opt_state: as for :func:`ogpsa_jax.refresh`, with a subspace of gradients inside.
+      references: m gradients, pytrees like the parameters.
+
+    Returns:
+      float32 ``()``: ``‖P r_i‖² / ‖r_i‖²``, as a mean over the references; 0 where `r_i` is zero.
+    """
+    (state, *_) = (s for s in find_states(opt_state) if isinstance(s, OgpsaState))
+    shares = []
+    for tree in references:
+        leaves, treedef = jax.tree.flatten(tree)
+        scaled = treedef.unflatten(_unit_scaled(leaves))
+        held = Alignment(state, scaled, "references").leaves
+        energies = project(held, state.subspaces(), state.settings.groups, "none", 1.0)[1]
+        shares.append(_fraction(jnp.sum(energies.in_span), jnp.sum(energies.before)))
+    return jnp.mean(jnp.stack(shares))
 
 
 def _unit_scaled(tree: Any) -> list[jax.Array]:

@@ -36,6 +36,13 @@ def reference_gradients(
       >>> [float(g) for g in reference_gradients(loss_fn, jnp.array(0.0), [batches, batches[:1]])]
       [4.0, 2.0]
     """
+    return losses_and_gradients(loss_fn, params, sets)[1]
+
+
+def losses_and_gradients(
+    loss_fn: Callable[[Any, Any], Any], params: Any, sets: Sequence[Any]
+) -> tuple[list[jax.Array], list[Any]]:
+    """As :func:`reference_gradients`, with the losses that are differentiated, float32 ``()``."""
     _check_arrays(params)
 
     def loss_and_weight(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -43,26 +50,28 @@ def reference_gradients(
         loss, weight = out if isinstance(out, tuple) else (out, jnp.ones([], jnp.float32))
         return loss, jnp.asarray(weight, jnp.float32)
 
-    gradient = jax.grad(loss_and_weight, has_aux=True)
+    loss_and_gradient = jax.value_and_grad(loss_and_weight, has_aux=True)
 
-    def mean_gradient(batches: Any) -> Any:
+    def means(batches: Any) -> tuple[jax.Array, Any]:
         leaves = jax.tree.leaves(batches)
         if not leaves or leaves[0].shape[0] == 0:
             raise ValueError("sets: a reference set has no batch")
 
         def add(carry: Any, batch: Any) -> tuple[Any, None]:
-            total, weights = carry
-            grads, weight = gradient(params, batch)
+            total, losses, weights = carry
+            (loss, weight), grads = loss_and_gradient(params, batch)
             total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
-            return (total, weights + weight), None
+            return (total, losses + loss.astype(jnp.float32), weights + weight), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-        (total, weight), _ = jax.lax.scan(add, (zeros, jnp.zeros([], jnp.float32)), batches)
+        zero = jnp.zeros([], jnp.float32)
+        (total, loss, weight), _ = jax.lax.scan(add, (zeros, zero, zero), batches)
         # An empty weight leaves a zero gradient, which adds no direction.
         scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
-        return jax.tree.map(lambda t, p: (t * scale).astype(p.dtype), total, params)
+        return loss * scale, jax.tree.map(lambda t, p: (t * scale).astype(p.dtype), total, params)
 
-    return [mean_gradient(batches) for batches in as_list(sets, "sets", "reference set")]
+    found = [means(batches) for batches in as_list(sets, "sets", "reference set")]
+    return [loss for loss, _ in found], [gradient for _, gradient in found]
 
 
 def as_list(items: Iterable[Any], name: str, what: str) -> list[Any]:

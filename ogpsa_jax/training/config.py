@@ -108,7 +108,7 @@ class RunConfig(Section):
         rows, unit = section.rows_per_refresh, section.batch_size * len(section.sets)
         if rows is None or not self.projects:
             return
-        if section.in_step is not None or self.ogpsa.subspace == "inputs":
+        if not self.refreshes:
             raise ValueError(
                 "references.rows_per_refresh: nothing is refreshed at intervals here; leave it "
                 "out, or set references.in_step to null and ogpsa.subspace to gradients"
@@ -153,6 +153,12 @@ class RunConfig(Section):
     def projects(self) -> bool:
         """Whether this run claims OGPSA."""
         return self.ogpsa.preset != "off"
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether the basis is spanned anew at intervals."""
+        spans_gradients = self.ogpsa.subspace == "gradients"
+        return self.projects and spans_gradients and self.references.in_step is None
 
     @property
     def asks_initial_model(self) -> bool:

@@ -16,6 +16,7 @@ from ogpsa_jax.files import Yaml12Loader, expand_environment, read_yaml
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.origin import Location, Origin, location_of
 
+_RENAMED = {"ogpsa.refresh_every": "ogpsa.refresh: {every: N}"}
 _KEY = re.compile(r"[a-z_]+(\.\w+)*")
 
 
@@ -150,6 +151,8 @@ def _sentence(detail: ErrorDetails, origin: Origin) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     where = origin.where(location or (() if origin.overrides else key_of(message)))
     if detail["type"] == "extra_forbidden":
+        if key in _RENAMED:
+            return f"{where}: '{key}' is now written {_RENAMED[key]}."
         siblings = _keys_beside(location)
         close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
         remedy = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(siblings)}."

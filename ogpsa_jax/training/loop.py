@@ -18,23 +18,28 @@ from jax.sharding import Mesh
 
 from ogpsa_jax import diagnostics
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.projection.find import find_states
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.mesh import replicate_rest, shard_rows
+from ogpsa_jax.training.mesh import shard_rows
 from ogpsa_jax.training.metrics import (
     Line,
     MetricsLog,
     find_capped,
     find_foreign_references,
     find_lost_updates,
+    find_noise,
     find_problems,
 )
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
 from ogpsa_jax.training.progress import Progress
+from ogpsa_jax.training.sections import RefreshSection
 from ogpsa_jax.training.step import (
     Network,
     Objective,
     TrainState,
+    distance_moved,
+    first_state,
     make_evaluation,
     make_input_subspace,
     make_refresh,
@@ -147,8 +152,7 @@ def fit(
         )
         references = tuple(shard_rows(batches, mesh) for batches in task.references)
 
-    opt_state = replicate_rest(optimizer.init(network.trained), mesh)
-    state = TrainState(network.trained, opt_state)
+    state = first_state(network.trained, optimizer, mesh, refreshes=refresh_step is not None)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
     start, state = checkpoints.restore_newest(state) or (0, state)
     pending: list[tuple[int, dict[str, jax.Array], bool]] = []
@@ -167,7 +171,7 @@ def fit(
         log.flush()
         shown.add(lines)
         problems = find_problems(lines) | find_capped(lines, config.ogpsa)
-        problems |= find_lost_updates(lines, config)
+        problems |= find_lost_updates(lines, config) | find_noise(log.lines, config)
         for kind, problem in problems.items():
             if kind not in told:
                 logger.warning("%s", problem)
@@ -202,11 +206,15 @@ def fit(
                 )
         shown.doing("compiling the first step")
         for step in range(start, total):
-            refreshed = refresh_step is not None and step % config.ogpsa.refresh_every == 0
-            if refreshed and refresh_step is not None:
-                number = step // config.ogpsa.refresh_every
+            refreshed = False
+            at_refresh: dict[str, jax.Array] = {}
+            if refresh_step is not None and is_due(state, step, config.ogpsa.refresh):
+                number = refreshes_so_far(state)
                 sets = in_turn(references, number, task.batches_per_refresh)
-                state = refresh_step(state, network.frozen, sets)
+                state, at_refresh = refresh_step(state, network.frozen, sets)
+                if number == 0:  # of what there was before there is nothing to say
+                    del at_refresh["reference/captured_fraction"], at_refresh["distance_moved"]
+                refreshed = True
             batch = shard_rows(task.batches.batch(step), mesh)
             if config.model.lora is not None and config.model.lora.dropout:
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -222,7 +230,7 @@ def fit(
             done = step + 1
             if step == start:
                 shown.doing("the first steps", say=False)
-            pending.append((done, metrics, refreshed))
+            pending.append((done, metrics | at_refresh, refreshed))
             evaluates = config.train.eval_every and done % config.train.eval_every == 0
             # Asked once a step: a signal that comes later than this belongs to the next step.
             stops = terminated(done)
@@ -248,6 +256,24 @@ def fit(
 def progress_of(config: RunConfig) -> Progress:
     """What a person sees of a run: a preference loss is counted in pairs."""
     return Progress(config.name, "pairs" if config.objective == "dpo" else "targets")
+
+
+def is_due(state: TrainState, step: int, section: RefreshSection) -> bool:
+    """Whether the basis is to be refreshed before 0-based `step`.
+
+    By the distance, it is decided from the state alone, as a checkpoint holds it, so that a resumed
+    run decides the same.
+    """
+    if section.every is not None:
+        return step % section.every == 0
+    moved = distance_moved(state.params, state.at_refresh)
+    return refreshes_so_far(state) == 0 or float(moved) >= (section.distance or 0.0)
+
+
+def refreshes_so_far(state: TrainState) -> int:
+    """How often the basis was refreshed, refusals included, by its own counters."""
+    basis = find_states(state.opt_state)[0]
+    return int(basis.refreshes) + int(basis.refused_refreshes)
 
 
 def in_turn(

@@ -6,10 +6,12 @@ checkpoint: no gaps, no doubles.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,12 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.sections import OgpsaSection
-from ogpsa_jax.training.verdict import Change, judge_references, paired_change
+from ogpsa_jax.training.verdict import (
+    Change,
+    judge_first_basis,
+    judge_references,
+    paired_change,
+)
 
 logger = logging.getLogger(__name__)
 Line = dict[str, Any]
@@ -198,6 +205,15 @@ def find_capped(lines: Sequence[Line], section: OgpsaSection) -> dict[str, str]:
     }
 
 
+def find_noise(lines: Sequence[Line], config: RunConfig) -> dict[str, str]:
+    """The same for a first basis that has little to do with the references; of a run's lines."""
+    if not config.refreshes:
+        return {}
+    refreshes = (line for line in lines if line.get("refreshed"))
+    sentence = judge_first_basis(list(itertools.islice(refreshes, 2)), config.ogpsa.refresh.shown)
+    return {"noise": sentence} if sentence else {}
+
+
 def held_out_changes(lines: Sequence[Line]) -> dict[str, tuple[float, Change]]:
     """By held-out set, the loss before the first step and its change to the end of the run.
 
@@ -231,7 +247,7 @@ def find_foreign_references(lines: Sequence[Line], config: RunConfig) -> list[st
 
 
 def draw_curves(lines: list[Line], path: Path) -> None:
-    """Loss, held-out losses, removed fraction and learning rate over the steps, as a PNG."""
+    """Losses, removed fraction, gradient norm and what refreshes found over the steps, as a PNG."""
     from matplotlib.figure import Figure
 
     evaluations = sorted({name for line in lines for name in line if name.startswith("eval/")})
@@ -247,6 +263,16 @@ def draw_curves(lines: list[Line], path: Path) -> None:
     if pairs:
         margins = [name.removesuffix("loss") + "rewards_margin" for name in pairs]
         panels += [("held-out preference loss", pairs), ("held-out reward margin", margins)]
+    captured = "reference/captured_fraction"
+    if any(captured in line for line in lines):
+        names = sorted(
+            {n for line in lines for n in line if re.fullmatch(r"references\.\d+/loss", n)}
+        )
+        of_basis = [captured, "reference/gradient_cosine"]
+        panels += [
+            ("reference loss, at refreshes", names),
+            ("of the basis, at refreshes", of_basis),
+        ]
     figure = Figure(figsize=(10, 3 * len(panels) // 2), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
         drawn = 0

@@ -26,7 +26,7 @@ RECOMMENDED_INPUTS: dict[str, Any] = {
 }
 RECOMMENDED_INPUTS_IN_STEP: dict[str, Any] = {"share": 0.5, "replay_weight": 8.0}
 # Refresh intervals of the published commands (paper, appendix; official training scripts).
-PUBLISHED_REFRESH_EVERY = {"sft": 30, "dpo": 5}
+PUBLISHED_REFRESH = {"sft": {"every": 30}, "dpo": {"every": 5}}
 
 
 def fill_in_preset(raw: Any) -> Any:
@@ -37,8 +37,8 @@ def fill_in_preset(raw: Any) -> Any:
     ogpsa, references = dict(raw.get("ogpsa", {})), raw.get("references", {})
     preset = ogpsa.get("preset", "recommended")
     defaults = dict(PRESETS.get(str(preset), {}))
-    if isinstance(objective, str) and objective in PUBLISHED_REFRESH_EVERY:
-        defaults["refresh_every"] = PUBLISHED_REFRESH_EVERY[objective]
+    if isinstance(objective, str) and objective in PUBLISHED_REFRESH:
+        defaults["refresh"] = PUBLISHED_REFRESH[objective]
     if isinstance(references, dict):
         if ogpsa.get("subspace") == "inputs":
             defaults |= RECOMMENDED_INPUTS

@@ -68,8 +68,8 @@ def prepare_references(
         if found.own_start and config.references.in_step is None:
             warnings.append(
                 "references.target: the divergence from the initial model has no gradient at that "
-                f"model itself, so the first {config.ogpsa.refresh_every} steps have nothing to "
-                "project against; set references.in_step"
+                "model itself, so before the second refresh there is nothing to project against; "
+                "set references.in_step"
             )
     for warning in warnings:
         logger.warning("%s", warning)

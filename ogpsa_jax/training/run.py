@@ -25,7 +25,7 @@ from ogpsa_jax.training.config_file import dump_config, load_config, located
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
 from ogpsa_jax.training.loop import Evaluation, fit, progress_of
-from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh, replicate_rest
+from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh
 from ogpsa_jax.training.metrics import (
     draw_curves,
     read_metrics,
@@ -47,7 +47,7 @@ from ogpsa_jax.training.rounding import (
     rounding_warning,
 )
 from ogpsa_jax.training.sections import ExportSection, MeshSection
-from ogpsa_jax.training.step import Network, TrainState
+from ogpsa_jax.training.step import Network, first_state
 from ogpsa_jax.training.summary import (
     judge_curve,
     measured_before,
@@ -211,7 +211,7 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
                     summary["warnings"].append(warning)
             summary |= {
                 "data": data.report(),
-                "reference_samples": reference_samples(task, config),
+                "reference_samples": reference_samples(task, config, lines),
                 "seconds": round(time.perf_counter() - started, 1),
                 "export": str(run_dir / "export"),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -263,14 +263,14 @@ def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None
         network = Network.of(prepare_model(config, mesh), trained_parameters(config))
     optimizer = make_optimizer(config, total_steps=1)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints, write=False)
-    opt_state = replicate_rest(optimizer.init(network.trained), mesh)
-    found = checkpoints.restore_newest(TrainState(network.trained, opt_state))
+    like = first_state(network.trained, optimizer, mesh, refreshes=config.refreshes)
+    found = checkpoints.restore_newest(like)
     checkpoints.close()
     if found is None:
         raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
     step, state = found
     model = network._replace(trained=state.params).model()
-    del state, opt_state
+    del state, like
     rounding = None
     if export(config, model, target, keep_unrounded=own):
         rounding = _measure_later(config, mesh, model, run_dir, target)

@@ -166,6 +166,33 @@ class ReferencesSection(Section):
     )
 
 
+class RefreshSection(Section):
+    """When the basis is spanned anew, where references are not in_step: by one of the two."""
+
+    every: PositiveInt | None = Field(
+        None, description="steps between refreshes; left out, 30, and 5 in dpo"
+    )
+    distance: PositiveFloat | None = Field(
+        None,
+        description="how far the trained parameters move before the next refresh: the norm of "
+        "their change since the last one, as a share of their norm then",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "RefreshSection":
+        if (self.every is None) == (self.distance is None):
+            given = "neither" if self.every is None else "both"
+            raise ValueError(f"takes one of every and distance, not {given}")
+        return self
+
+    @property
+    def shown(self) -> str:
+        """The key that is set, and its value."""
+        if self.every is not None:
+            return f"ogpsa.refresh.every ({self.every})"
+        return f"ogpsa.refresh.distance ({self.distance:g})"
+
+
 class OgpsaSection(Section):
     """The projection."""
 
@@ -202,8 +229,8 @@ class OgpsaSection(Section):
         "orthogonal", description="what happens to the in-span component"
     )
     scale: NonNegativeFloat = Field(1.0, description="rule conflict: factor where it agrees")
-    refresh_every: PositiveInt = Field(
-        30, description="steps between refreshes, where references are not in_step; 5 in dpo"
+    refresh: RefreshSection = Field(
+        RefreshSection(every=30), description="when the basis is spanned anew"
     )
     project_momentum: bool = Field(
         True,

@@ -15,14 +15,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ogpsa_jax import (
-    diagnostics,
-    input_moments,
-    project_parameters,
-    reference_gradients,
-    refresh,
-)
+from ogpsa_jax import diagnostics, input_moments, project_parameters, refresh
+from ogpsa_jax.projection.diagnostics import captured_fraction, mean_cosine
 from ogpsa_jax.projection.find import is_ours
+from ogpsa_jax.projection.reference import losses_and_gradients
+from ogpsa_jax.training.mesh import replicate_rest
 from ogpsa_jax.training.optimizer import apply_updates, global_norm
 
 Params = Any
@@ -54,10 +51,44 @@ class Network(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step replaces: everything that a checkpoint must hold."""
+    """What a step replaces: everything that a checkpoint must hold.
+
+    `at_refresh` is a copy of the parameters as they were at the last refresh, to measure how far
+    they have moved since; None where nothing is refreshed at intervals.
+    """
 
     params: Params
     opt_state: Any
+    at_refresh: Params | None = None
+
+
+def first_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *, refreshes: bool
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: the trained parameters.
+      optimizer: of the run.
+      mesh: the devices.
+      refreshes: whether the basis is refreshed at intervals.
+    """
+    opt_state = replicate_rest(optimizer.init(params), mesh)
+    return TrainState(params, opt_state, _copied(params) if refreshes else None)
+
+
+@jax.jit
+def distance_moved(params: Params, at_refresh: Params) -> jax.Array:
+    """``‖θ − θ'‖ / ‖θ'‖`` with θ' the parameters at the last refresh; float32 ``()``."""
+    now, then = (optax.tree.cast(tree, jnp.float32) for tree in (params, at_refresh))
+    whole = global_norm(then)
+    return global_norm(optax.tree.sub(now, then)) / jnp.where(whole > 0, whole, 1.0)
+
+
+@jax.jit
+def _copied(params: Params) -> Params:
+    """The same in buffers of their own, so that both can be donated."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def make_loss(graphdef: Any, objective: Objective) -> Callable[..., Any]:
@@ -104,7 +135,7 @@ def make_train_step(
         reference_batch: Batch | None = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
-        params, opt_state = state
+        params, opt_state = state.params, state.opt_state
         metrics: Metrics = {}
         extra_args: dict[str, Params] = {}
         if reference_gradient is not None:
@@ -117,7 +148,7 @@ def make_train_step(
         params, applied, share = apply_updates(params, updates, rounding_key)
         metrics |= {"applied_update_norm": applied, "applied_fraction": share}
         metrics |= projection_metrics(opt_state)
-        return TrainState(params, opt_state), metrics
+        return state._replace(params=params, opt_state=opt_state), metrics
 
     return train_step
 
@@ -179,7 +210,7 @@ def make_input_subspace(
         moments = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
         opt_state = refresh(state.opt_state, moments=moments)
         params = project_parameters(opt_state, state.params) if lora else state.params
-        return TrainState(params, opt_state)
+        return state._replace(params=params, opt_state=opt_state)
 
     return make
 
@@ -193,25 +224,44 @@ def projection_metrics(opt_state: Any) -> Metrics:
 
 def make_refresh(
     graphdef: Any, reference_loss: Objective, *, project_momentum: bool
-) -> Callable[[TrainState, Params, tuple[Batch, ...]], TrainState]:
+) -> Callable[[TrainState, Params, tuple[Batch, ...]], tuple[TrainState, Metrics]]:
     """Span the basis anew with the reference gradients at the present weights; state donated.
 
     The gradient of a set is the mean over its batches of the gradient of the batch's mean loss, as
     in the official code.
+
+    Args:
+      graphdef: the model's structure.
+      reference_loss: what is differentiated on reference rows.
+      project_momentum: whether the first moments are projected with the new basis.
+
+    Returns:
+      ``refresh(state, frozen, reference_sets) -> (state, metrics)``; metrics are float32 scalars:
+      the loss of each set, ``references.0/loss`` and so on, and their mean ``reference/loss``; the
+      mean ``reference/gradient_cosine`` of two sets' gradients; what the basis of before held of
+      the gradients' squared norms, ``reference/captured_fraction``; and ``distance_moved``.
     """
     loss = make_loss(graphdef, reference_loss)
 
     @partial(jax.jit, donate_argnums=0)
     def refresh_step(
         state: TrainState, frozen: Params, reference_sets: tuple[Batch, ...]
-    ) -> TrainState:
+    ) -> tuple[TrainState, Metrics]:
         def mean_loss(params: Params, batch: Batch) -> jax.Array:
             total, (weight, _) = loss(params, frozen, batch)
             return total / jnp.maximum(weight, 1.0)
 
-        references = reference_gradients(mean_loss, state.params, reference_sets)
-        opt_state = refresh(state.opt_state, references, project_momentum=project_momentum)
-        return TrainState(state.params, opt_state)
+        losses, gradients = losses_and_gradients(mean_loss, state.params, reference_sets)
+        metrics = {f"references.{i}/loss": value for i, value in enumerate(losses)}
+        metrics["reference/loss"] = jnp.mean(jnp.stack(losses))
+        if len(gradients) > 1:
+            metrics["reference/gradient_cosine"] = mean_cosine(gradients)
+        metrics["reference/captured_fraction"] = captured_fraction(state.opt_state, gradients)
+        if state.at_refresh is not None:
+            metrics["distance_moved"] = distance_moved(state.params, state.at_refresh)
+            state = state._replace(at_refresh=_copied(state.params))
+        opt_state = refresh(state.opt_state, gradients, project_momentum=project_momentum)
+        return state._replace(opt_state=opt_state), metrics
 
     return refresh_step
 

@@ -11,6 +11,7 @@ from ogpsa_jax.training.metrics import (
     find_capped,
     find_foreign_references,
     find_lost_updates,
+    find_noise,
     find_problems,
     held_out_changes,
 )
@@ -25,7 +26,8 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     changes = held_out_changes(lines)
     lost = find_lost_updates(steps, config)
     capped = find_capped(steps, config.ogpsa)
-    warnings = [*find_problems(steps).values(), *lost.values(), *capped.values()]
+    noise = find_noise(steps, config)
+    warnings = [*find_problems(steps).values(), *lost.values(), *capped.values(), *noise.values()]
     warnings += find_foreign_references(lines, config)
     if missing := total - len({line["step"] for line in steps}):
         warnings.append(
@@ -36,7 +38,7 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
     if config.projects:
         removed = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
         projection = {
-            "refreshes": _refreshes(config, total),
+            "refreshes": _refreshes(steps),
             "refused_refreshes": steps[-1].get("refused_refreshes"),
             "effective_rank": steps[-1].get("effective_rank"),
             "mean_removed_fraction": sum(removed) / len(removed) if removed else None,
@@ -72,22 +74,22 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
     steps = [line for line in lines if "loss" in line]
     if [line["step"] for line in steps] != list(range(1, len(steps) + 1)):
         return []
-    ogpsa, every, breadth = config.ogpsa, None, None
+    ogpsa, interval, breadth = config.ogpsa, None, None
     if config.projects and ogpsa.subspace == "inputs":  # spanned once, before training
         breadth = f"ogpsa.energy ({ogpsa.energy})"
     elif config.projects:
-        every = None if config.reference_rows else ogpsa.refresh_every
+        interval = ogpsa.refresh.shown if config.refreshes else None
         breadth = f"ogpsa.rank ({ogpsa.rank})"
     least_fall = LEAST_FALL_OF_PAIRS if config.objective == "dpo" else LEAST_FALL
-    found = judge_training(steps, held_out_changes(lines), every, breadth, least_fall)
+    found = judge_training(steps, held_out_changes(lines), interval, breadth, least_fall)
     if find_lost_updates(steps, config):
         found.pop("unmoved", None)  # that warning names the reason, and another remedy
     return list(found.values())
 
 
-def reference_samples(task: Task, config: RunConfig) -> int:
+def reference_samples(task: Task, config: RunConfig, lines: Sequence[Line]) -> int:
     """Sequences of references that went through the model, in all; a pair is two."""
-    refreshes = _refreshes(config, len(task.batches))
+    refreshes = _refreshes([line for line in lines if "loss" in line]) if config.projects else 0
     rows = task.reference_rows * (len(task.batches) if config.reference_rows else refreshes)
     if task.batches_per_refresh is not None:
         taken = [
@@ -100,13 +102,9 @@ def reference_samples(task: Task, config: RunConfig) -> int:
     return rows * (2 if config.references.loss in ("dpo", "official") else 1)
 
 
-def _refreshes(config: RunConfig, steps: int) -> int:
-    """How often references have gone into the basis, after so many steps."""
-    if not config.projects:
-        return 0
-    if config.ogpsa.subspace == "inputs":
-        return 1
-    return steps if config.reference_rows else -(-steps // config.ogpsa.refresh_every)
+def _refreshes(steps: Sequence[Line]) -> int:
+    """How often references went into the basis, or were refused, by the end of these steps."""
+    return int(steps[-1].get("refreshes", 0)) + int(steps[-1].get("refused_refreshes", 0))
 
 
 def measured_before(lines: Sequence[Line]) -> Line:

@@ -21,6 +21,9 @@ STEEP_END = 0.15
 """Share of the whole fall that lies in the last quarter of the summed learning rate."""
 EARLY = 0.5
 """Share of the whole fall that comes before the second refresh."""
+NOISE = 0.1
+"""Share of the reference gradients' squared norm, or cosine of two sets' gradients, below which a
+basis is hardly better than one of random directions."""
 MANY_CUT = 0.1
 """Share of a data set's conversations whose answers are cut."""
 MUCH_REMOVED = 0.9
@@ -123,7 +126,7 @@ class Curve:
 def judge_training(
     steps: Sequence[Line],
     held_out: Mapping[str, tuple[float, Change]],
-    refresh_every: int | None = None,
+    interval: str | None = None,
     breadth: str | None = None,
     least_fall: float = LEAST_FALL,
 ) -> dict[str, str]:
@@ -132,24 +135,26 @@ def judge_training(
     Args:
       steps: the lines of all steps, in order.
       held_out: by set, the loss before and its change.
-      refresh_every: steps between refreshes; None where nothing is refreshed at intervals.
+      interval: the setting by which the basis is refreshed, and its value; None where nothing is
+        refreshed at intervals.
       breadth: the setting by which less is projected away, and its value; None without projection.
       least_fall: share of its first value by which a loss must fall to count as learnt.
     """
     found: dict[str, str] = {}
+    refreshes = [line for line in steps if line.get("refreshed")]
     if len(steps) >= 4 and all(math.isfinite(line["loss"]) for line in steps):
         curve = Curve.of(steps)
         rules = {
             "unmoved": _unmoved(curve, held_out, _much_removed(steps, breadth), least_fall),
             "steep": _steep(curve),
-            "early": _early(curve, refresh_every),
+            "early": _early(curve, refreshes, interval),
         }
         found = {kind: sentence for kind, sentence in rules.items() if sentence}
-    if refresh_every is not None and len(steps) <= refresh_every:
+    if interval is not None and len(refreshes) == 1:
         found["early"] = (
             f"the run ends ({len(steps)} steps) before the second refresh, so all of it was "
-            "projected with the basis of the initial weights, which is mostly noise; lower "
-            f"ogpsa.refresh_every ({refresh_every}), or train for more steps"
+            f"projected with the basis of the initial weights{_first_cosine(refreshes)}; lower "
+            f"{interval}, or train for more steps"
         )
     return found
 
@@ -217,23 +222,54 @@ def _steep(curve: Curve) -> str:
     )
 
 
-def _early(curve: Curve, refresh_every: int | None) -> str:
-    steps = len(curve.losses)
+def _early(curve: Curve, refreshes: Sequence[Line], interval: str | None) -> str:
     fall = curve.first - curve.last
-    if refresh_every is None or steps <= refresh_every or fall <= curve.told_apart:
+    if interval is None or len(refreshes) < 2 or fall <= curve.told_apart:
         return ""
-    # The first steps that are measured after the second refresh.
-    after = curve.losses[refresh_every : refresh_every + curve.window]
+    # A step's loss is measured before its update: those of the second refresh's step and after it.
+    start = refreshes[1]["step"] - 1
+    after = curve.losses[start : start + curve.window]
     share = (curve.first - float(after.mean())) / fall
     # Where the noise would have to fall just so for the share to be more than half, it is not.
     doubt = curve.noise * math.sqrt(1 / len(after) + 1 / curve.window) / fall
     if share - doubt < EARLY:
         return ""
     return (
-        f"{min(share, 1.0):.0%} of the fall of the loss came before the second refresh (step "
-        f"{refresh_every}), so it was projected with the basis of the initial weights, which is "
-        f"mostly noise; lower ogpsa.refresh_every ({refresh_every}) or optimizer.learning_rate "
-        f"({curve.rates.max():g})"
+        f"{min(share, 1.0):.0%} of the fall of the loss came before the second refresh (after step "
+        f"{start}), so it was projected with the basis of the initial weights, which by then held "
+        f"{refreshes[1].get('reference/captured_fraction', math.nan):.1%} of the reference "
+        f"gradients; lower {interval} or optimizer.learning_rate ({curve.rates.max():g})"
+    )
+
+
+def judge_first_basis(refreshes: Sequence[Line], interval: str) -> str:
+    """Whether what was projected before the second refresh had to do with the references.
+
+    Args:
+      refreshes: the lines of the steps with the first two refreshes; fewer: nothing is said.
+      interval: the setting by which the basis is refreshed, and its value.
+    """
+    if len(refreshes) < 2 or refreshes[0].get("effective_rank") == 0:
+        return ""
+    held = refreshes[1].get("reference/captured_fraction", 1.0)
+    if not held < NOISE:
+        return ""
+    return (
+        f"the first basis held only {held:.1%} of the reference gradients at the second refresh "
+        f"(after step {refreshes[1]['step'] - 1}), so what was projected until then had little to "
+        f"do with them{_first_cosine(refreshes)}; lower {interval}, take more reference rows, or "
+        "set references.in_step"
+    )
+
+
+def _first_cosine(refreshes: Sequence[Line]) -> str:
+    """Where it says so, that the sets' gradients were noise at the first refresh."""
+    cosine = refreshes[0].get("reference/gradient_cosine", 1.0)
+    if not abs(cosine) < NOISE:
+        return ""
+    return (
+        ", and much of it is noise: at the first refresh the cosine of the sets' gradients was "
+        f"{cosine:.2f}"
     )
 
 

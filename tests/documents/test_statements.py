@@ -63,7 +63,9 @@ def test_every_key_that_a_page_names_is_there(tmp_path):
 
 def test_the_demonstrations_published_setting_has_the_steps_that_the_page_says():
     stage = RECIPES["full"].stages[1]
-    oftener = dataclasses.replace(PAPER_METHOD, ogpsa={**PAPER_METHOD.ogpsa, "refresh_every": 5})
+    oftener = dataclasses.replace(
+        PAPER_METHOD, ogpsa={**PAPER_METHOD.ogpsa, "refresh": {"every": 5}}
+    )
     steps = [plan(method, stage, 0, "run").steps for method in (oftener, PAPER_METHOD)]
     text = (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
     assert "that would leave {} steps instead of {} |".format(*steps) in text

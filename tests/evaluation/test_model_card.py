@@ -24,7 +24,7 @@ def run(tmp_path):
                 "max_length": 2048,
             },
             "references": {"sets": [{"path": "org/general", "samples": 200}], "loss": "response"},
-            "ogpsa": {"preset": "paper", "rank": 2, "refresh_every": 30},
+            "ogpsa": {"preset": "paper", "rank": 2, "refresh": {"every": 30, "distance": None}},
             "optimizer": {"learning_rate": 1e-6, "betas": [0.9, 0.999]},
             "dpo": {"beta": 0.2},
             "train": {"epochs": 3, "batch_size": 128},
@@ -87,7 +87,7 @@ def test_the_introduction_says_what_was_projected(run):
     card = model_card(run)
     assert gradients not in card
     assert "projected off the inputs of layers" in card
-    assert "ogpsa.refresh_every" not in card.split("### dpo")[1]  # spanned once
+    assert "ogpsa.refresh" not in card.split("### dpo")[1]  # spanned once
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"preset": "off"}))
     card = model_card(run)
@@ -101,7 +101,7 @@ def test_settings_that_had_no_part_in_the_run_are_left_out(run):
     path.write_text(yaml.safe_dump(config))
     card = model_card(run)
     assert "| train.epochs | 3 |" in card
-    assert "| ogpsa.refresh_every | 30 |" in card
+    assert '| ogpsa.refresh | {"every": 30} |' in card
     assert "data.packing" not in card  # the stage is of pairs
     config["train"]["steps"] = 41
     config["references"] |= {"in_step": {"share": 0.5}, "batch_size": 8}
@@ -109,7 +109,7 @@ def test_settings_that_had_no_part_in_the_run_are_left_out(run):
     second = model_card(run).partition("### dpo")[2]
     assert "| train.steps | 41 |" in second
     assert '| references.in_step | {"share": 0.5} |' in second
-    for name in ("train.epochs", "ogpsa.refresh_every", "references.batch_size"):
+    for name in ("train.epochs", "ogpsa.refresh", "references.batch_size"):
         assert name not in second
 
 

@@ -14,6 +14,7 @@ from ogpsa_jax import (
     reference_gradients,
     refresh,
 )
+from ogpsa_jax.projection.diagnostics import captured_fraction, mean_cosine
 
 from .helpers import assert_close, exact, project, random_tree, vectors
 
@@ -72,6 +73,31 @@ def test_first_order_change_is_the_cosine_at_any_scale(rng, scale):
     np.testing.assert_allclose(first_order_change(scaled, updates), desired, atol=1e-6)
     scaled = jax.tree.map(lambda x: x * jnp.asarray(1 / scale, x.dtype), updates)
     np.testing.assert_allclose(first_order_change(references, scaled), desired, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_captured_fraction_is_that_of_new_references_in_the_old_basis(rng, scale):
+    old, new = ([random_tree(rng) for _ in range(2)] for _ in range(2))
+    state = ogpsa_project(2, scope="global").init(old[0])
+    assert captured_fraction(state, new) == 0.0  # no basis yet
+    state = refresh(state, old)
+    rows_2xN, new_2xN = (
+        np.stack([vectors(tree, "global", None)[0] for tree in trees]) for trees in (old, new)
+    )
+    q_Nx2 = np.linalg.qr(rows_2xN.T)[0]
+    desired = np.mean(np.sum((new_2xN @ q_Nx2) ** 2, axis=1) / np.sum(new_2xN**2, axis=1))
+    scaled = [new[0], jax.tree.map(lambda x: x * scale, new[1])]  # each counts the same
+    np.testing.assert_allclose(captured_fraction(state, scaled), desired, rtol=1e-5)
+    np.testing.assert_allclose(captured_fraction(state, old), 1.0, rtol=1e-5)
+
+
+def test_the_mean_cosine_is_that_of_all_pairs(rng):
+    trees = [random_tree(rng) for _ in range(3)]
+    units_3xN = np.stack([vectors(tree, "global", None)[0] for tree in trees])
+    units_3xN /= np.linalg.norm(units_3xN, axis=1, keepdims=True)
+    cosines = units_3xN @ units_3xN.T
+    desired = (cosines[0, 1] + cosines[0, 2] + cosines[1, 2]) / 3
+    np.testing.assert_allclose(mean_cosine(trees), desired, atol=1e-6)
 
 
 def test_first_order_change_of_nothing_is_zero_and_of_no_number_is_none(rng):

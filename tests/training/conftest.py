@@ -80,7 +80,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "in_step": None,
         },
         # Longer than the save interval: a resumed run needs the basis of the checkpoint.
-        "ogpsa": {"preset": "recommended", "refresh_every": 5},
+        "ogpsa": {"preset": "recommended", "refresh": {"every": 5}},
         # A large epsilon: where a gradient is zero but for round-off (the key projections' bias),
         # Adam's normalised step would otherwise be noise of the size of the learning rate.
         "optimizer": {"learning_rate": 1e-3, "eps": 1e-3},

@@ -88,6 +88,10 @@ def test_moments_and_basis_lie_as_their_parameters_do(
             for name, sharding in wanted.items():
                 (ours,) = [s for path, s in found.items() if path.endswith(kind + name)]
                 assert ours.is_equivalent_to(sharding, 3), (kind, name, ours.spec, sharding.spec)
+        copies = jax.tree_util.tree_leaves_with_path(placed.at_refresh)
+        assert len(copies) == len(wanted)
+        for path, ours in copies:
+            assert ours.is_equivalent_to(wanted[jax.tree_util.keystr(path)], 3), path
 
 
 def test_micro_batches_are_as_large_as_the_batch_allows(on_some_devices):

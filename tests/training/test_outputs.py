@@ -72,7 +72,7 @@ def test_the_curves_are_a_picture(uninterrupted):
     from matplotlib.image import imread
 
     pixels = imread(uninterrupted / "curves.png")
-    assert pixels.shape[:2] == (720, 1200)
+    assert pixels.shape[:2] == (1080, 1200)  # three rows of two: it refreshes
     assert np.ptp(pixels[..., :3]) > 0.5
 
 
@@ -83,6 +83,8 @@ def test_losses_of_pairs_have_axes_of_their_own(tmp_path, monkeypatch):
     draw_curves([line], tmp_path / "sft.png")
     pairs = {"eval/pairs/loss": 0.7, "eval/pairs/rewards_margin": 0.1}
     draw_curves([line | pairs], tmp_path / "dpo.png")
+    refreshed = {"references.0/loss": 1.5, "reference/captured_fraction": 0.3}
+    draw_curves([line | refreshed], tmp_path / "refreshed.png")
     shown = [
         {axes.get_title(): [curve.get_label() for curve in axes.lines] for axes in figure.axes}
         for figure in drawn
@@ -92,6 +94,8 @@ def test_losses_of_pairs_have_axes_of_their_own(tmp_path, monkeypatch):
     assert shown[1]["held-out loss, nats per token"] == ["eval/general/loss"]
     assert shown[1]["held-out preference loss"] == ["eval/pairs/loss"]
     assert shown[1]["held-out reward margin"] == ["eval/pairs/rewards_margin"]
+    assert shown[2]["reference loss, at refreshes"] == ["references.0/loss"]
+    assert shown[2]["of the basis, at refreshes"] == ["reference/captured_fraction"]
 
 
 def test_the_summary_is_that_of_the_metrics(uninterrupted):

@@ -114,7 +114,7 @@ def test_killed_within_and_between_its_stages_a_pipeline_ends_with_the_same_bits
     dpo = sft | {
         "objective": "dpo",
         "data": sft["data"] | {"train": [{"path": str(ground / "pairs.jsonl")}]},
-        "ogpsa": {"preset": "paper", "refresh_every": 5},
+        "ogpsa": {"preset": "paper", "refresh": {"every": 5}},
         "references": sft["references"] | {"loss": "response"},
         "dpo": {"beta": 0.2},
     }

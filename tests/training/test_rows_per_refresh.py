@@ -7,7 +7,7 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.training.loop import in_turn
 from ogpsa_jax.training.run import train
 
-IN_TURN = ("references.batch_size=4", "references.rows_per_refresh=4", "ogpsa.refresh_every=2")
+IN_TURN = ("references.batch_size=4", "references.rows_per_refresh=4", "ogpsa.refresh.every=2")
 
 
 def test_batches_come_in_turn_and_then_again():

@@ -12,6 +12,7 @@ from ogpsa_jax.training.summary import judge_curve
 from ogpsa_jax.training.verdict import (
     LEAST_FALL_OF_PAIRS,
     Change,
+    judge_first_basis,
     judge_lengths,
     judge_references,
     judge_training,
@@ -60,6 +61,15 @@ def decay(start: float, end: float, sharpness: float) -> Shape:
 WELL = decay(2.7, 1.6, 5.0)
 
 
+def refreshed(
+    lines: list[dict[str, Any]], every: int, captured: float = 0.5
+) -> list[dict[str, Any]]:
+    """The lines of a run that refreshes so often."""
+    for line in lines[::every]:
+        line |= {"refreshed": True, "reference/captured_fraction": captured}
+    return lines
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("steps", [40, 120, 2000])
 def test_nothing_is_said_of_a_run_that_learnt(rng, schedule, steps):
@@ -101,6 +111,7 @@ def test_a_run_whose_gradient_was_nearly_all_removed_is_told_so(rng):
 def test_a_subspace_that_is_spanned_once_has_no_second_refresh(rng, subspace, configured, tmp_path):
     config = configured(tmp_path, f"ogpsa={{subspace: {subspace}}}", "references.in_step=null")
     lines = [line | {"removed_fraction": 0.99} for line in curve(rng, lambda x: 2.0, steps=20)]
+    lines[0]["refreshed"] = True
     (unmoved, *early) = judge_curve(config, lines)
     setting = {"inputs": "ogpsa.energy (0.95)", "gradients": "ogpsa.rank ("}[subspace]
     assert f"lower {setting}" in unmoved
@@ -167,16 +178,49 @@ def test_a_loss_that_still_falls_steeply_is_told(rng, schedule):
 
 
 def test_most_of_the_movement_before_the_second_refresh_is_told(rng):
-    lines = curve(rng, WELL)
-    told = judge_training(lines, {}, refresh_every=60)
+    lines = refreshed(curve(rng, WELL), 60, captured=0.37)
+    told = judge_training(lines, {}, "ogpsa.refresh.every (60)")
     assert told.keys() == {"early"}
-    assert "ogpsa.refresh_every (60)" in told["early"]
-    assert judge_training(lines, {}, refresh_every=5) == {}
+    assert "before the second refresh (after step 60)" in told["early"]
+    assert "by then held 37.0% of the reference gradients" in told["early"]
+    assert "lower ogpsa.refresh.every (60) or optimizer.learning_rate (1e-05)" in told["early"]
+    assert judge_training(lines, {}) == {}
+    lines = refreshed(curve(rng, WELL), 5)
+    assert judge_training(lines, {}, "ogpsa.refresh.every (5)") == {}
+
+
+def test_it_is_the_second_refresh_that_counts_wherever_it_comes(rng):
+    """As by distance, where the intervals differ."""
+    for second, kinds in ((60, {"early"}), (4, set())):
+        lines = curve(rng, WELL)
+        for step in (0, second, 90):
+            lines[step] |= {"refreshed": True, "reference/captured_fraction": 0.5}
+        assert judge_training(lines, {}, "ogpsa.refresh.distance (0.01)").keys() == kinds
+
+
+@pytest.mark.parametrize("captured, told", [(0.012, True), (0.26, False)])
+def test_a_first_basis_that_is_noise_is_told(captured, told):
+    first = {"step": 1, "effective_rank": 2.0, "reference/gradient_cosine": 0.05}
+    second = {"step": 31, "effective_rank": 2.0, "reference/captured_fraction": captured}
+    sentence = judge_first_basis([first, second], "ogpsa.refresh.every (30)")
+    assert bool(sentence) == told
+    assert not judge_first_basis([first], "ogpsa.refresh.every (30)")
+    assert not judge_first_basis([first | {"effective_rank": 0.0}, second], "")  # told elsewhere
+    if told:
+        assert "held only 1.2% of the reference gradients at the second refresh" in sentence
+        assert "cosine of the sets' gradients was 0.05; lower ogpsa.refresh.every (30)" in sentence
+        agreeing = first | {"reference/gradient_cosine": 0.6}
+        assert "cosine" not in judge_first_basis([agreeing, second], "ogpsa.refresh.every (30)")
 
 
 def test_a_run_without_a_second_refresh_is_told(rng):
-    lines = curve(rng, WELL, steps=30)
-    assert "before the second refresh" in judge_training(lines, {}, refresh_every=30)["early"]
+    lines = refreshed(curve(rng, WELL, steps=30), 30)
+    early = judge_training(lines, {}, "ogpsa.refresh.every (30)")["early"]
+    assert "ends (30 steps) before the second refresh" in early
+    assert "noise" not in early
+    lines[0]["reference/gradient_cosine"] = 0.05
+    early = judge_training(lines, {}, "ogpsa.refresh.every (30)")["early"]
+    assert "much of it is noise" in early
     assert judge_training(lines, {}) == {}
 
 
