@@ -11,7 +11,7 @@ Several configurations are the stages of one pipeline, each starting from the on
     naive        no protection
     paper        OGPSA as published
     recommended  OGPSA as this package recommends it
-    update       recommended, but the update is projected
+    update       paper, but the update is projected
     lora         naive, adapters instead of full fine-tuning
     mixing       naive, half of the training rows from the reference sets (SFT; naive in DPO)
     a-gem        recommended, but only what conflicts with the references is removed
@@ -34,16 +34,12 @@ METHODS = {
     "naive": ["ogpsa.preset=off"],
     "paper": ["ogpsa.preset=paper"],
     "recommended": ["ogpsa.preset=recommended"],
-    "update": [
-        "ogpsa.preset=recommended",
-        "ogpsa.placement=update",
-        "references.in_step=null",
-    ],
+    "update": ["ogpsa.preset=paper", "ogpsa.placement=update", "references.loss=response"],
     "lora": ["ogpsa.preset=off", "model.lora={}"],
     "mixing": ["ogpsa.preset=off"],
-    "a-gem": ["ogpsa.preset=recommended", "ogpsa.rule=conflict"],
+    "a-gem": ["ogpsa.preset=recommended-gradients", "ogpsa.rule=conflict"],
     "replay": [
-        "ogpsa.preset=recommended",
+        "ogpsa.preset=recommended-gradients",
         "ogpsa.rule=none",
         "references.in_step={share: 0.5, window: 1, replay_weight: 1.0}",
     ],

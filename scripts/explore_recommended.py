@@ -35,11 +35,10 @@ from ogpsa_jax.demo.scoring import Exam
 from ogpsa_jax.demo.world import World
 from ogpsa_jax.evaluation import Cost, Record, markdown_table, write_records
 from ogpsa_jax.evaluation.records import BASE
-from ogpsa_jax.training.presets import RECOMMENDED_IN_STEP, RECOMMENDED_WITH_REPLAY
+from ogpsa_jax.training.presets import PRESETS
 
-# Spelled out, because the preset itself depends on whether references are replayed.
-_OGPSA = {"preset": "recommended", **RECOMMENDED_WITH_REPLAY}
-_IN_STEP = RECOMMENDED_IN_STEP
+_OGPSA = {"preset": "recommended-gradients"}
+_IN_STEP = PRESETS["recommended-gradients"]["references"]["in_step"]
 
 
 def varied(label: str, *, in_step: bool = True, general: int = PLENTY, **changes: object) -> Method:

@@ -31,7 +31,6 @@ from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.loop import is_due
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer, projection_settings
-from ogpsa_jax.training.sections import OgpsaSection
 from ogpsa_jax.training.step import (
     Network,
     TrainState,
@@ -232,7 +231,7 @@ def replay(recording: Recording, compare: Comparison) -> None:
     # The official hooks project every micro-batch's gradient. That is the same as projecting their
     # sum, but for `threshold`, which decides anew each time: there their sum is the gradient.
     decides = config.projects and config.ogpsa.rule == "conflict"
-    off = config.model_copy(update={"ogpsa": OgpsaSection(preset="off")})
+    off = config.model_copy(update={"ogpsa": config.ogpsa.model_copy(update={"preset": "off"})})
     plain = make_optimizer(off, recording.json["scheduler"]["max_steps"])
 
     @jax.jit
@@ -259,7 +258,7 @@ def replay(recording: Recording, compare: Comparison) -> None:
     state = TrainState(network.trained, optimizer.init(network.trained))
     compare_weights(recording, compare, 0, flat(state.params))
     for number, step in enumerate(steps):
-        if references and is_due(state, number, config.ogpsa.refresh):
+        if references and config.ogpsa.refresh and is_due(state, number, config.ogpsa.refresh):
             found = reference_gradient(state.params, references)
             compare_references(recording, compare, number, [flat(tree) for tree in found])
             state, _ = refresh(state, network.frozen, references)

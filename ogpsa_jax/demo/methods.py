@@ -12,12 +12,13 @@ from typing import Any, Final
 
 from ogpsa_jax.evaluation.records import NAIVE
 from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.presets import RECOMMENDED_IN_STEP
+from ogpsa_jax.training.presets import PRESETS
 
 PLENTY: Final = 400
 SCARCE: Final = 80
 # Few samples are soon learnt by heart, and their gradient dwindles; see docs/recommended.md.
 SCARCE_REPLAY_WEIGHT: Final = 8.0
+RECOMMENDED_IN_STEP: Final = PRESETS["recommended"]["references"]["in_step"]
 RECOMMENDED: Final = "ogpsa-recommended"
 PAPER: Final = "ogpsa-paper"
 
@@ -140,9 +141,10 @@ def steps_between(config: RunConfig) -> int:
     Raises:
       ValueError: the run refreshes by distance.
     """
-    if config.ogpsa.refresh.every is None:
+    refresh = config.ogpsa.refresh
+    if refresh is None or refresh.every is None:
         raise ValueError("ogpsa.refresh: a run of the demonstration needs `every`")
-    return config.ogpsa.refresh.every
+    return refresh.every
 
 
 def _raw(method: Method, stage: Stage, seed: int, output_dir: str) -> dict[str, Any]:
@@ -209,14 +211,14 @@ REPLAY_METHOD: Final = Method(
     "replay alone",
     "replay alone",
     "the recommended setting without its projection",
-    ogpsa={"preset": "recommended", "rank": 1, "project_momentum": False, "rule": "none"},
+    ogpsa={"preset": "recommended-gradients", "rank": 1, "rule": "none"},
     in_step={"share": 0.5, "window": 1, "replay_weight": 1.0},
 )
 REPROJECTED_METHOD: Final = Method(
     "momentum re-projected",
     "momentum re-projected",
     "the paper's refreshes, and the first moment projected at each",
-    ogpsa={"preset": "recommended", "rank": 2, "refresh": {"every": 30}, "project_momentum": True},
+    ogpsa={"preset": "paper", "rank": 2, "refresh": {"every": 30}, "project_momentum": True},
 )
 UPDATE_METHOD: Final = Method(
     "update placement",
@@ -237,7 +239,7 @@ REPLAY_PROJECTED_METHOD: Final = Method(
     "recommended, momentum projected",
     "recommended, momentum projected",
     "the recommended setting, and the first moment projected at every step",
-    ogpsa={"preset": "recommended", "rank": 4, "project_momentum": True},
+    ogpsa={"preset": "recommended-gradients", "rank": 4, "project_momentum": True},
     in_step=RECOMMENDED_IN_STEP,
 )
 

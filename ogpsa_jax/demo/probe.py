@@ -70,7 +70,7 @@ def first_order_changes(
     state = TrainState(params, replicate_rest(optimizer.init(params), mesh))
     found = []
     for step in range(todo.steps):
-        if references and is_due(state, step, config.ogpsa.refresh):
+        if references and config.ogpsa.refresh and is_due(state, step, config.ogpsa.refresh):
             state, _ = refresh(state, start.frozen, references)
         measured = step % every == 0
         before = jax.tree.map(lambda x: x.copy(), state.params) if measured else None

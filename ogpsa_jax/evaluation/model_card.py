@@ -265,9 +265,6 @@ def _idle_settings(stage: Run) -> set[str]:
     idle = set()
     if _part(stage.config, "train").get("steps") is not None:
         idle.add("train.epochs")
-    spanned_once = _part(stage.config, "ogpsa").get("subspace") == "inputs"
-    if _part(stage.config, "references").get("in_step") or spanned_once:
-        idle.add("ogpsa.refresh")
     if stage.summary.get("objective") == "dpo":
         idle.add("data.packing")  # pairs are never packed
     return idle

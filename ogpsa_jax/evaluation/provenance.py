@@ -112,7 +112,9 @@ def _method(run: Run) -> str:
         if rule in _RULES:
             return _RULES[rule]
         placement = ogpsa.get("placement", "gradient")
-        return f"ogpsa-{preset}" if placement == "gradient" else f"{placement} placement"
+        if placement == "gradient" or ogpsa.get("subspace") == "inputs":
+            return f"ogpsa-{preset}"
+        return f"{placement} placement"
     if model.get("lora"):
         return "lora"
     general = {source.get("path") for source in references.get("sets") or []}

@@ -1,7 +1,7 @@
 """The configuration of a run: its sections together, and what they may not say together.
 
 Unknown keys are refused. A preset fills in the keys that the configuration leaves open, so a
-resolved configuration is explicit and round-trips.
+resolved configuration is explicit and round-trips. What makes no sense together is refused.
 """
 
 from pathlib import PurePath
@@ -33,7 +33,7 @@ class RunConfig(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     references: ReferencesSection = Field(default_factory=ReferencesSection)
-    ogpsa: OgpsaSection = Field(default_factory=OgpsaSection)
+    ogpsa: OgpsaSection
     optimizer: OptimizerSection
     train: TrainSection = Field(default_factory=TrainSection)
     dpo: DpoSection = Field(default_factory=DpoSection)
@@ -68,8 +68,9 @@ class RunConfig(Section):
                 "optimizer.stochastic_rounding is for model.param_dtype: bfloat16, not "
                 f"{self.model.param_dtype}"
             )
-        self._check_subspace()
-        self._check_rows_per_refresh()
+        if self.projects:
+            self._check_subspace()
+            self._check_refresh()
         if self.dpo.reference_model == "none" and self.dpo.loss not in REFERENCE_FREE:
             raise ValueError(
                 f"dpo.reference_model: the loss {self.dpo.loss} needs one; none goes with "
@@ -96,6 +97,11 @@ class RunConfig(Section):
                     f"({self.train.batch_size}) must leave at least one row on both sides"
                 )
             spans_gradients = self.ogpsa.subspace == "gradients"
+            if spans_gradients != (in_step.window is not None):
+                raise ValueError(
+                    "references.in_step.window: set it to a number with ogpsa.subspace: gradients, "
+                    f"and to null with inputs, not to {in_step.window}"
+                )
             if in_step.replay_weight and spans_gradients and self.ogpsa.placement != "gradient":
                 raise ValueError(
                     "references.in_step.replay_weight: a projected update cannot hold the replayed "
@@ -103,15 +109,31 @@ class RunConfig(Section):
                 )
         return self
 
-    def _check_rows_per_refresh(self) -> None:
-        section = self.references
+    def _check_refresh(self) -> None:
+        section, refresh = self.references, self.ogpsa.refresh
+        if self.ogpsa.subspace == "inputs":
+            if refresh is not None:
+                raise ValueError(
+                    "ogpsa.refresh: a subspace of inputs is spanned once, before training; set it "
+                    "to null, or ogpsa.preset to paper or recommended-gradients"
+                )
+        elif refresh is None and section.in_step is None:
+            raise ValueError(
+                "ogpsa.refresh: nothing says when the basis is spanned; set it, to {every: 30}, "
+                "say, or references.in_step"
+            )
+        elif refresh is not None and section.in_step is not None:
+            raise ValueError(
+                "ogpsa.refresh: nothing is refreshed at intervals where references ride in every "
+                "batch; set it or references.in_step to null"
+            )
         rows, unit = section.rows_per_refresh, section.batch_size * len(section.sets)
-        if rows is None or not self.projects:
+        if rows is None:
             return
-        if not self.refreshes:
+        if refresh is None:
             raise ValueError(
                 "references.rows_per_refresh: nothing is refreshed at intervals here; leave it "
-                "out, or set references.in_step to null and ogpsa.subspace to gradients"
+                "out, or set ogpsa.refresh"
             )
         if rows % unit:
             raise ValueError(
@@ -126,10 +148,21 @@ class RunConfig(Section):
                 raise ValueError(f"ogpsa.rank: {ogpsa.rank} gradients do not fit; 64 at most")
             for name in ("energy", "others"):
                 if getattr(ogpsa, name) is not None:
-                    raise ValueError(f"ogpsa.{name} needs ogpsa.subspace: inputs")
+                    raise ValueError(
+                        f"ogpsa.{name} needs ogpsa.subspace: inputs; set it to null, or "
+                        "ogpsa.preset to recommended-inputs"
+                    )
             return
-        if ogpsa.preset == "paper":
-            raise ValueError("ogpsa.preset: paper spans gradients; leave ogpsa.subspace out")
+        for name in ("energy", "others"):
+            if getattr(ogpsa, name) is None:
+                raise ValueError(
+                    f"ogpsa.{name}: a subspace of inputs needs it; set it, or ogpsa.preset to "
+                    "recommended-inputs"
+                )
+        if ogpsa.project_momentum:
+            raise ValueError(
+                "ogpsa.project_momentum needs ogpsa.subspace: gradients; set it to false"
+            )
         if ogpsa.rule == "conflict":
             raise ValueError("ogpsa.rule: conflict needs ogpsa.subspace: gradients")
         if ogpsa.placement == "gradient" and self.optimizer.name == "adamw":
@@ -157,8 +190,7 @@ class RunConfig(Section):
     @property
     def refreshes(self) -> bool:
         """Whether the basis is spanned anew at intervals."""
-        spans_gradients = self.ogpsa.subspace == "gradients"
-        return self.projects and spans_gradients and self.references.in_step is None
+        return self.projects and self.ogpsa.refresh is not None
 
     @property
     def asks_initial_model(self) -> bool:

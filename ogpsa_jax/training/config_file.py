@@ -97,7 +97,7 @@ def schema_lines(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
             continue
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = (
-            "required"
+            ("of the preset" if prefix.startswith("ogpsa.") else "required")
             if field.is_required()
             else yaml.safe_dump(
                 list(default) if isinstance(default, tuple) else default, default_flow_style=True

@@ -208,7 +208,8 @@ def fit(
         for step in range(start, total):
             refreshed = False
             at_refresh: dict[str, jax.Array] = {}
-            if refresh_step is not None and is_due(state, step, config.ogpsa.refresh):
+            interval = config.ogpsa.refresh
+            if refresh_step and interval and is_due(state, step, interval):
                 number = refreshes_so_far(state)
                 sets = in_turn(references, number, task.batches_per_refresh)
                 state, at_refresh = refresh_step(state, network.frozen, sets)

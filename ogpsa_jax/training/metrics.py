@@ -207,7 +207,7 @@ def find_capped(lines: Sequence[Line], section: OgpsaSection) -> dict[str, str]:
 
 def find_noise(lines: Sequence[Line], config: RunConfig) -> dict[str, str]:
     """The same for a first basis that has little to do with the references; of a run's lines."""
-    if not config.refreshes:
+    if not config.projects or config.ogpsa.refresh is None:
         return {}
     refreshes = (line for line in lines if line.get("refreshed"))
     sentence = judge_first_basis(list(itertools.islice(refreshes, 2)), config.ogpsa.refresh.shown)

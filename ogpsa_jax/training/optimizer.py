@@ -166,6 +166,8 @@ def make_optimizer(config: RunConfig, total_steps: int) -> optax.GradientTransfo
     if not config.projects:
         return optax.with_extra_args_support(inner)
     settings = projection_settings(config.ogpsa)
+    if config.ogpsa.subspace == "inputs" and config.model.lora is not None:
+        settings["others"] = "leave"  # adapters have no others but `b`, which meets no input
     in_step = config.references.in_step
     if in_step is not None:
         settings["replay"] = in_step.replay_weight

@@ -1,59 +1,135 @@
-"""The presets, which fill in the keys of a configuration that it leaves out."""
+"""The presets, each written out whole: what it says of the section ``ogpsa`` and of the references.
 
-from typing import Any
+A configuration may say anything else key by key; what then makes no sense together is refused
+(:mod:`ogpsa_jax.training.config`), never read as something else.
+"""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # The published method: gradient placement, stale first moment left as it is.
-    "paper": {"placement": "gradient", "rank": 2, "project_momentum": False},
-    # How these were found: docs/recommended.md.
-    "recommended": {"placement": "gradient", "rank": 2, "project_momentum": True},
-    "off": {},
+from typing import Any, Final
+
+Preset = dict[str, dict[str, Any]]
+
+# The published method: two reference gradients, stale first moments left as they are.
+_PAPER: Final[Preset] = {
+    "ogpsa": {
+        "subspace": "gradients",
+        "rank": 2,
+        "energy": None,
+        "others": None,
+        "scope": "tensor",
+        "placement": "gradient",
+        "rule": "orthogonal",
+        "scale": 1.0,
+        "refresh": {"every": 30},
+        "project_momentum": False,
+        "basis_dtype": None,
+        "offload": False,
+    },
+    "references": {"loss": "response", "in_step": None},
 }
-# Preset recommended, unless the configuration has a word on it (or projects updates, into which
-# nothing can be replayed): references that ride in every batch cost no extra samples.
-RECOMMENDED_IN_STEP: dict[str, Any] = {"share": 0.5, "window": 64, "replay_weight": 1.0}
-# With references that are also trained on, projecting the first moment would take out again what
-# they put in.
-RECOMMENDED_WITH_REPLAY: dict[str, Any] = {"rank": 4, "project_momentum": False}
-# With a subspace of inputs: docs/method.md. What is replayed loses its part in the subspace too, so
-# that it weighs more, and nothing is refreshed.
-RECOMMENDED_INPUTS: dict[str, Any] = {
-    "placement": "both",
-    "rank": 1024,
-    "energy": 0.95,
-    "others": "freeze",
-    "project_momentum": False,
+# The same with what its command for DPO has otherwise.
+_PAPER_DPO: Final[Preset] = {
+    "ogpsa": {
+        "subspace": "gradients",
+        "rank": 2,
+        "energy": None,
+        "others": None,
+        "scope": "tensor",
+        "placement": "gradient",
+        "rule": "orthogonal",
+        "scale": 1.0,
+        "refresh": {"every": 5},
+        "project_momentum": False,
+        "basis_dtype": None,
+        "offload": False,
+    },
+    "references": {"loss": "official", "in_step": None},
 }
-RECOMMENDED_INPUTS_IN_STEP: dict[str, Any] = {"share": 0.5, "replay_weight": 8.0}
-# Refresh intervals of the published commands (paper, appendix; official training scripts).
-PUBLISHED_REFRESH = {"sft": {"every": 30}, "dpo": {"every": 5}}
+# References ride in every batch, which costs no extra samples, and are trained on as well; then
+# projecting the first moment would take out again what they put in. Found in docs/recommended.md.
+_GRADIENTS: Final[Preset] = {
+    "ogpsa": {
+        "subspace": "gradients",
+        "rank": 4,
+        "energy": None,
+        "others": None,
+        "scope": "tensor",
+        "placement": "gradient",
+        "rule": "orthogonal",
+        "scale": 1.0,
+        "refresh": None,
+        "project_momentum": False,
+        "basis_dtype": None,
+        "offload": False,
+    },
+    "references": {
+        "loss": "response",
+        "in_step": {"share": 0.5, "window": 64, "replay_weight": 1.0},
+    },
+}
+# Spanned once. What is replayed loses its part in the subspace too, so that it weighs more.
+_INPUTS: Final[Preset] = {
+    "ogpsa": {
+        "subspace": "inputs",
+        "rank": 1024,
+        "energy": 0.95,
+        "others": "freeze",
+        "scope": "tensor",
+        "placement": "both",
+        "rule": "orthogonal",
+        "scale": 1.0,
+        "refresh": None,
+        "project_momentum": False,
+        "basis_dtype": None,
+        "offload": False,
+    },
+    "references": {
+        "loss": "response",
+        "in_step": {"share": 0.5, "window": None, "replay_weight": 8.0},
+    },
+}
+# No projection, whatever else is said: preset=off on a command line turns it off.
+_OFF: Final[Preset] = {
+    "ogpsa": {
+        "subspace": "gradients",
+        "rank": 2,
+        "energy": None,
+        "others": None,
+        "scope": "tensor",
+        "placement": "gradient",
+        "rule": "none",
+        "scale": 1.0,
+        "refresh": None,
+        "project_momentum": False,
+        "basis_dtype": None,
+        "offload": False,
+    },
+    "references": {"loss": "response", "in_step": None},
+}
+PRESETS: Final[dict[str, Preset]] = {
+    "paper": _PAPER,
+    "recommended": _GRADIENTS,
+    "recommended-gradients": _GRADIENTS,
+    "recommended-inputs": _INPUTS,
+    "off": _OFF,
+}
+IN_DPO: Final[dict[str, Preset]] = {**PRESETS, "paper": _PAPER_DPO}
 
 
 def fill_in_preset(raw: Any) -> Any:
-    """A configuration as it was read, with the keys of its preset where it has no word on them."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("ogpsa", {}), dict):
+    """A configuration as it was read, with the keys of its preset where it has no word on them.
+
+    Of `references.in_step` too each key counts by itself.
+    """
+    if not isinstance(raw, dict):
         return raw
-    objective = raw.get("objective", "sft")
-    ogpsa, references = dict(raw.get("ogpsa", {})), raw.get("references", {})
-    preset = ogpsa.get("preset", "recommended")
-    defaults = dict(PRESETS.get(str(preset), {}))
-    if isinstance(objective, str) and objective in PUBLISHED_REFRESH:
-        defaults["refresh"] = PUBLISHED_REFRESH[objective]
-    if isinstance(references, dict):
-        if ogpsa.get("subspace") == "inputs":
-            defaults |= RECOMMENDED_INPUTS
-            if isinstance(model := raw.get("model"), dict) and model.get("lora") is not None:
-                defaults["others"] = "leave"
-            if preset == "recommended":
-                references = {"in_step": RECOMMENDED_INPUTS_IN_STEP, **references}
-        elif preset == "paper" and objective == "dpo":
-            references = {"loss": "official", **references}
-        elif preset == "recommended" and ogpsa.get("placement") == "update":
-            # What leaves the optimizer is projected, whatever its moments hold.
-            defaults["project_momentum"] = False
-        elif preset == "recommended" and ogpsa.get("placement", "gradient") == "gradient":
-            references = {"in_step": RECOMMENDED_IN_STEP, **references}
-            in_step = references["in_step"]
-            if isinstance(in_step, dict) and in_step.get("replay_weight", 1.0):
-                defaults |= RECOMMENDED_WITH_REPLAY
-    return {**raw, "ogpsa": {**defaults, **ogpsa}, "references": references}
+    ogpsa, references = raw.get("ogpsa", {}), raw.get("references", {})
+    if not isinstance(ogpsa, dict) or not isinstance(references, dict):
+        return raw
+    presets = IN_DPO if raw.get("objective") == "dpo" else PRESETS
+    # A name that is none is told of by the section.
+    preset = presets.get(str(ogpsa.get("preset")), presets["recommended"])
+    filled = {**preset["references"], **references}
+    in_step = preset["references"]["in_step"]
+    if isinstance(in_step, dict) and isinstance(filled["in_step"], dict):
+        filled["in_step"] = {**in_step, **filled["in_step"]}
+    return {**raw, "ogpsa": {**preset["ogpsa"], **ogpsa}, "references": filled}

@@ -106,8 +106,10 @@ class InStepSection(Section):
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.5, description="share of every batch that is reference rows"
     )
-    window: PositiveInt = Field(
-        64, description="reference gradients the basis remembers; 1: this batch's mean only"
+    window: PositiveInt | None = Field(
+        64,
+        description="reference gradients the basis remembers; 1: this batch's mean only; null: "
+        "with a subspace of inputs",
     )
     replay_weight: NonNegativeFloat = Field(
         1.0,
@@ -169,9 +171,7 @@ class ReferencesSection(Section):
 class RefreshSection(Section):
     """When the basis is spanned anew, where references are not in_step: by one of the two."""
 
-    every: PositiveInt | None = Field(
-        None, description="steps between refreshes; left out, 30, and 5 in dpo"
-    )
+    every: PositiveInt | None = Field(None, description="steps between refreshes")
     distance: PositiveFloat | None = Field(
         None,
         description="how far the trained parameters move before the next refresh: the norm of "
@@ -194,52 +194,49 @@ class RefreshSection(Section):
 
 
 class OgpsaSection(Section):
-    """The projection."""
+    """The projection. Every key but `preset` is filled in by it where it is left out."""
 
-    preset: Literal["paper", "recommended", "off"] = Field(
-        "recommended", description="fills in the keys below that are left out; off: no projection"
+    preset: Literal[
+        "paper", "recommended", "recommended-gradients", "recommended-inputs", "off"
+    ] = Field(
+        "recommended",
+        description="fills in what is left out below and in references.in_step and "
+        "references.loss (docs/training.md); recommended: one of the two whose names begin so; "
+        "off: no projection",
     )
     subspace: Literal["gradients", "inputs"] = Field(
-        "gradients",
         description="spanned by reference gradients (the paper), or by what the layers' matrices "
-        "multiply on the reference rows, measured once before training; docs/method.md",
+        "multiply on the reference rows, measured once before training; docs/method.md"
     )
     rank: PositiveInt = Field(
-        2,
-        description="directions kept per group, at most 64; 4 where recommended replays; with "
-        "inputs, columns of a layer's basis at most, 1024 where left out",
+        description="directions kept per group, at most 64; with inputs, columns of a layer's "
+        "basis at most"
     )
     energy: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
-        None,
-        description="with inputs: share of their second moment that the basis holds; 0.95 where "
-        "left out",
+        description="with inputs: share of their second moment that the basis holds"
     )
     others: Literal["freeze", "leave"] | None = Field(
-        None,
         description="with inputs: whether what is no matrix (embeddings, norms, biases) is trained "
-        "(leave) or not (freeze, where left out; adapters: leave)",
+        "(leave) or not (freeze)"
     )
     scope: Literal["tensor", "global"] = Field(
-        "tensor", description="one subspace per weight tensor (official code) or one for all"
+        description="one subspace per weight tensor (official code) or one for all"
     )
     placement: Literal["gradient", "update", "both"] = Field(
-        "gradient", description="project what enters the optimizer, what leaves it, or both"
+        description="project what enters the optimizer, what leaves it, or both"
     )
     rule: Literal["orthogonal", "conflict", "inplane", "none"] = Field(
-        "orthogonal", description="what happens to the in-span component"
+        description="what happens to the in-span component"
     )
-    scale: NonNegativeFloat = Field(1.0, description="rule conflict: factor where it agrees")
-    refresh: RefreshSection = Field(
-        RefreshSection(every=30), description="when the basis is spanned anew"
+    scale: NonNegativeFloat = Field(description="rule conflict: factor where it agrees")
+    refresh: RefreshSection | None = Field(
+        description="when the basis is spanned anew; null: it is not, as with references.in_step "
+        "and with inputs"
     )
-    project_momentum: bool = Field(
-        True,
-        description="project first moments with each new basis; false in paper, and where "
-        "recommended replays or projects updates",
-    )
-    basis_dtype: FloatDType | None = Field(None, description="null: the parameters'")
+    project_momentum: bool = Field(description="project first moments with each new basis")
+    basis_dtype: FloatDType | None = Field(description="null: the parameters'")
     offload: Literal[False] = Field(
-        False, description="basis in host memory between uses: not supported yet"
+        description="basis in host memory between uses: not supported yet"
     )
 
 

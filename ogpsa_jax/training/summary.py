@@ -78,7 +78,7 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
     if config.projects and ogpsa.subspace == "inputs":  # spanned once, before training
         breadth = f"ogpsa.energy ({ogpsa.energy})"
     elif config.projects:
-        interval = ogpsa.refresh.shown if config.refreshes else None
+        interval = ogpsa.refresh.shown if ogpsa.refresh else None
         breadth = f"ogpsa.rank ({ogpsa.rank})"
     least_fall = LEAST_FALL_OF_PAIRS if config.objective == "dpo" else LEAST_FALL
     found = judge_training(steps, held_out_changes(lines), interval, breadth, least_fall)

@@ -15,6 +15,7 @@ from ogpsa_jax.demo.methods import (
     MIXING_METHOD,
     NAIVE_METHOD,
     PAPER_METHOD,
+    RECOMMENDED_IN_STEP,
     RECOMMENDED_METHOD,
     SCARCE_REPLAY_WEIGHT,
     Stage,
@@ -26,7 +27,6 @@ from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Pretraining, Recipe
 from ogpsa_jax.demo.scoring import Exam, answers
 from ogpsa_jax.demo.world import REFUSAL, World
 from ogpsa_jax.evaluation import Record, read_records
-from ogpsa_jax.training.presets import RECOMMENDED_IN_STEP
 
 _PRETRAINING = Pretraining(
     tasks=("copy", "facts"), facts=4, items=500, steps=6, rows=8, width=16, layers=1

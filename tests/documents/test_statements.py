@@ -19,6 +19,7 @@ from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import key_of, load_config
+from ogpsa_jax.training.presets import PRESETS
 from ogpsa_jax.training.sections import DpoSection, MeshSection, ReferencesSection
 
 from .reading import PAGES, REPOSITORY, blocks
@@ -28,7 +29,10 @@ _NEEDED = {
     "optimizer": {"learning_rate": 1e-6},
 }
 # Keys that go with another value than the default of some other key.
-_TOGETHER = {"optimizer.stochastic_rounding": ["model.param_dtype=bfloat16"]}
+_TOGETHER = {
+    "optimizer.stochastic_rounding": ["model.param_dtype=bfloat16"],
+    "ogpsa.subspace": ["ogpsa.preset=recommended-inputs"],
+}
 # `train.steps`, `data.train[].weight`, `references.in_step: {window: 1}` in a sentence or a table.
 _KEY = re.compile(r"`([a-z_]+(?:\.[a-z_\[\]]+)+)(: [^`\n]+)?`")
 
@@ -51,13 +55,19 @@ def test_every_key_that_a_page_names_is_there(tmp_path):
     settings, named = tmp_path / "run.yaml", 0
     settings.write_text(yaml.safe_dump({**_NEEDED, "objective": "dpo"}))
     for page in PAGES:
-        for key, value in _KEY.findall((REPOSITORY / page).read_text(encoding="utf-8")):
-            if key.partition(".")[0] not in RunConfig.model_fields or key.endswith(".yaml"):
-                continue
-            named += 1
-            assert key_of(key.replace("[]", ".0")), f"{page}: `{key}` is no key"
-            if value:  # on the command line it is the same, and off is text there as well
-                load_config(settings, [f"{key}={value[2:]}", *_TOGETHER.get(key, ())])
+        for line in (REPOSITORY / page).read_text(encoding="utf-8").splitlines():
+            together = []
+            for key, value in _KEY.findall(line):
+                if key.partition(".")[0] not in RunConfig.model_fields or key.endswith(".yaml"):
+                    continue
+                named += 1
+                assert key_of(key.replace("[]", ".0")), f"{page}: `{key}` is no key"
+                if value:  # on the command line it is the same, and off is text there as well
+                    together += [f"{key}={value[2:]}", *_TOGETHER.get(key, ())]
+                if not line.startswith("|"):
+                    load_config(settings, together)
+                    together = []
+            load_config(settings, together)  # what stands in one row of a table goes together
     assert named > 20
 
 
@@ -93,6 +103,7 @@ def test_formats_losses_kinds_and_settings_are_those_of_the_code():
         loss: "no" if loss in REFERENCE_FREE else "yes"
         for loss in get_args(DpoSection.model_fields["loss"].annotation)
     }
+    assert names("docs/training.md", "`ogpsa.preset`") == set(PRESETS)
     assert names("docs/dpo.md", "`references.loss`") == set(
         get_args(ReferencesSection.model_fields["loss"].annotation)
     )

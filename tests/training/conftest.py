@@ -77,10 +77,10 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "references": {
             "sets": [{"path": str(folder / "general.jsonl"), "samples": 12}],
-            "in_step": None,
+            "loss": "response",
         },
         # Longer than the save interval: a resumed run needs the basis of the checkpoint.
-        "ogpsa": {"preset": "recommended", "refresh": {"every": 5}},
+        "ogpsa": {"preset": "paper", "refresh": {"every": 5}, "project_momentum": True},
         # A large epsilon: where a gradient is zero but for round-off (the key projections' bias),
         # Adam's normalised step would otherwise be noise of the size of the learning rate.
         "optimizer": {"learning_rate": 1e-3, "eps": 1e-3},

@@ -119,7 +119,11 @@ _PAIRS = {
         ({"data.template": "nowhere.jinja"}, "data.template", "template: nowhere.jinja"),
         ({"data.max_length": 10**6}, "data.max_length", "max_length: 1000000"),
         ({"references.sets.0.path": "no/such.json"}, "references.sets.0", "path: no/such.json"),
-        ({"references.in_step": {"share": 0.01}}, "references.in_step.share", "share: 0.01"),
+        (
+            {"references.in_step": {"share": 0.01}, "ogpsa.refresh": None},
+            "references.in_step.share",
+            "share: 0.01",
+        ),
         ({"train.batch_size": 6}, "train.batch_size", "batch_size: 6"),
         ({"train.steps": 10**9}, "train.steps", "steps: 1000000000"),
         ({"mesh": {"fsdp": 3}}, "mesh", "mesh:"),

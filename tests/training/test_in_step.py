@@ -56,7 +56,11 @@ def run(w, steps, *, rank, window, replay_weight, project_momentum=False):
                 "sets": [{"path": "unused"}],
                 "in_step": {"window": window, "replay_weight": replay_weight},
             },
-            "ogpsa": {"preset": "paper", "rank": rank, "project_momentum": project_momentum},
+            "ogpsa": {
+                "preset": "recommended-gradients",
+                "rank": rank,
+                "project_momentum": project_momentum,
+            },
             "optimizer": {"schedule": "constant", "max_grad_norm": None, "learning_rate": 1e-3},
         }
     )

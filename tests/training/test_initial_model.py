@@ -34,7 +34,7 @@ from .test_resume import assert_same_end
 
 Configured = Callable[..., RunConfig]
 INITIAL = "references.target=initial"
-IN_STEP = "references.in_step={share: 0.5}"
+IN_STEP = ("references.in_step={share: 0.5}", "ogpsa.refresh=null")
 OWN = ("references.answers=own", "references.own_answers.max_new_tokens=6")
 
 
@@ -260,7 +260,7 @@ def whole(
     configured: Configured, prompts: Path, on_some_devices: None, tmp_path: Path
 ) -> tuple[Path, tuple[str, ...]]:
     """A run on one device with prompts alone, and its settings."""
-    settings = (INITIAL, IN_STEP, with_prompts(prompts))
+    settings = (INITIAL, *IN_STEP, with_prompts(prompts))
     run.train(configured(tmp_path / "whole", *settings))
     return tmp_path / "whole", settings
 
@@ -308,7 +308,7 @@ def test_a_pipeline_goes_back_to_the_model_that_it_began_with(
     run.train(configured(first, f"model.path={begun}", "ogpsa.preset=off", "train.steps=2"))
     later = (
         *("objective=dpo", f"data.train=[{{path: {ground / 'pairs.jsonl'}}}]", "train.steps=2"),
-        *(INITIAL, IN_STEP, f"model.path={first / 'export'}", "references.top_k=9"),
+        *(INITIAL, *IN_STEP, f"model.path={first / 'export'}", "references.top_k=9"),
     )
     config = configured(second, *later)
     found = find_initial_model(config)
@@ -345,7 +345,7 @@ def test_refreshed_references_say_that_they_begin_with_nothing(
 ) -> None:
     told = Asked().references(configured(tmp_path, INITIAL)).warnings
     assert any("before the second refresh there is nothing" in w for w in told)
-    assert not Asked().references(configured(tmp_path, INITIAL, IN_STEP)).warnings
+    assert not Asked().references(configured(tmp_path, INITIAL, *IN_STEP)).warnings
 
 
 REFUSED = {

@@ -21,7 +21,7 @@ from ogpsa_jax.training.run import train
 
 from .conftest import TINY
 
-INPUTS = ("ogpsa.subspace=inputs", "ogpsa.preset=recommended")
+INPUTS = ("ogpsa={preset: recommended-inputs}", "references.in_step=null")
 FAST = ("optimizer.learning_rate=1e-2", "optimizer.schedule=constant")
 
 
@@ -84,7 +84,6 @@ def test_the_preset_is_filled_in(configured, tmp_path):
         *("both", 0.95, "freeze"),
     )
     assert config.references.in_step.replay_weight == 8.0
-    assert configured(tmp_path, *INPUTS, "model.lora={rank: 2}").ogpsa.others == "leave"
 
 
 def test_a_cap_is_told_and_what_it_holds(configured, tmp_path):
@@ -138,12 +137,17 @@ def test_no_reference_row_sees_what_an_adapter_learns(configured, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (("ogpsa.energy=0.9",), "ogpsa.energy needs ogpsa.subspace: inputs"),
+        (("ogpsa.energy=0.9",), "ogpsa.energy needs ogpsa.subspace: inputs; .* recommended-inputs"),
+        (("ogpsa.subspace=inputs",), "ogpsa.energy: a subspace of inputs needs it; .*-inputs"),
+        ((*INPUTS, "ogpsa.others=null"), "ogpsa.others: a subspace of inputs needs it"),
+        ((*INPUTS, "ogpsa.refresh.every=5"), "ogpsa.refresh: .* spanned once"),
+        ((*INPUTS, "ogpsa.project_momentum=true"), "project_momentum needs .*gradients"),
+        ((*INPUTS, "references.in_step.window=8"), "references.in_step.window: .*null with inputs"),
+        (("references.in_step.window=null",), "references.in_step.window: set it to a number"),
         (("ogpsa.rank=65",), "64 at most"),
         ((*INPUTS, "ogpsa.rule=conflict"), "conflict needs ogpsa.subspace: gradients"),
         ((*INPUTS, "ogpsa.placement=gradient"), "does not keep AdamW's steps out"),
         ((*INPUTS, "ogpsa.placement=update"), "is no descent of the loss; set it to both"),
-        (("ogpsa.subspace=inputs", "ogpsa.preset=paper"), "paper spans gradients"),
         ((*INPUTS, "model.lora={adapter: somewhere}"), "merge it into the model first"),
     ],
 )

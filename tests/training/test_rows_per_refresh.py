@@ -40,13 +40,16 @@ def test_all_rows_in_turn_is_the_run_without(configured, tmp_path, on_some_devic
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("overrides", "told"),
     [
-        ("references.rows_per_refresh=5", r"no multiple .* \(4\); take 8"),
-        ("references.in_step={share: 0.5}", "nothing is refreshed at intervals here"),
-        ("ogpsa.subspace=inputs", "nothing is refreshed at intervals here"),
+        (("references.rows_per_refresh=5",), r"no multiple .* \(4\); take 8"),
+        (
+            ("references.in_step={share: 0.5}", "ogpsa.refresh=null"),
+            "nothing is refreshed at intervals here",
+        ),
+        (("ogpsa={preset: recommended-inputs}",), "nothing is refreshed at intervals here"),
     ],
 )
-def test_what_cannot_be_taken_in_turn_is_refused(configured, tmp_path, override, told):
+def test_what_cannot_be_taken_in_turn_is_refused(configured, tmp_path, overrides, told):
     with pytest.raises(InputError, match=told):
-        configured(tmp_path, *IN_TURN, override)
+        configured(tmp_path, *IN_TURN, *overrides)

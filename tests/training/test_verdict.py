@@ -109,7 +109,8 @@ def test_a_run_whose_gradient_was_nearly_all_removed_is_told_so(rng):
 
 @pytest.mark.parametrize("subspace", ["gradients", "inputs"])
 def test_a_subspace_that_is_spanned_once_has_no_second_refresh(rng, subspace, configured, tmp_path):
-    config = configured(tmp_path, f"ogpsa={{subspace: {subspace}}}", "references.in_step=null")
+    preset = {"inputs": "recommended-inputs", "gradients": "paper"}[subspace]
+    config = configured(tmp_path, f"ogpsa={{preset: {preset}}}", "references.in_step=null")
     lines = [line | {"removed_fraction": 0.99} for line in curve(rng, lambda x: 2.0, steps=20)]
     lines[0]["refreshed"] = True
     (unmoved, *early) = judge_curve(config, lines)
