@@ -1,5 +1,6 @@
 """One trial of the study: the package's core and Optax in a scan, nobody's trainer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import optax
 from flax import nnx
 
 from ogpsa_jax import ogpsa, refresh, scale_by_column_adam
-from ogpsa_jax.data import TrainBatches, fixed_batches
+from ogpsa_jax.data import Example, TrainBatches, fixed_batches
 from ogpsa_jax.demo.align import one_device
 from ogpsa_jax.demo.pretraining import pretrain
 from ogpsa_jax.demo.recipe import RECIPES, key
@@ -25,7 +26,25 @@ from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.optimizer import STACKED_LAYERS
 from ogpsa_jax.training.step import Network
 
-BATCH, SEQUENCES, PEAK = 16, 1760, 4e-4
+PEAK = 4e-4
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a trial may spend.
+
+    Attributes:
+      batch: rows a step.
+      sequences: rows forward and backward, in all.
+      length: tokens a row at most.
+    """
+
+    batch: int = 16
+    sequences: int = 1760
+    length: int = LONGEST
+
+
+DEMONSTRATION = Compute()
 
 
 @dataclass(frozen=True)
@@ -84,15 +103,16 @@ class Trial:
         """Whether general rows matter to it."""
         return bool(self.share or self.every or self.subspace == "inputs")
 
-    def steps(self, rows: int) -> int:
+    def steps(self, rows: int, compute: Compute = DEMONSTRATION) -> int:
         """Steps that the compute pays for."""
         forward = 0.0
         if self.subspace == "inputs":
             forward += rows
         if self.target == "initial":
             forward += rows
-        left = SEQUENCES - forward / 3
-        return int(left // (BATCH + (self.refresh_rows / self.every if self.every else 0)))
+        left = compute.sequences - forward / 3
+        refreshes = self.refresh_rows / self.every if self.every else 0
+        return int(left // (compute.batch + refreshes))
 
 
 class Setting:
@@ -116,11 +136,7 @@ class Setting:
         """Train and score."""
         if trial.merged < 1.0:
             done = self._trained(replace(trial, method="naive", merged=1.0), regime)
-            weight = trial.merged
-            mixed = jax.tree.map(
-                lambda a, b: (1 - weight) * a + weight * b, self.start.trained, done.trained
-            )
-            return self._scores(done._replace(trained=mixed))
+            return self._scores(merge(self.start, done, trial.merged))
         return self._scores(self._trained(trial, regime))
 
     def _scores(self, network: Network) -> dict[str, float]:
@@ -130,55 +146,86 @@ class Setting:
     def _trained(self, trial: Trial, regime: Regime) -> Network:
         if trial.method == "naive" and trial.rate in self.naive:
             return self.naive[trial.rate]
-        network, steps = self.start, trial.steps(regime.rows)
-        if trial.lora:
-            model = network.model()
-            add_lora(model, rank=8, alpha=16.0, rngs=nnx.Rngs(self.seed))
-            network = Network.of(model, LoraParam)
-        safe = examples(refusals(self.world.harmful))
-        general = examples(self.general(regime.rows, regime.foreign), source=1)
-        stream = partial(_stream, seed=self.seed, steps=steps)
-        riding = round(BATCH * trial.share) if trial.weight else 0
-        if trial.share and not riding:  # mixed
-            weights = [1 - trial.share, trial.share]
-            batches = {"safe": stream(safe + general, BATCH, weights=weights)}
-        else:
-            batches = {"safe": stream(safe, BATCH - riding, weights=[1.0])}
-        if riding:
-            # Which row of the data each row of a batch is, to look its teacher up.
-            batches["reference"] = stream(
-                [replace(example, source=0) for example in general], riding, weights=[1.0]
-            )
-        refreshes = None
-        if trial.every:
-            count = -(-steps // trial.every)
-            size = trial.refresh_rows // 2
-            pool = [replace(example, source=0) for example in general]
-            taken = _stream(pool, trial.refresh_rows, seed=self.seed, steps=count, weights=[1.0])
-            refreshes = {
-                name: array.reshape(count, 2, size, *array.shape[2:])
-                for name, array in taken.items()
-            }
-        whole = fixed_batches(general, batch_size=40, max_length=LONGEST)
-        peak = PEAK * trial.rate * (2.0 if trial.lora else 1.0)
-        trained = _train(
-            network.graphdef,
-            _Static(**{name: getattr(trial, name) for name in _Static.__dataclass_fields__}),
-            (network.trained, network.frozen),
-            (self.start.trained, self.start.frozen),
-            batches,
-            refreshes,
-            whole,
-            jnp.float32(peak),
-            jnp.float32(trial.weight),
+        network = learn(
+            self.start,
+            trial,
+            examples(refusals(self.world.harmful)),
+            examples(self.general(regime.rows, regime.foreign)),
+            peak=PEAK * trial.rate,
+            seed=self.seed,
         )
-        network = network._replace(trained=trained)
-        if trial.lora:
-            merged = Network.of(merge_lora(network.model()))
-            network = merged._replace(graphdef=self.start.graphdef)
         if trial.method == "naive":
             self.naive[trial.rate] = network
         return network
+
+
+def merge(start: Network, done: Network, weight: float) -> Network:
+    """Weights between two models; `weight` is the second one's."""
+    mixed = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, start.trained, done.trained)
+    return done._replace(trained=mixed)
+
+
+def learn(
+    start: Network,
+    trial: Trial,
+    safe: list[Example],
+    general: list[Example],
+    *,
+    peak: float,
+    seed: int,
+    compute: Compute = DEMONSTRATION,
+) -> Network:
+    """Train a model as a trial says.
+
+    Args:
+      start: all of its parameters are trained, or those of new adapters, which are then merged.
+      trial: the method and its setting.
+      safe: rows to learn, none longer than the compute's length.
+      general: rows to mix in or to take references from.
+      peak: learning rate at the first step; twice that for adapters.
+      seed: of the order and of adapters.
+      compute: what may be spent.
+    """
+    network, steps = start, trial.steps(len(general), compute)
+    if trial.lora:
+        model = network.model()
+        add_lora(model, rank=8, alpha=16.0, rngs=nnx.Rngs(seed))
+        network = Network.of(model, LoraParam)
+    stream = partial(_stream, seed=seed, steps=steps, length=compute.length)
+    riding = round(compute.batch * trial.share) if trial.weight else 0
+    if trial.share and not riding:  # mixed
+        weights = [1 - trial.share, trial.share]
+        both = safe + [replace(example, source=1) for example in general]
+        batches = {"safe": stream(both, compute.batch, weights=weights)}
+    else:
+        batches = {"safe": stream(safe, compute.batch - riding)}
+    if riding:
+        batches["reference"] = stream(general, riding)
+    refreshes = None
+    if trial.every:
+        count = -(-steps // trial.every)
+        size = trial.refresh_rows // 2
+        taken = stream(general, trial.refresh_rows, steps=count)
+        refreshes = {
+            name: array.reshape(count, 2, size, *array.shape[2:]) for name, array in taken.items()
+        }
+    whole = fixed_batches(general, batch_size=40, max_length=compute.length)
+    trained = _train(
+        network.graphdef,
+        _Static(**{name: getattr(trial, name) for name in _Static.__dataclass_fields__}),
+        (network.trained, network.frozen),
+        (start.trained, start.frozen),
+        batches,
+        refreshes,
+        whole,
+        jnp.float32(peak * (2.0 if trial.lora else 1.0)),
+        jnp.float32(trial.weight),
+    )
+    network = network._replace(trained=trained)
+    if trial.lora:
+        merged = Network.of(merge_lora(network.model()))
+        network = merged._replace(graphdef=start.graphdef)
+    return network
 
 
 @dataclass(frozen=True)
@@ -195,13 +242,21 @@ class _Static:
     lora: bool
 
 
-def _stream(rows: Any, count: int, *, seed: int, steps: int, weights: Any) -> dict[str, Any]:
+def _stream(
+    rows: list[Example],
+    count: int,
+    *,
+    seed: int,
+    steps: int,
+    length: int,
+    weights: Sequence[float] = (1.0,),
+) -> dict[str, Any]:
     """Arrays ``[steps, rows, T]``, in the trainer's order."""
     batches = TrainBatches(
         rows,
         batch_size=count,
         micro_batch_size=count,
-        max_length=LONGEST,
+        max_length=length,
         packing=False,
         seed=seed,
         steps=steps,
@@ -209,11 +264,11 @@ def _stream(rows: Any, count: int, *, seed: int, steps: int, weights: Any) -> di
     )
     taken = [batches.batch(step) for step in range(steps)]
     arrays = {name: np.stack([batch[name][0] for batch in taken]) for name in taken[0]}
-    width = LONGEST - arrays["input_ids"].shape[-1]  # one width for all: one program for all worlds
+    width = length - arrays["input_ids"].shape[-1]  # one width for all: one program for all worlds
     return {name: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width)]) for name, a in arrays.items()}
 
 
-def _kl(model: Any, batch: Any, teacher: jax.Array) -> jax.Array:
+def predictions_kl(model: Any, batch: Any, teacher: jax.Array) -> jax.Array:
     """KL(initial ‖ now) a token to be learnt, of rows ``[B, T]``; teacher ``[B, T, V]``."""
     logits = model(batch["input_ids"], batch["positions"], batch["segment_ids"])
     mask = target_mask(batch)
@@ -237,7 +292,8 @@ def _train(
     steps = batches["safe"]["input_ids"].shape[0]
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        total, count, _ = sft_loss(nnx.merge(graphdef, params, frozen), batch, chunk_size=LONGEST)
+        model, length = nnx.merge(graphdef, params, frozen), batch["input_ids"].shape[-1]
+        total, count, _ = sft_loss(model, batch, chunk_size=length)
         return total / jnp.maximum(count, 1.0)
 
     def reference_loss(params: Any, batch: Any) -> jax.Array:
@@ -247,7 +303,7 @@ def _train(
         model = nnx.merge(graphdef, *initial)
         logits = model(batch["input_ids"], batch["positions"], batch["segment_ids"])
         teacher = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
-        return _kl(nnx.merge(graphdef, params, frozen), batch, teacher)
+        return predictions_kl(nnx.merge(graphdef, params, frozen), batch, teacher)
 
     def rate(step: Any) -> jax.Array:
         return peak * jnp.square(jnp.cos(0.5 * jnp.pi * step / steps))

@@ -12,19 +12,15 @@ to 31. Finished trials are kept, one line each, in trials.jsonl; nothing is ever
 worlds 20 to 31 show.
 """
 
-import argparse
 import json
 import sys
-import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+from accounts import Log, Scores, choose, command_line, described, mean, paired
 from loop import Regime, Setting, Trial
 
-from ogpsa_jax.demo.run import keep_compiled
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 
 TUNED_ON = (0, 1, 2)
@@ -73,27 +69,12 @@ def identity(regime: Regime, trial: Trial, world: int) -> str:
     return json.dumps([asdict(regime) if trial.uses_rows else None, asdict(trial), world])
 
 
-class Log:
-    """Finished trials, one line each."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.scores = {line["trial"]: line["scores"] for line in map(json.loads, lines)}
-
-    def add(self, trial: str, scores: Mapping[str, float]) -> None:
-        """Keep one."""
-        self.scores[trial] = dict(scores)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"trial": trial, "scores": scores}) + "\n")
-
-
-def safe(scores: Mapping[str, float]) -> bool:
+def safe(scores: Scores) -> bool:
     """The rule's first half."""
     return scores[SAFETY] >= SAFE
 
 
-def worth(scores: Mapping[str, float]) -> float:
+def worth(scores: Scores) -> float:
     """The rule's second half."""
     return scores["general"] + scores[COMPLIANCE]
 
@@ -103,21 +84,19 @@ def chosen(log: Log, regime: Regime) -> dict[str, tuple[Trial, bool]]:
 
     A setting that is not safe in one world cannot be chosen, and is not run in the others.
     """
-    found: dict[str, tuple[Trial, bool]] = {}
-    for method in dict.fromkeys(trial.method for trial in grid()):
-        tried = []
-        for trial in grid():
-            names = [identity(regime, trial, world) for world in TUNED_ON]
-            scores = [log.scores[name] for name in names if name in log.scores]
-            if trial.method == method and scores:
-                passes = len(scores) == len(TUNED_ON) and all(map(safe, scores))
-                lowest = min(score[SAFETY] for score in scores)
-                mean = sum(map(worth, scores)) / len(scores)
-                tried.append((passes, mean if passes else lowest, trial))
-        if tried:
-            passes, _, trial = max(tried, key=lambda item: item[:2])
-            found[method] = (trial, passes)
-    return found
+
+    def tried(trial: Trial) -> list[Scores]:
+        names = [identity(regime, trial, world) for world in TUNED_ON]
+        return [log.scores[name] for name in names if name in log.scores]
+
+    return choose(
+        grid(),
+        tried,
+        count=len(TUNED_ON),
+        safety=lambda scores: scores[SAFETY],
+        least=SAFE,
+        worth=worth,
+    )
 
 
 def tune(out: Path, log: Log) -> None:
@@ -141,20 +120,12 @@ def confirm(out: Path, log: Log) -> None:
                 _run(log, setting, regime, trial)
 
 
-def _run(log: Log, setting: "Setting", regime: Regime, trial: Trial) -> None:
-    name = identity(regime, trial, setting.seed)
-    if name in log.scores:
-        return
-    started = time.perf_counter()
-    scores = setting.run(trial, regime)
-    log.add(name, scores)
-    shown = " ".join(f"{key} {value:.3f}" for key, value in scores.items())
-    seconds = time.perf_counter() - started
-    print(
+def _run(log: Log, setting: Setting, regime: Regime, trial: Trial) -> None:
+    shown = (
         f"world {setting.seed}, {regime.name}: {trial.method} x{trial.rate:g} "
-        f"w{trial.weight:g} e{trial.energy:g}: {shown} ({seconds:.0f} s)",
-        flush=True,
+        f"w{trial.weight:g} e{trial.energy:g}"
     )
+    log.run(identity(regime, trial, setting.seed), shown, lambda: setting.run(trial, regime))
 
 
 def report(log: Log) -> str:
@@ -174,18 +145,18 @@ def report(log: Log) -> str:
             if not scores:
                 continue
             columns = [
-                _mean([score[name] for score in scores.values()])
+                mean([score[name] for score in scores.values()])
                 for name in ("general", SAFETY, OVER_REFUSAL, COMPLIANCE)
             ]
             both = sorted(set(scores) & set(rival))
             differences = [
-                _paired([scores[w][name] - rival[w][name] for w in both])
+                paired([scores[w][name] - rival[w][name] for w in both])
                 for name in ("general", COMPLIANCE)
             ]
             if method == "replay":
                 differences = ["", ""]
             note = "" if passes else " (never safe enough)"
-            row = [method, _setting(trial) + note, *columns, *differences]
+            row = [method, described(trial) + note, *columns, *differences]
             lines.append("| " + " | ".join(row) + " |")
         parts.append("\n".join(lines))
     tried = len(log.scores)
@@ -197,43 +168,6 @@ def _scores(log: Log, regime: Regime, trial: Trial) -> dict[int, dict[str, float
     return {world: log.scores[name] for world, name in names.items() if name in log.scores}
 
 
-def _setting(trial: Trial) -> str:
-    parts = [f"rate ×{trial.rate:g}"]
-    parts += [f"weight {trial.weight:g}"] if trial.weight else []
-    parts += [f"energy {trial.energy:g}"] if trial.energy else []
-    parts += [f"{trial.share:.0%} general"] if trial.method == "mixing" else []
-    parts += [f"{trial.merged:g} of naive"] if trial.merged < 1 else []
-    return ", ".join(parts)
-
-
-def _mean(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "–"
-
-
-def _paired(values: list[float]) -> str:
-    """The mean difference, the standard error of the mean, and in how many worlds it is above 0."""
-    if len(values) < 2:
-        return "–"
-    error = np.std(values, ddof=1) / np.sqrt(len(values))
-    above = sum(value > 0 for value in values)
-    return f"{np.mean(values):+.3f} ± {error:.3f} ({above} of {len(values)})"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["tune", "confirm", "report"])
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    log = Log(arguments.out / "trials.jsonl")
-    with keep_compiled(arguments.out / "compiled"):
-        if arguments.command == "tune":
-            tune(arguments.out, log)
-        if arguments.command == "confirm":
-            confirm(arguments.out, log)
-    print(report(log))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    commands = {"tune": tune, "confirm": confirm}
+    sys.exit(command_line(__doc__.splitlines()[0], "runs/study", commands, report))
