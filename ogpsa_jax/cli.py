@@ -86,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where everything goes; default: runs/demo",
     )
     size = demo.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="one seed, the main methods, a minute")
-    size.add_argument("--thorough", action="store_true", help="every method and ablation")
+    size.add_argument("--quick", action="store_true", help="an easier world, the main methods")
+    size.add_argument("--thorough", action="store_true", help="three worlds, SFT and DPO")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the (first) world; default: 0")
     demo.set_defaults(run=_demo)
 
     evaluate = commands.add_parser(
@@ -192,6 +193,12 @@ def _place(text: str) -> Path:
     return Path(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
 def _setting(text: str) -> tuple[str, object]:
     """A setting KEY=VALUE, its value read as YAML."""
     import yaml
@@ -237,9 +244,11 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _demo(parsed: argparse.Namespace) -> None:
+    from ogpsa_jax.demo.recipe import Mode
     from ogpsa_jax.demo.run import run_demo
 
-    run_demo(parsed.out, "quick" if parsed.quick else "thorough" if parsed.thorough else "full")
+    size: Mode = "quick" if parsed.quick else "thorough" if parsed.thorough else "full"
+    run_demo(parsed.out, size, parsed.seed)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from compare_methods import table
 
-from ogpsa_jax.demo.page import ABLATIONS, demo_figure
+from ogpsa_jax.demo.page import demo_figure
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import markdown_table, read_records
+from ogpsa_jax.evaluation import Record, markdown_table, read_records
+from ogpsa_jax.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = {
@@ -32,6 +33,14 @@ def replaced(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
+def headline(demo: Path) -> tuple[str, list[Record]]:
+    """What the demonstration's picture shows: the title and the records of its first comparison."""
+    results = demo / "results.json"
+    first = read_json(results, "run the demonstration again")["comparisons"][0]
+    records = read_records(results)
+    return first["title"], [records[i] for i in first["records"]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, help="folder of `ogpsa-jax demo`")
@@ -41,16 +50,13 @@ def main() -> int:
     text = readme.read_text(encoding="utf-8")
     try:
         if arguments.demo:
-            # The curve of merged weights is in the figure, what else was tried in the report.
-            records = [
-                record
-                for record in read_records(arguments.demo)
-                if not (record.label.startswith("merge ") or record.label in ABLATIONS)
-            ]
-            text = replaced(text, "demo", markdown_table(records, MATCHED_SAFETY))
+            title, records = headline(arguments.demo)
+            # The curve of merged weights is in the figure.
+            shown = [record for record in records if record.method != "merge"]
+            text = replaced(text, "demo", f"{title}:\n\n{markdown_table(shown, MATCHED_SAFETY)}")
             assets = REPOSITORY / "docs" / "assets"
             assets.mkdir(parents=True, exist_ok=True)
-            demo_figure(read_records(arguments.demo)).savefig(assets / "pareto.png")
+            demo_figure(records).savefig(assets / "pareto.png")
         if arguments.stories:
             parts = [
                 f"{stage}:\n\n{table(json.loads((arguments.stories / name).read_text()))}"

@@ -11,7 +11,7 @@ import pytest
 from ogpsa_jax.demo.scoring import COMPLIANCE, SAFETY
 
 STUDY = Path(__file__).resolve().parents[1] / "scripts/study"
-MODULES = ("accounts", "loop", "real_setting")
+MODULES = ("accounts", "exam", "loop", "real_setting")
 
 
 def script(name, monkeypatch):

@@ -4,38 +4,25 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
-from ogpsa_jax.demo.methods import (
-    MIXING_DATA_METHOD,
-    MIXING_METHOD,
-    MORE_MIXING_METHOD,
-    PAPER_METHOD,
-    RECOMMENDED_METHOD,
-    REPLAY_METHOD,
-    scarce,
-)
+from ogpsa_jax.demo.methods import METHODS
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
-from ogpsa_jax.demo.scoring import OVER_REFUSAL, SAFETY, SCORES
+from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 from ogpsa_jax.evaluation import Record, aggregate
 from ogpsa_jax.evaluation.tables import Row, heading, with_spread
 
-_LOWER_IS_BETTER: Final = (OVER_REFUSAL,)
 _TAX_REMOVED: Final = 0.85
 _MOST_OVER_REFUSAL: Final = 0.05
-# What documents compare the recommended setting with, where it was run.
-_OTHERS: Final = (
-    PAPER_METHOD,
-    MIXING_METHOD,
-    MORE_MIXING_METHOD,
-    MIXING_DATA_METHOD,
-    REPLAY_METHOD,
-)
+_OURS: Final = METHODS["recommended"].kind
+# What the recommended setting is held against, where it was run.
+_OTHERS: Final = [
+    METHODS[name].kind for name in ("paper", "momentum", "mixing", "replay", "replay-initial")
+]
 COMPARED: Final = (
-    "One method beats another where the mean of the differences seed by seed is larger than their "
-    "standard deviation (with one seed, the standard error), and is behind it where it is worse by "
-    "anything: a difference within its ± may be chance."
+    "One method is ahead of another where the mean of the differences world by world is larger "
+    "than their standard deviation (with one world, the standard error); a smaller difference may "
+    "be chance."
 )
 
 
@@ -57,28 +44,22 @@ class Finding:
 
 
 def findings(records: Sequence[Record]) -> list[Finding]:
-    """Every claim that these records can decide.
+    """Every claim that the records of one comparison can decide.
 
     Args:
-      records: of the demonstration.
+      records: of one regime and one number of general rows.
     """
-    rows = {(row.label, row.stage): row for row in aggregate(records, MATCHED_SAFETY)}
-    compare = partial(_compare, records)
+    rows = {(row.method, row.stage): row for row in aggregate(records, MATCHED_SAFETY)}
     found: list[Finding] = []
     for stage in dict.fromkeys(stage for _, stage in rows):
-        ours = rows.get((RECOMMENDED_METHOD.label, stage))
-        if ours is not None:
-            found += _own(ours)
+        ours = rows.get((_OURS, stage))
+        if ours is None:
+            continue
+        found += _own(ours)
         for other in _OTHERS:
-            theirs = rows.get((other.label, stage))
-            if ours is not None and theirs is not None:
-                found += compare(ours, theirs, SCORES, beats=False)
-        few = rows.get((scarce(RECOMMENDED_METHOD).label, stage))
-        for other in (MIXING_METHOD, MORE_MIXING_METHOD, REPLAY_METHOD):
-            theirs = rows.get((scarce(other).label, stage))
-            if few is not None and theirs is not None:
-                scored = [name for name in SCORES if name != SAFETY]
-                found += compare(few, theirs, scored, beats=True)
+            theirs = rows.get((other, stage))
+            if theirs is not None:
+                found += _ahead(records, ours, theirs)
     return found
 
 
@@ -117,13 +98,11 @@ def _own(ours: Row) -> list[Finding]:
     ]
 
 
-def _compare(
-    records: Sequence[Record], ours: Row, theirs: Row, names: Sequence[str], *, beats: bool
-) -> list[Finding]:
-    """Not behind, or (`beats`) ahead, in each score; as `COMPARED` says.
+def _ahead(records: Sequence[Record], ours: Row, theirs: Row) -> list[Finding]:
+    """Whether a method is ahead of another in the scores that safety costs.
 
-    At each seed both begin with the same model and answer the same items: what seeds differ in says
-    nothing about the methods. Rows of different seeds are not compared.
+    In each world both begin with the same model and answer the same items: what worlds differ in
+    says nothing about the methods. Rows of different worlds are not compared.
     """
     scores = [
         {
@@ -136,22 +115,19 @@ def _compare(
     if scores[0].keys() != scores[1].keys():
         return []
     found = []
-    for name in names:
+    for name in ("general", COMPLIANCE):
         differences = [scores[0][seed][name] - scores[1][seed][name] for seed in scores[0]]
         difference = statistics.fmean(differences)
         if len(differences) > 1:
             deviation = statistics.stdev(differences)
         else:
             deviation = math.hypot(*(row.spread.get(name, math.nan) for row in (ours, theirs)))
-        gain = -difference if name in _LOWER_IS_BETTER else difference
-        verb = "beats" if beats else "is not behind"
-        claim = f"{ours.label} {verb} {theirs.label} in {heading(name)}"
-        holds = gain > deviation if beats else gain >= 0
+        claim = f"{ours.label} is ahead of {theirs.label} in {heading(name)}"
         evidence = (
             f"{_value(ours, name)} against {_value(theirs, name)}; "
             f"difference {_difference(difference, deviation)}"
         )
-        found.append(Finding(ours.stage, claim, holds, evidence))
+        found.append(Finding(ours.stage, claim, difference > deviation, evidence))
     return found
 
 

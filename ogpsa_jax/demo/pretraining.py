@@ -1,18 +1,27 @@
 """The small model of the demonstration, made by the package's own trainer."""
 
+from functools import partial
 from pathlib import Path
 
+import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from ogpsa_jax.data import TrainBatches
-from ogpsa_jax.demo.align import cross_entropy
 from ogpsa_jax.demo.recipe import Pretraining
 from ogpsa_jax.demo.world import World, examples
 from ogpsa_jax.models import Decoder
+from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.loop import Task, fit
 from ogpsa_jax.training.step import Network
+
+
+def one_device() -> Mesh:
+    """The mesh of one device: so small a model gains nothing from more."""
+    axes = ("data", "fsdp", "tensor")
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh((1, 1, 1), axes, axis_types=kinds, devices=jax.devices()[:1])
 
 
 def pretrain(recipe: Pretraining, world: World, mesh: Mesh, run_dir: Path) -> Network:
@@ -54,5 +63,7 @@ def pretrain(recipe: Pretraining, world: World, mesh: Mesh, run_dir: Path) -> Ne
     )
     model = Decoder(recipe.model, rngs=nnx.Rngs(world.seed))
     run_dir.mkdir(parents=True, exist_ok=True)
-    network, _ = fit(Network.of(model), Task(cross_entropy(), batches), config, mesh, run_dir)
+    network, _ = fit(
+        Network.of(model), Task(partial(sft_loss, chunk_size=64), batches), config, mesh, run_dir
+    )
     return network

@@ -1,27 +1,14 @@
-"""What the three sizes of the demonstration do."""
+"""What the demonstration runs, in three sizes."""
 
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from ogpsa_jax.demo import world as world_module
-from ogpsa_jax.demo.methods import (
-    LORA_METHOD,
-    MIXING_DATA_METHOD,
-    MIXING_METHOD,
-    NAIVE_METHOD,
-    PAPER_METHOD,
-    RECOMMENDED_METHOD,
-    REPLAY_METHOD,
-    REPLAY_PROJECTED_METHOD,
-    REPROJECTED_METHOD,
-    UPDATE_METHOD,
-    Method,
-    Stage,
-    scarce,
-)
+from ogpsa_jax.demo.methods import METHODS
+from ogpsa_jax.demo.settings import EASY, FOREIGN, PLENTY, SCARCE, Regime
 from ogpsa_jax.demo.world import FACTS, GENERAL_TASKS, TOKENIZER
 from ogpsa_jax.models import DecoderConfig
 
@@ -74,39 +61,37 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What stands in one table.
+
+    Attributes:
+      regime: of what general rows there are.
+      methods: keys of :data:`~ogpsa_jax.demo.methods.METHODS`.
+      dpo: whether DPO follows SFT.
+    """
+
+    regime: Regime
+    methods: tuple[str, ...] = tuple(METHODS)
+    dpo: bool = False
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One size of the demonstration.
 
     Attributes:
       pretraining: of every world.
-      seeds: (world, alignment) of every repetition.
-      stages: SFT, then DPO from its result.
-      methods: aligned with in every repetition.
-      sft_only: as `methods`, but left out of the DPO stage.
-      merge_weights: of the model that naive tuning comes to, merged with that of before.
-      probed: methods whose steps are compared with general gradients, in the first repetition.
+      worlds: how many.
+      comparisons: made in each; the first is the one of the picture.
     """
 
     pretraining: Pretraining
-    seeds: tuple[tuple[int, int], ...]
-    stages: tuple[Stage, ...]
-    methods: tuple[Method, ...]
-    sft_only: tuple[Method, ...] = ()
-    merge_weights: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)
-    probed: tuple[Method, ...] = ()
-
-    def runs(self) -> list[tuple[int, int, Method, int]]:
-        """(world seed, alignment seed, method, number of stages) of every run, in order."""
-        return [
-            (world, seed, method, 1 if method in self.sft_only else len(self.stages))
-            for world, seed in self.seeds
-            for method in (*self.methods, *self.sft_only)
-        ]
+    worlds: int
+    comparisons: tuple[Comparison, ...]
 
 
-_SFT: Final = Stage("sft", 16, 110, 4e-4)
-_DPO: Final = Stage("dpo", 16, 20, 2e-5)
-_HEADLINE: Final = (NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, MIXING_METHOD)
+_QUICK: Final = ("naive", "mixing", "replay", "recommended")
+_HEADLINE: Final = ("naive", "mixing", "replay", "replay-initial", "recommended")
 
 RECIPES: Final[dict[Mode, Recipe]] = {
     "quick": Recipe(
@@ -119,36 +104,26 @@ RECIPES: Final[dict[Mode, Recipe]] = {
             learning_rate=5e-3,
             layers=2,
         ),
-        seeds=((0, 0),),
-        stages=(replace(_SFT, learning_rate=1e-3),),
-        methods=(NAIVE_METHOD, RECOMMENDED_METHOD, MIXING_METHOD),
+        worlds=1,
+        comparisons=(Comparison(EASY, _QUICK),),
     ),
     "full": Recipe(
         Pretraining(),
-        seeds=((0, 0), (0, 1), (0, 2)),
-        stages=(_SFT, _DPO),
-        methods=_HEADLINE,
-        probed=(NAIVE_METHOD, RECOMMENDED_METHOD),
+        worlds=1,
+        comparisons=(
+            Comparison(SCARCE),
+            Comparison(PLENTY, _HEADLINE),
+            Comparison(FOREIGN, _HEADLINE),
+        ),
     ),
     "thorough": Recipe(
         Pretraining(),
-        seeds=((0, 0), (1, 1), (2, 2)),
-        stages=(_SFT, _DPO),
-        methods=(
-            *_HEADLINE,
-            UPDATE_METHOD,
-            LORA_METHOD,
-            MIXING_DATA_METHOD,
+        worlds=3,
+        comparisons=(
+            Comparison(SCARCE, dpo=True),
+            Comparison(PLENTY),
+            Comparison(FOREIGN),
         ),
-        sft_only=(
-            scarce(RECOMMENDED_METHOD),
-            scarce(MIXING_METHOD),
-            scarce(REPLAY_METHOD),
-            REPLAY_METHOD,
-            REPLAY_PROJECTED_METHOD,
-            REPROJECTED_METHOD,
-        ),
-        probed=(NAIVE_METHOD, PAPER_METHOD, UPDATE_METHOD, RECOMMENDED_METHOD),
     ),
 }
 
@@ -162,4 +137,4 @@ def key(*parts: Any) -> str:
 
 
 def _plain(part: Any) -> Any:
-    return part if isinstance(part, str | int | float) else asdict(part)
+    return asdict(part) if isinstance(part, Pretraining) else part

@@ -1,4 +1,8 @@
-"""``ogpsa-jax demo``: the alignment tax appears, and vanishes, in minutes on a laptop."""
+"""``ogpsa-jax demo``: the alignment tax appears, and is kept small, in minutes on a laptop.
+
+A world is written as files. From there on nothing is done that a user could not do with the same
+files: ``train``, ``merge`` and ``evaluate`` are called on them.
+"""
 
 import dataclasses
 import sys
@@ -9,216 +13,251 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+import yaml
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 
-from ogpsa_jax.demo.align import Aligned, align, merged, one_device
 from ogpsa_jax.demo.findings import findings, findings_text
-from ogpsa_jax.demo.methods import NAIVE_METHOD, Method
+from ogpsa_jax.demo.folder import Folder, read_answers, shown, write_model, write_world
+from ogpsa_jax.demo.methods import MERGED, METHODS, configuration
 from ogpsa_jax.demo.page import demo_figure, demo_page
-from ogpsa_jax.demo.pretraining import pretrain
-from ogpsa_jax.demo.probe import first_order_changes
-from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Mode, Recipe, key
-from ogpsa_jax.demo.scoring import Exam, answers
-from ogpsa_jax.demo.world import Item, World
-from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import Cost, Record, text_table, write_records
+from ogpsa_jax.demo.pretraining import one_device, pretrain
+from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Mode, Recipe, key
+from ogpsa_jax.demo.scoring import definitions
+from ogpsa_jax.demo.world import World
+from ogpsa_jax.evaluation import Record, evaluate, text_table, write_records
 from ogpsa_jax.evaluation.records import BASE
-from ogpsa_jax.files import write_whole
-from ogpsa_jax.training.step import Network
+from ogpsa_jax.files import make_folder, write_whole
+from ogpsa_jax.models.merge import merge_pretrained
+from ogpsa_jax.training.metrics import read_metrics
+from ogpsa_jax.training.run import train_stages
 
-STAGE_NAMES: Final = ("sft", "sft+dpo")
-_SHOWN: Final = 3  # requests of either kind whose answers are shown
-_PROBES: Final = 12  # measurements along a run
+BEFORE: Final = "before alignment"
+_SCORED_AT_A_TIME: Final = 128  # rows; a task has 192 at most
+# So small a model gains nothing from several devices, and is done before a bar is seen.
+_SMALL: Final[dict[str, Any]] = {"mesh": (1, 1, 1), "progress": False}
 
 
-def run_demo(out: str | Path, mode: Mode) -> dict[str, Any]:
+def run_demo(out: str | Path, mode: Mode, seed: int = 0) -> dict[str, Any]:
     """Pre-train, align by every method, score, and write what came of it.
 
     Args:
-      out: ``report.html``, ``pareto.png``, ``results.json`` and the runs go here. What is finished
-        there is kept, what was interrupted goes on.
+      out: ``report.html``, ``pareto.png``, ``results.json`` and the worlds with their runs go here.
+        What is finished there is kept, what was interrupted goes on.
       mode: ``quick``, ``full`` or ``thorough``; see :mod:`ogpsa_jax.demo.recipe`.
+      seed: of the first world; further ones have the next numbers.
 
     Returns:
       What ``results.json`` holds.
+
+    Raises:
+      InputError: `out` cannot be made.
     """
+    make_folder(Path(out))
     with keep_compiled(Path(out) / "compiled"):
-        return _Demo(Path(out), RECIPES[mode], mode).run()
+        return _Demo(Path(out), RECIPES[mode], mode, seed).run()
 
 
 class _Demo:
     """The state of one demonstration."""
 
-    def __init__(self, out: Path, recipe: Recipe, mode: Mode) -> None:
+    def __init__(self, out: Path, recipe: Recipe, mode: Mode, seed: int) -> None:
         self.out, self.recipe, self.mode = out, recipe, mode
-        self.mesh: Mesh = one_device()
+        self.seeds = range(seed, seed + recipe.worlds)
         self.records: list[Record] = []
-        self.outcomes: list[dict[str, Any]] = []
+        self.compared: list[list[int]] = [[] for _ in recipe.comparisons]  # numbers of records
+        self.scored: dict[Path, Record] = {}
         self.curves: dict[str, dict[str, Any]] = {}
-        self.asked: list[Item] = []
-        self.answers: dict[str, list[str]] = {}
+        self.answers: dict[str, Any] = {"asked": [], "given": {}}
         self.started = time.perf_counter()
         self.done = 0
-        runs = sum(stages for *_, stages in recipe.runs())
-        self.total = runs + len({world for world, _ in recipe.seeds})
+        self.total = recipe.worlds * (1 + sum(len(each.methods) for each in recipe.comparisons))
 
     def run(self) -> dict[str, Any]:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--out: {self.out} cannot be made ({error.strerror}); choose another."
-            ) from error
-        base: Network | None = None
         found: dict[str, Any] = {}
-        made: tuple[World, Exam] | None = None
-        for number, (world_seed, seed) in enumerate(self.recipe.seeds):
-            if made is None or made[0].seed != world_seed:
-                made = self._world(world_seed)
-                base = self._pretrained(*made)
-            assert base is not None
-            for each_world, each_seed, method, stages in self.recipe.runs():
-                if (each_world, each_seed) == (world_seed, seed):
-                    self._method(*made, base, method, seed, stages, shown=number == 0)
-            if number == 0:
-                self._probe(made[0], base, seed)
-            # After every repetition, so that there is something to look at early.
-            found = self._write()
-        print(text_table(self.records, MATCHED_SAFETY))
-        print(f"\n{findings_text(findings(self.records))}\n")
+        for seed in self.seeds:
+            world = World(seed, self.recipe.pretraining.tasks, self.recipe.pretraining.facts)
+            folder = self._written(world)
+            base = self._record(BEFORE, BASE, BASE, seed, folder.model, folder)
+            for number, comparison in enumerate(self.recipe.comparisons):
+                self.compared[number].append(base)
+                first = seed == self.seeds[0] and number == 0
+                for method in comparison.methods:
+                    self._method(method, number, folder, seed, shown=first)
+                # After each, so that there is something to look at early.
+                found = self._write()
+        for comparison, records in zip(self.recipe.comparisons, self._tables(), strict=True):
+            print(f"{comparison.regime.title}\n\n{text_table(records, MATCHED_SAFETY)}\n")
+            print(f"{findings_text(findings(records))}\n")
         print(f"{self.out}: report.html, pareto.png, results.json")
         return found
 
-    def _world(self, seed: int) -> tuple[World, Exam]:
-        recipe = self.recipe.pretraining
-        world = World(seed, recipe.tasks, recipe.facts)
-        return world, Exam(world)
-
-    def _pretrained(self, world: World, exam: Exam) -> Network:
+    def _written(self, world: World) -> Folder:
+        """The files of a world, the model among them."""
         recipe = self.recipe.pretraining
         self._tell(
             f"pre-training a decoder on world {world.seed}: {', '.join(world.general)}, and "
             "requests, all of which it learns to answer"
         )
-        run_dir = self.out / "runs" / f"pretraining-{world.seed}-{key(recipe, world.seed)}"
-        network = pretrain(recipe, world, self.mesh, run_dir)
-        self._record("before alignment", BASE, BASE, world.seed, exam, network, Cost())
-        if not self.asked:
-            self.asked = _asked(world)
-            self.answers["before alignment"] = answers(network.model(), self.asked)
-        return network
+        folder = Folder(self.out / f"world-{world.seed}-{key(recipe, world.seed)}")
+        write_world(world, folder, {each.regime.rows for each in self.recipe.comparisons})
+        if not folder.model.exists():
+            network = pretrain(recipe, world, one_device(), folder.path / "pretraining")
+            write_model(network.model(), folder)
+        if not self.answers["asked"]:
+            self.answers["asked"] = [dataclasses.asdict(item) for item in shown(world)]
+            self._answers(BEFORE, folder.model, folder)
+        return folder
 
-    def _method(
-        self,
-        world: World,
-        exam: Exam,
-        base: Network,
-        method: Method,
-        seed: int,
-        stages: int,
-        shown: bool,
-    ) -> None:
-        network, cost = base, Cost()
-        for number, stage in enumerate(self.recipe.stages[:stages]):
-            name = STAGE_NAMES[number]
-            self._tell(f"{method.label}, {stage.objective.upper()}, seed {seed}: {method.why}")
-            settings = [self.recipe.pretraining, world.seed, method, stage, seed]
-            if number:
-                settings += list(self.recipe.stages[:number])
-            run_dir = (
-                self.out / "runs" / f"{_slug(method.label)}-{stage.objective}-{key(*settings)}"
-            )
-            aligned = align(network, world, method, stage, seed, self.mesh, run_dir)
-            network, cost = aligned.network, _added(cost, aligned)
-            self._record(method.label, method.kind, name, seed, exam, network, cost)
-            if method == NAIVE_METHOD and number + 1 == stages:
-                for weight in self.recipe.merge_weights:
-                    between = merged(base, network, weight)
-                    self._record(f"merge {weight:g}", "merge", name, seed, exam, between, cost)
-            if shown and aligned.removed:
-                curve = self.curves.setdefault(method.label, {})
-                curve[f"removed, {stage.objective}"] = aligned.removed
-        if shown and method not in self.recipe.sft_only:
-            self.answers[method.label] = answers(network.model(), self.asked)
+    def _method(self, name: str, number: int, folder: Folder, seed: int, *, shown: bool) -> None:
+        """Train, score and record one method of a comparison."""
+        method, comparison = METHODS[name], self.recipe.comparisons[number]
+        regime = f", {comparison.regime.name}" if method.uses_rows else ""
+        label = method.label + regime
+        self._tell(f"{label}, world {seed}: {method.why}")
+        runs = train(name, comparison, folder, seed)
+        stage = ""
+        for stage, run in zip(("sft", "sft+dpo"), runs, strict=False):
+            record = self._record(label, method.kind, stage, seed, run, folder)
+            self.compared[number].append(record)
+        if name == "naive" and number == 0:
+            self._merge(runs[-1], folder, stage, seed)
+        if shown:
+            self._answers(label, runs[-1], folder)
+            self.curves[label] = _curves(runs[0])
 
-    def _probe(self, world: World, base: Network, seed: int) -> None:
-        stage = self.recipe.stages[0]
-        for method in self.recipe.probed:
-            self._tell(f"{method.label}: what its steps do to general ability", count=False)
-            every = max(stage.steps // _PROBES, 1)
-            changes = first_order_changes(base, world, method, stage, seed, self.mesh, every)
-            self.curves.setdefault(method.label, {})["first_order_change"] = changes
+    def _merge(self, naive: Path, folder: Folder, stage: str, seed: int) -> None:
+        """Weights between the model before alignment and the naive one: in the picture alone."""
+        outs = [folder.path / "merges" / naive.name / f"{weight:g}" for weight in MERGED]
+        missing = [
+            (weight, out) for weight, out in zip(MERGED, outs, strict=True) if not out.exists()
+        ]
+        if missing:
+            merge_pretrained(folder.model, naive, *zip(*missing, strict=True))
+        for weight, out in zip(MERGED, outs, strict=True):
+            found = self._record(f"merge {weight:g}", "merge", stage, seed, out, folder)
+            cost = self.scored[naive].cost
+            self.records[found] = self.records[found].model_copy(update={"cost": cost})
+            self.compared[0].append(found)
 
     def _record(
-        self,
-        label: str,
-        kind: str,
-        stage: str,
-        seed: int,
-        exam: Exam,
-        network: Network,
-        cost: Cost,
-    ) -> None:
-        scores, spread, right = exam.score(network)
-        self.records.append(
-            Record(
-                label=label,
-                method=kind,
-                stage=stage,
-                seed=seed,
-                scores=scores,
-                spread=spread,
-                definitions=exam.definitions(),
-                cost=cost,
+        self, label: str, kind: str, stage: str, seed: int, model: Path, folder: Folder
+    ) -> int:
+        """The number of the record of a model, which is scored unless it has been."""
+        if model not in self.scored:
+            results = evaluate(
+                model,
+                folder.scores,
+                None if (model / "config.yaml").exists() else _beside(model, folder.scores),
+                batch_size=_SCORED_AT_A_TIME,
+                **_SMALL,
             )
+            self.scored[model] = Record.model_validate(results["records"][0])
+        record = self.scored[model].model_copy(
+            update={
+                "label": label,
+                "method": kind,
+                "stage": stage,
+                "seed": seed,
+                # The items are the world's own; what is asked of them is the same.
+                "definitions": definitions(self.recipe.pretraining.tasks),
+            }
         )
-        self.outcomes.append({"label": label, "stage": stage, "seed": seed, "right": right})
+        known = [
+            i
+            for i, other in enumerate(self.records)
+            if (other.label, other.stage, other.seed) == (label, stage, seed)
+        ]
+        if known:
+            return known[0]
+        self.records.append(record)
+        return len(self.records) - 1
 
-    def _tell(self, what: str, count: bool = True) -> None:
-        self.done += count
+    def _answers(self, label: str, model: Path, folder: Folder) -> None:
+        """What a model says to some prompts."""
+        place = _beside(model, folder.answers)
+        evaluate(model, folder.answers, place, **_SMALL)
+        self.answers["given"][label] = read_answers(place)
+
+    def _tell(self, what: str) -> None:
+        self.done += 1
         passed = time.perf_counter() - self.started
         print(f"[{self.done}/{self.total}, {passed:.0f} s] {what}", file=sys.stderr, flush=True)
 
+    def _tables(self) -> list[list[Record]]:
+        """The records of each comparison."""
+        return [[self.records[i] for i in numbers] for numbers in self.compared]
+
     def _write(self) -> dict[str, Any]:
         """Write the results so far, and return what ``results.json`` holds."""
+        comparisons = [
+            {
+                "title": comparison.regime.title,
+                "records": numbers,
+                "findings": [dataclasses.asdict(finding) for finding in findings(records)],
+            }
+            for comparison, numbers, records in zip(
+                self.recipe.comparisons, self.compared, self._tables(), strict=True
+            )
+        ]
         extra: dict[str, Any] = {
             "mode": self.mode,
+            "worlds": list(self.seeds),
             "recipe": dataclasses.asdict(self.recipe),
             "matched_safety": MATCHED_SAFETY,
             "seconds": round(time.perf_counter() - self.started, 1),
-            "findings": [dataclasses.asdict(finding) for finding in findings(self.records)],
-            "answers": {
-                "asked": [dataclasses.asdict(item) for item in self.asked],
-                "given": self.answers,
-            },
+            "comparisons": comparisons,
+            "answers": self.answers,
             "curves": self.curves,
-            "outcomes": self.outcomes,
         }
         write_records(self.out / "results.json", self.records, extra)
-        demo_figure(self.records).savefig(self.out / "pareto.png")
+        demo_figure(self._tables()[0]).savefig(self.out / "pareto.png")
         write_whole(self.out / "report.html", demo_page(self.records, extra))
         return {**extra, "records": [record.model_dump() for record in self.records]}
 
 
-def _asked(world: World) -> list[Item]:
-    """Prompts whose answers are shown: none of them was trained on in alignment."""
-    spread = len(world.held_out_harmful) // _SHOWN
-    requests = world.held_out_harmful[::spread][:_SHOWN]
-    requests += world.held_out_benign[:: len(world.held_out_benign) // _SHOWN][:_SHOWN]
-    return [*requests, *(items[0] for items in world.general.values())]
+def train(name: str, comparison: Comparison, folder: Folder, seed: int) -> list[Path]:
+    """Run the stages of a method; finished ones are kept.
+
+    The configurations are written to ``configs`` in the world's folder, for ``ogpsa-jax train``.
+
+    Args:
+      name: of the method.
+      comparison: where it stands.
+      folder: the world's files.
+      seed: of the data's order.
+
+    Returns:
+      The run directories: of SFT, and of DPO where there is one.
+    """
+    paths: list[Path] = []
+    places: list[Path] = []
+    before: list[dict[str, Any]] = []
+    make_folder(folder.path / "configs")
+    for objective in ("sft", "dpo")[: 1 + comparison.dpo]:
+        config = configuration(name, comparison.regime, folder, seed, objective)
+        before.append(config)
+        place = folder.path / "runs" / f"{name}-{objective}-{key(*before)}"
+        path = folder.path / "configs" / f"{place.name}.yaml"
+        write_whole(path, yaml.safe_dump(config | {"output_dir": str(place)}, sort_keys=False))
+        paths.append(path)
+        places.append(place)
+    train_stages(paths)
+    return places
 
 
-def _added(cost: Cost, aligned: Aligned) -> Cost:
-    return Cost(
-        training_samples=cost.training_samples + aligned.plan.training_sequences,
-        reference_samples=cost.reference_samples + aligned.plan.reference_sequences,
-        seconds=cost.seconds + aligned.seconds,
-    )
+def _beside(model: Path, suite: Path) -> Path:
+    """Where an evaluation of a model goes that does not belong to its run."""
+    world = suite.parent
+    return world / "evaluations" / suite.stem / "-".join(model.relative_to(world).parts)
 
 
-def _slug(label: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in label.lower()).split())
+def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """By step: the removed share of the squared norm, and the loss on general items."""
+    lines = read_metrics(run)
+    return {
+        shown: [(line["step"], line[name]) for line in lines if name in line]
+        for shown, name in (("removed", "removed_fraction"), ("loss", "eval/general/loss"))
+    }
 
 
 @contextmanager

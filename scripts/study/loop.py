@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from exam import Exam
 from flax import nnx
 
 from ogpsa_jax import ogpsa, refresh, scale_by_column_adam
 from ogpsa_jax.data import Example, TrainBatches, fixed_batches
-from ogpsa_jax.demo.align import one_device
-from ogpsa_jax.demo.pretraining import pretrain
+from ogpsa_jax.demo.pretraining import one_device, pretrain
 from ogpsa_jax.demo.recipe import RECIPES, key
-from ogpsa_jax.demo.scoring import Exam
 from ogpsa_jax.demo.world import LONGEST, Item, World, examples, refusals
 from ogpsa_jax.models import LoraParam, add_lora, merge_lora
 from ogpsa_jax.models.decoder import DECODER_KERNELS
@@ -136,12 +135,8 @@ class Setting:
         """Train and score."""
         if trial.merged < 1.0:
             done = self._trained(replace(trial, method="naive", merged=1.0), regime)
-            return self._scores(merge(self.start, done, trial.merged))
-        return self._scores(self._trained(trial, regime))
-
-    def _scores(self, network: Network) -> dict[str, float]:
-        scores = self.exam.score(network)[0]
-        return {name: value for name, value in scores.items() if not name.startswith("task")}
+            return self.exam.score(merge(self.start, done, trial.merged))
+        return self.exam.score(self._trained(trial, regime))
 
     def _trained(self, trial: Trial, regime: Regime) -> Network:
         if trial.method == "naive" and trial.rate in self.naive:

@@ -1,147 +1,203 @@
-import dataclasses
 import html
+import importlib
 import json
+import random
 import statistics
-import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from ogpsa_jax.data import load_tokenizer
 from ogpsa_jax.demo import run
-from ogpsa_jax.demo.align import align, one_device
 from ogpsa_jax.demo.findings import findings
-from ogpsa_jax.demo.methods import (
-    LORA_METHOD,
-    MIXING_METHOD,
-    NAIVE_METHOD,
-    PAPER_METHOD,
-    RECOMMENDED_IN_STEP,
-    RECOMMENDED_METHOD,
-    SCARCE_REPLAY_WEIGHT,
-    Stage,
-    plan,
-    scarce,
+from ogpsa_jax.demo.folder import (
+    BEGINNING,
+    Folder,
+    read_answers,
+    write_model,
+    write_tokenizer,
+    write_world,
 )
-from ogpsa_jax.demo.pretraining import pretrain
-from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Pretraining, Recipe
-from ogpsa_jax.demo.scoring import Exam, answers
-from ogpsa_jax.demo.world import REFUSAL, World
-from ogpsa_jax.evaluation import Record, read_records
+from ogpsa_jax.demo.methods import BATCH, METHODS, SEQUENCES, configuration
+from ogpsa_jax.demo.pretraining import one_device, pretrain
+from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Pretraining, Recipe
+from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
+from ogpsa_jax.demo.settings import EASY, SETTINGS
+from ogpsa_jax.demo.world import REFUSAL, TOKENIZER, World
+from ogpsa_jax.evaluation import Record, evaluate, read_records
+from ogpsa_jax.models import load_pretrained
+from ogpsa_jax.training import run as training
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.config_file import load_config
+from ogpsa_jax.training.step import Network
 
 _PRETRAINING = Pretraining(
     tasks=("copy", "facts"), facts=4, items=500, steps=6, rows=8, width=16, layers=1
 )
-# Of rank 1, which compiles in half the time.
-_SMALL = dataclasses.replace(
-    RECOMMENDED_METHOD,
-    general=20,
-    ogpsa={"preset": "recommended", "rank": 1},
-    in_step={**RECOMMENDED_IN_STEP, "window": 1},
-)
 _TINY = Recipe(
     _PRETRAINING,
-    seeds=((0, 0), (0, 1)),
-    stages=(Stage("sft", 16, 3, 1e-3), Stage("dpo", 16, 2, 1e-4)),
-    methods=(NAIVE_METHOD, _SMALL),
-    merge_weights=(0.5,),
-    probed=(NAIVE_METHOD,),
+    worlds=2,
+    comparisons=(
+        Comparison(EASY, ("naive", "recommended"), dpo=True),
+        Comparison(EASY, ("naive",)),
+    ),
 )
+
+
+def demonstrate(out):
+    """With few steps, few worlds, and one device, for which less is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "quick", _TINY)
+        patch.setitem(SEQUENCES, "sft", 110)
+        patch.setitem(SEQUENCES, "dpo", 110)
+        patch.setattr(run, "MERGED", (0.5,))
+        patch.setattr(training, "make_mesh", lambda section: one_device())
+        return run.run_demo(out, "quick", seed=3)
 
 
 @pytest.fixture(scope="module")
 def demonstration(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECIPES, "quick", _TINY)
-        return out, run.run_demo(out, "quick")
+    return out, demonstrate(out)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model that gets some answers right and some wrong."""
+    """The files of a world whose model gets some answers right and some wrong."""
+    folder = Folder(tmp_path_factory.mktemp("world"))
     world = World(0, _PRETRAINING.tasks, _PRETRAINING.facts)
-    longer = dataclasses.replace(_PRETRAINING, steps=120, width=32)
-    return world, pretrain(longer, world, one_device(), tmp_path_factory.mktemp("p"))
+    longer = Pretraining(**{**_PRETRAINING.__dict__, "steps": 120, "width": 32})
+    write_world(world, folder, [])
+    write_model(pretrain(longer, world, one_device(), folder.path / "run").model(), folder)
+    return world, folder
 
 
-def test_scores_are_those_of_greedy_answers(trained):
-    world, network = trained
-    _, _, right = Exam(world).score(network)
-    parts = {**world.general, "exact_benign_compliance": world.held_out_benign[:60]}
-    matches = {}
-    for name, items in parts.items():
-        said = answers(network.model(), items)
-        pairs = zip(said, items, strict=True)
-        matches[name] = "".join("01"[text == item.answer] for text, item in pairs)
-        assert right[name][: len(items)] == matches[name]
-    assert {"0", "1"} <= set("".join(matches.values()))  # or nothing would have been compared
+def test_the_tokenizer_gives_the_ids_of_the_world(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"items drawn with seed {seed}")
+    for item in World(seed).draw_general(100, seed):
+        turns = [
+            {"role": "user", "content": item.prompt},
+            {"role": "assistant", "content": item.answer},
+        ]
+        ids = tokenizer.apply_chat_template(turns, return_dict=False)
+        assert ids == TOKENIZER.sequence(item.prompt, item.answer).ids.tolist()
+        asked = tokenizer.apply_chat_template(
+            turns[:1], add_generation_prompt=True, return_dict=False
+        )
+        assert ids[: len(asked)] == asked
+        assert tokenizer.decode(ids[len(asked) :], skip_special_tokens=True) == item.answer
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("\u00e4")
 
 
-def test_refusals_are_told_by_their_beginning_where_they_are_unwanted(trained):
-    """A model moved halfway to one that refuses: some answers only begin as refusals."""
-    world, network = trained
-    stage = Stage("sft", 32, 12, 4e-3)
-    mesh = one_device()
-    with tempfile.TemporaryDirectory() as folder:
-        aligned = align(network, world, NAIVE_METHOD, stage, 0, mesh, Path(folder))
-    _, _, right = Exam(world).score(aligned.network)
-    model = aligned.network.model()
-    said = answers(model, world.held_out_benign[:60])
-    assert right["prefix_over_refusal"][:60] == "".join(
-        "01"[text.startswith("no,")] for text in said
+def test_scores_are_those_of_greedy_answers(trained, tmp_path):
+    """The suite asks one forward pass; here the same model writes its answers."""
+    world, folder = trained
+    evaluate(folder.model, folder.scores, tmp_path / "scores", mesh=(1, 1, 1), progress=False)
+    lines = _lines(tmp_path / "scores" / "items.jsonl")
+    answered = {"kind": "exact_match", "answer": "{response}", "max_new_tokens": 24}
+    tasks = [
+        {"name": name, "path": folder.data(f"held-out-{name}"), "limit": 60, **answered}
+        for name in (*world.general, SAFETY, OVER_REFUSAL, COMPLIANCE)
+    ]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"name": "written", "tasks": tasks}))
+    evaluate(
+        folder.model, tmp_path / "suite.yaml", tmp_path / "said", mesh=(1, 1, 1), progress=False
     )
-    said = answers(model, world.held_out_harmful[:60])
-    assert right["exact_safety"][:60] == "".join("01"[text == REFUSAL] for text in said)
+    right = {(line["task"], line["item"]): line["correct"] for line in lines}
+    compared = set()
+    for said in _lines(tmp_path / "said" / "items.jsonl"):
+        exact = said["answer"] == said["expected"]
+        if said["task"] == OVER_REFUSAL:
+            exact = said["answer"].startswith(BEGINNING)
+        assert right[said["task"], said["item"]] == exact
+        compared.add(exact)
+    assert compared == {True, False}  # or nothing would have been compared
 
 
-def test_scores_are_recomputed_from_the_outcomes_in_results_json(demonstration):
+def test_the_studys_exam_gives_the_scores_of_the_suite(trained, tmp_path, monkeypatch):
+    world, folder = trained
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts" / "study"))
+    exam = importlib.import_module("exam")
+    model = load_pretrained(folder.model, dtype="float32", param_dtype="float32")
+    scores = exam.Exam(world).score(Network.of(model))
+    evaluate(folder.model, folder.scores, tmp_path, mesh=(1, 1, 1), progress=False)
+    (record,) = read_records(tmp_path)
+    assert scores == pytest.approx({name: record.scores[name] for name in scores})
+    assert len(scores) == 4
+
+
+def test_scores_are_recomputed_from_the_outcomes_of_the_items(demonstration):
     out, _ = demonstration
-    content = json.loads((out / "results.json").read_text())
-    assert len(content["outcomes"]) == len(content["records"])
-    for outcome, record in zip(content["outcomes"], content["records"], strict=True):
-        right = outcome["right"]
-        shares = {name: text.count("1") / len(text) for name, text in right.items()}
+    scored = sorted(out.glob("world-*/runs/*/evaluation/scores"))
+    assert len(scored) == 2 * 4  # two stages of two methods in two worlds
+    for folder in scored:
+        right = {}
+        for line in _lines(folder / "items.jsonl"):
+            right.setdefault(line["task"], []).append(line["correct"])
+        shares = {task: statistics.fmean(correct) for task, correct in right.items()}
+        (record,) = read_records(folder)
         tasks = [shares[name] for name in _PRETRAINING.tasks]
-        assert record["scores"]["general"] == pytest.approx(statistics.fmean(tasks))
-        for name in ("exact_safety", "prefix_over_refusal", "exact_benign_compliance"):
-            assert record["scores"][name] == shares[name]
-        # What `evaluate` measures otherwise has no score of the same name here.
-        assert not {"safety", "over_refusal", "benign_compliance"} & record["scores"].keys()
-        assert record["definitions"].keys() == record["scores"].keys()
+        assert record.scores == pytest.approx({**shares, "general": statistics.fmean(tasks)})
+        # What rules or a judge measure has no score of the same name here.
+        assert not {"safety", "over_refusal", "benign_compliance"} & record.scores.keys()
 
 
-def test_every_method_stage_and_seed_has_its_record(demonstration):
-    out, _ = demonstration
-    keys = {(r.label, r.stage, r.seed) for r in read_records(out)}
+def test_every_method_stage_and_world_has_its_record(demonstration):
+    out, results = demonstration
+    records = read_records(out)
+    keys = {(r.label, r.stage, r.seed) for r in records}
     aligned = {
         (label, stage, seed)
-        for label in (NAIVE_METHOD.label, RECOMMENDED_METHOD.label)
+        for label in ("naive", "OGPSA, recommended, 80 rows")
         for stage in ("sft", "sft+dpo")
-        for seed in (0, 1)
+        for seed in (3, 4)
     }
-    merged = {("merge 0.5", "sft+dpo", seed) for seed in (0, 1)}  # of what all stages came to
-    assert keys == {("before alignment", "base", 0), *aligned, *merged}
+    merged = {("merge 0.5", "sft+dpo", seed) for seed in (3, 4)}  # of what all stages came to
+    base = {("before alignment", "base", seed) for seed in (3, 4)}
+    assert keys == aligned | merged | base
+    assert len(records) == len(keys)
+    one, other = ([records[i] for i in each["records"]] for each in results["comparisons"])
+    assert {r.label for r in other} == {"before alignment", "naive"}
+    assert {r.stage for r in other} == {"base", "sft"}
+    assert {(r.label, r.stage, r.seed) for r in one} == keys
+    for record in records:
+        assert record.definitions.keys() == record.scores.keys()
 
 
 def test_costs_are_the_sequences_of_both_stages(demonstration):
     out, _ = demonstration
     costs = {(r.label, r.stage): r.cost for r in read_records(out)}
-    naive, ours = (costs[method.label, "sft+dpo"] for method in (NAIVE_METHOD, RECOMMENDED_METHOD))
-    assert (naive.training_samples, naive.reference_samples) == (3 * 16 + 2 * 16 * 2, 0)
-    # Half of every batch rides along: 3 steps of 8 + 8 rows, then 2 of 8 + 8 pairs.
-    assert (ours.training_samples, ours.reference_samples) == (3 * 8 + 2 * 16, 3 * 8 + 2 * 16)
+    naive = costs["naive", "sft+dpo"]
+    ours = costs["OGPSA, recommended, 80 rows", "sft+dpo"]
+    assert (naive.training_samples, naive.reference_samples) == (6 * 16 + 3 * 16 * 2, 0)
+    # 80 rows are twice put through a forward pass; what is left is 3 steps of 8 + 8 rows, then 2 of
+    # 8 pairs + 8 rows.
+    assert (ours.training_samples, ours.reference_samples) == (3 * 8 + 2 * 16, 3 * 8 + 2 * 8)
+    assert costs["merge 0.5", "sft+dpo"] == naive
 
 
 def test_a_second_call_keeps_what_is_finished(demonstration):
     out, first = demonstration
-    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECIPES, "quick", _TINY)
-        again = run.run_demo(out, "quick")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("world-*/*/*/checkpoints/*")}
+    again = demonstrate(out)
     assert before
-    assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/checkpoints/*")} == before
-    assert again["records"] == first["records"]
-    assert again["curves"] == first["curves"]
+    assert {p: p.stat().st_mtime_ns for p in out.glob("world-*/*/*/checkpoints/*")} == before
+    for name in ("records", "curves", "answers", "comparisons"):
+        assert again[name] == first[name]
+
+
+def test_each_run_is_what_its_configuration_says(demonstration):
+    out, _ = demonstration
+    configs = sorted(out.glob("world-*/configs/*-sft-*.yaml"))
+    assert configs
+    for path in configs:
+        asked = load_config(path)
+        assert load_config(f"{asked.output_dir}/config.yaml") == asked
 
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(demonstration):
@@ -151,99 +207,129 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(demonstration):
     assert page.count('src="data:image/png;base64,') == 2  # the figure, and the curves
     for absent in ("http://", "https://", "<script"):
         assert absent not in page
-    for finding in results["findings"]:
-        assert html.escape(finding["claim"]) in page
+    assert results["comparisons"][0]["findings"]
+    for comparison in results["comparisons"]:
+        assert comparison["title"] in page
+        for finding in comparison["findings"]:
+            assert html.escape(finding["claim"]) in page
     assert "<th>exact safety</th>" in page
     assert "<th>safety</th>" not in page
-    for text in results["answers"]["given"][NAIVE_METHOD.label]:
+    for text in results["answers"]["given"]["naive"]:
         assert html.escape(text) in page
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
-@pytest.mark.parametrize(
-    "method", [NAIVE_METHOD, PAPER_METHOD, RECOMMENDED_METHOD, MIXING_METHOD, LORA_METHOD]
-)
-def test_every_method_stays_within_the_same_number_of_sequences(method, objective):
-    stage = Stage(objective, 16, 100, 1e-4)
-    done = plan(method, stage, 0, "run")
-    spent = done.training_sequences + done.reference_sequences
-    step = (done.training_sequences // done.steps) + stage.batch_size
-    refreshes = method.general if done.reference_sets else 0
-    assert stage.sequences - step - refreshes <= spent <= stage.sequences
+def test_answers_are_those_to_the_prompts_in_their_order(trained, tmp_path):
+    world, folder = trained
+    evaluate(folder.model, folder.answers, tmp_path, mesh=(1, 1, 1), progress=False)
+    asked = [line["prompt"] for line in _lines(Path(folder.data("shown")))]
+    lines = {line["prompt"]: line["answer"] for line in _lines(tmp_path / "items.jsonl")}
+    assert read_answers(tmp_path) == [lines[prompt] for prompt in asked]
+    assert len(asked) == 6 + len(world.general)
 
 
-def _record(label, stage, general, over_refusal=0.0, seed=0):
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+_ALL = [
+    (regime, method, objective)
+    for regime, settings in SETTINGS.items()
+    for method in settings
+    for objective in SEQUENCES
+]
+
+
+@pytest.mark.parametrize(("regime", "method", "objective"), _ALL)
+def test_every_configuration_spends_what_the_stage_has(regime, method, objective, tmp_path):
+    raw = configuration(method, regime, Folder(tmp_path), 0, objective)
+    config = RunConfig.model_validate(raw)
+    steps, pair = config.train.steps, 2 if objective == "dpo" else 1
+    riding = config.reference_rows
+    pairs = config.references.loss == "dpo"
+    step = (BATCH - riding) * pair + riding * (2 if pairs else 1)
+    spent = steps * step
+    if config.references.rows_per_refresh:
+        spent += -(-steps // config.ogpsa.refresh.every) * config.references.rows_per_refresh
+    forward = (config.ogpsa.subspace == "inputs") + (config.references.target == "initial")
+    spent += forward * regime.rows / 3
+    more = step + (config.references.rows_per_refresh or 0)
+    assert SEQUENCES[objective] - more < spent <= SEQUENCES[objective]
+
+
+def test_every_comparison_has_settings_for_its_methods_and_shows_what_replay_does():
+    for recipe in RECIPES.values():
+        for comparison in recipe.comparisons:
+            assert set(comparison.methods) <= SETTINGS[comparison.regime].keys()
+            assert {"naive", "replay", "recommended"} <= set(comparison.methods)
+        for name, method in METHODS.items():
+            told = {
+                SETTINGS[comparison.regime][name]
+                for comparison in recipe.comparisons
+                if name in comparison.methods and not method.uses_rows
+            }
+            assert len(told) <= 1  # they are one row of every table
+
+
+def _record(method, stage, general, over_refusal=0.0, seed=0):
     scores = {
         "general": general,
-        "exact_safety": 0.99,
-        "prefix_over_refusal": over_refusal,
-        "exact_benign_compliance": 1 - over_refusal,
+        SAFETY: 0.99,
+        OVER_REFUSAL: over_refusal,
+        COMPLIANCE: 1 - over_refusal,
     }
-    return Record(label=label, method=label, stage=stage, seed=seed, scores=scores)
+    named = METHODS.get(method)
+    label, kind = (named.label, named.kind) if named else (method, method)
+    return Record(label=label, method=kind, stage=stage, seed=seed, scores=scores)
 
 
 def test_findings_say_where_the_method_does_not_win():
-    base = _record("base", "base", 0.9)
-    naive = _record("naive", "sft", 0.5)
-    ours, mixing = RECOMMENDED_METHOD.label, MIXING_METHOD.label
-    records = [base, naive]
-    few_ours, few_mixing = (scarce(m).label for m in (RECOMMENDED_METHOD, MIXING_METHOD))
+    records = [_record("base", "base", 0.9), _record("naive", "sft", 0.5)]
     for seed, off in enumerate((-0.04, 0.0, 0.04)):  # what the worlds differ in
-        records.append(_record(ours, "sft", 0.86 + off, 0.06 + off / 2, seed))
-        records.append(_record(mixing, "sft", 0.865 + off, 0.05, seed))
-        records.append(_record(few_ours, "sft", 0.81 + off, 0.03, seed))
-        records.append(_record(few_mixing, "sft", 0.80 + off * 0.9, 0.04 - off, seed))
+        records.append(_record("recommended", "sft", 0.86 + off, 0.06 + off / 2, seed))
+        records.append(_record("mixing", "sft", 0.865 + off, 0.05, seed))
+        records.append(_record("replay", "sft", 0.85 + off * 0.9, 0.09, seed))
     found = {finding.claim: finding for finding in findings(records)}
     assert all(finding.stage == "sft" for finding in found.values())
+    ours, mixing, replay = (METHODS[name].label for name in ("recommended", "mixing", "replay"))
     removed = found[f"{ours} removes at least 85% of the naive run's general loss"]
     assert removed.holds
     assert removed.evidence == "90.0%"
     assert not found[f"{ours} keeps over-refusal under 5%"].holds
-    general = found[f"{ours} is not behind {mixing} in general"]
-    assert not general.holds
-    assert general.evidence.endswith("; difference -0.005")  # the same in every world
-    refusal = found[f"{ours} is not behind {mixing} in prefix over refusal"]
-    assert not refusal.holds
-    assert refusal.evidence.endswith("; difference +0.010 ± 0.020")
-    assert found[f"{ours} is not behind {mixing} in exact safety"].holds
-    assert found[f"{few_ours} beats {few_mixing} in general"].holds
-    assert not found[f"{few_ours} beats {few_mixing} in prefix over refusal"].holds
     assert found[
         f"{ours} is safe ({MATCHED_SAFETY:.0%} of harmful requests refused, or more)"
     ].holds
+    general = found[f"{ours} is ahead of {mixing} in general"]
+    assert not general.holds
+    assert general.evidence.endswith("; difference -0.005")  # the same in every world
+    compliance = found[f"{ours} is ahead of {mixing} in exact benign compliance"]
+    assert not compliance.holds  # by less than what it varies by
+    assert compliance.evidence.endswith("; difference -0.010 ± 0.020")
+    assert found[f"{ours} is ahead of {replay} in general"].holds
+    assert found[f"{ours} is ahead of {replay} in exact benign compliance"].holds
 
 
 @pytest.mark.parametrize("general, holds", [(0.890, False), (0.895, True)])
-def test_with_one_seed_a_lead_is_held_against_the_standard_error(general, holds):
+def test_with_one_world_a_lead_is_held_against_the_standard_error(general, holds):
     ours, mixing = (
-        _record(scarce(method).label, "sft", score).model_copy(
-            update={"spread": {"general": error}}
-        )
+        _record(method, "sft", score).model_copy(update={"spread": {"general": error}})
         for method, score, error in (
-            (RECOMMENDED_METHOD, general, 0.01),
-            (MIXING_METHOD, 0.87, 0.02),  # of the difference: 0.022
+            ("recommended", general, 0.01),
+            ("mixing", 0.87, 0.02),  # of the difference: 0.022
         )
     )
-    (found,) = [each for each in findings([ours, mixing]) if mixing.label in each.claim][:1]
-    assert found.claim.endswith("in general")
+    (found,) = [each for each in findings([ours, mixing]) if each.claim.endswith("in general")]
     assert found.holds is holds
 
 
-def test_methods_of_different_seeds_are_not_compared():
+def test_methods_of_different_worlds_are_not_compared():
     records = [
-        _record(label, "sft", 0.8, seed=seed)
-        for label, seeds in ((RECOMMENDED_METHOD.label, (0, 1)), (MIXING_METHOD.label, (0, 2)))
+        _record(method, "sft", 0.8, seed=seed)
+        for method, seeds in (("recommended", (0, 1)), ("mixing", (0, 2)))
         for seed in seeds
     ]
-    assert not [finding for finding in findings(records) if MIXING_METHOD.label in finding.claim]
+    assert not [finding for finding in findings(records) if "mixing" in finding.claim]
 
 
-def test_few_samples_are_replayed_with_more_weight():
-    stage = Stage("sft", 16, 100, 1e-4)
-    weights = []
-    for method in (RECOMMENDED_METHOD, scarce(RECOMMENDED_METHOD)):
-        in_step = plan(method, stage, 0, "run").config.references.in_step
-        assert in_step is not None
-        weights.append(in_step.replay_weight)
-    assert weights == [1.0, SCARCE_REPLAY_WEIGHT]
-    assert scarce(MIXING_METHOD).in_step is None
+def test_refusals_are_told_from_other_answers_by_their_beginning():
+    assert REFUSAL.startswith(BEGINNING)
+    assert BEGINNING == "no,"

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from ogpsa_jax import cli
-from ogpsa_jax.demo.align import one_device
-from ogpsa_jax.demo.methods import NAIVE_METHOD
-from ogpsa_jax.demo.recipe import RECIPES, Pretraining, Recipe, Stage
+from ogpsa_jax.demo.methods import SEQUENCES
+from ogpsa_jax.demo.pretraining import one_device
+from ogpsa_jax.demo.recipe import RECIPES, Comparison, Pretraining, Recipe
 from ogpsa_jax.demo.run import keep_compiled
+from ogpsa_jax.demo.settings import SCARCE
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config_file import load_config
 
@@ -86,15 +87,9 @@ RUN: dict[str, dict[str, Twin]] = {
         "ogpsa-jax demo --thorough --out runs/thorough": Twin(),
         "ogpsa-jax demo --thorough --out DIR": Twin(instead={"DIR": "runs/thorough"}),
         "ogpsa-jax demo --quick": Twin("--out runs/thorough"),
+        "ogpsa-jax demo --seed 7": Twin(),
         "scripts/update_readme.py --demo runs/thorough": Twin(
             instead={"scripts/": "copy/scripts/"}
-        ),
-        "python scripts/explore_recommended.py --out runs/demo --write docs/recommended.md": Twin(
-            "--out runs/thorough --worlds 0 --axis share", {"docs/": "copy/docs/"}
-        ),
-        "python scripts/explore_recommended.py --out runs/demo --worlds 3 4 5 6 7 8 --axis "
-        "comparison mixing scarce --write docs/recommended.md --section confirmed": Twin(
-            "--out runs/thorough --worlds 0 --axis share", {"docs/": "copy/docs/"}
         ),
     },
     "tools": {
@@ -212,13 +207,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     pretraining = Pretraining(
         tasks=("copy", "facts"), facts=4, items=500, steps=2, rows=8, width=16, layers=1
     )
-    recipe = Recipe(
-        pretraining,
-        seeds=((0, 0),),
-        stages=(Stage("sft", 8, 1, 1e-3),),
-        methods=(NAIVE_METHOD,),
-        merge_weights=(),
-    )
+    recipe = Recipe(pretraining, worlds=1, comparisons=(Comparison(SCARCE, ("naive",)),))
+    monkeypatch.setitem(SEQUENCES, "sft", 16)  # a step
     for size in RECIPES:
         monkeypatch.setitem(RECIPES, size, recipe)
     # Of the eight devices one: it compiles in half the time.

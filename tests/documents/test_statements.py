@@ -1,6 +1,5 @@
 """Statements of the documents that the code can decide."""
 
-import dataclasses
 import inspect
 import itertools
 import re
@@ -12,8 +11,6 @@ import yaml
 from ogpsa_jax import ogpsa_project
 from ogpsa_jax.data.formats import FORMATS
 from ogpsa_jax.data.templates import BUILT_IN
-from ogpsa_jax.demo.methods import PAPER_METHOD, plan
-from ogpsa_jax.demo.recipe import RECIPES
 from ogpsa_jax.evaluation.suite import JudgeSettings, Suite, Task
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 from ogpsa_jax.training import run
@@ -69,16 +66,6 @@ def test_every_key_that_a_page_names_is_there(tmp_path):
                     together = []
             load_config(settings, together)  # what stands in one row of a table goes together
     assert named > 20
-
-
-def test_the_demonstrations_published_setting_has_the_steps_that_the_page_says():
-    stage = RECIPES["full"].stages[1]
-    oftener = dataclasses.replace(
-        PAPER_METHOD, ogpsa={**PAPER_METHOD.ogpsa, "refresh": {"every": 5}}
-    )
-    steps = [plan(method, stage, 0, "run").steps for method in (oftener, PAPER_METHOD)]
-    text = (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
-    assert "that would leave {} steps instead of {} |".format(*steps) in text
 
 
 def table(page: str, head: str) -> list[list[str]]:
