@@ -30,7 +30,8 @@ WEIGHTS = (1.0, 8.0, 64.0)
 SAFE = 0.95
 
 
-RATES = (0.5, 1.0, 2.0, 3.0)
+# Up to 3 what projects on inputs took the highest rate in every regime, so that all got one more.
+RATES = (0.5, 1.0, 2.0, 3.0, 4.0)
 REGIMES = (Regime(400), Regime(80), Regime(80, foreign=True))
 
 
