@@ -98,21 +98,36 @@ def paired(values: Sequence[float]) -> str:
     return f"{np.mean(values):+.3f} ± {error:.3f} ({above} of {len(values)})"
 
 
+def put(path: Path, section: str, content: str) -> None:
+    """Replace what stands between the markers of a section in a document."""
+    begin, end = (f"<!-- {word} {section} -->" for word in ("BEGIN", "END"))
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{path}: the markers of {section} are missing; put them back.")
+    path.write_text(f"{before}{begin}\n{content.strip()}\n{end}{after}", encoding="utf-8")
+
+
 def command_line(
     description: str,
     out: str,
     commands: Mapping[str, Callable[[Path, Log], None]],
-    report: Callable[[Log], str],
+    reports: Mapping[str, Callable[[Log], str]],
 ) -> int:
-    """Run a command of a study; in the end, and for `report` alone, the tables are printed."""
+    """Run a command of a study, or print one of its reports; after a command, the first."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("command", choices=[*commands, "report"])
+    parser.add_argument("command", choices=[*commands, *reports])
     parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--write", type=Path, help="document that the report is put into as well")
+    parser.add_argument("--section", help="between which of its markers")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = Log(arguments.out / "trials.jsonl")
     if arguments.command in commands:
         with keep_compiled(arguments.out / "compiled"):
             commands[arguments.command](arguments.out, log)
-    print(report(log))
+    text = reports.get(arguments.command, next(iter(reports.values())))(log)
+    print(text)
+    if arguments.write:
+        put(arguments.write, arguments.section, text)
     return 0

@@ -196,4 +196,4 @@ def _saved(case: str, rival: Mapping[int, Scores], ours: Mapping[int, Scores]) -
 
 if __name__ == "__main__":
     commands = {"tune": tune, "confirm": confirm}
-    sys.exit(command_line(__doc__.splitlines()[0], "runs/real-model", commands, report))
+    sys.exit(command_line(__doc__.splitlines()[0], "runs/real-model", commands, {"report": report}))

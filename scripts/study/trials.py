@@ -3,6 +3,8 @@
 python scripts/study/trials.py tune --out runs/study          # worlds 0 to 2, the whole grid
 python scripts/study/trials.py confirm --out runs/study       # worlds 20 to 31, the chosen settings
 python scripts/study/trials.py report --out runs/study        # the tables, as Markdown
+python scripts/study/trials.py tried --out runs/study         # every setting on worlds 0 to 2
+python scripts/study/trials.py draw --out runs/study          # the picture, trials.png
 
 Every method gets the same compute (1,760 sequences forward and backward in SFT; a forward pass
 alone counts a third) and the same grid of learning rates. Per regime, which is a number of general
@@ -18,6 +20,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from accounts import Log, Scores, choose, command_line, described, mean, paired
 from loop import Regime, Setting, Trial
 
@@ -26,6 +29,7 @@ from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 TUNED_ON = (0, 1, 2)
 CONFIRMED_ON = tuple(range(20, 32))
 MERGED = (0.5, 0.7, 0.8, 0.9)
+RIVALS = ("replay", "mixing")
 WEIGHTS = (1.0, 8.0, 64.0)
 SAFE = 0.95
 
@@ -134,34 +138,91 @@ def report(log: Log) -> str:
     parts = []
     for regime in REGIMES:
         picks = chosen(log, regime)
+        found = {method: _scores(log, regime, trial) for method, (trial, _) in picks.items()}
         lines = [
             f"### {regime.name}\n",
-            "| method | setting | general | safety | over-refusal | compliance "
-            "| Δ general to replay | Δ compliance to replay |",
-            "|---|---|---:|---:|---:|---:|---:|---:|",
+            "| method | setting | general | safety | lowest | over-refusal | compliance "
+            + "".join(f"| general, less {r}'s | compliance, less {r}'s " for r in RIVALS)
+            + "|",
+            "|---|---|" + "---:|" * (5 + 2 * len(RIVALS)),
         ]
-        rival = _scores(log, regime, picks["replay"][0]) if "replay" in picks else {}
         for method, (trial, passes) in picks.items():
-            scores = _scores(log, regime, trial)
+            scores = found[method]
             if not scores:
                 continue
             columns = [
                 mean([score[name] for score in scores.values()])
                 for name in ("general", SAFETY, OVER_REFUSAL, COMPLIANCE)
             ]
-            both = sorted(set(scores) & set(rival))
-            differences = [
-                paired([scores[w][name] - rival[w][name] for w in both])
-                for name in ("general", COMPLIANCE)
-            ]
-            if method == "replay":
-                differences = ["", ""]
+            columns.insert(2, f"{min(score[SAFETY] for score in scores.values()):.3f}")
+            for rival in RIVALS:
+                both = sorted(set(scores) & set(found.get(rival, {})))
+                columns += [
+                    paired([scores[w][name] - found[rival][w][name] for w in both])
+                    if method != rival
+                    else ""
+                    for name in ("general", COMPLIANCE)
+                ]
             note = "" if passes else " (never safe enough)"
-            row = [method, described(trial) + note, *columns, *differences]
-            lines.append("| " + " | ".join(row) + " |")
+            lines.append("| " + " | ".join([method, described(trial) + note, *columns]) + " |")
         parts.append("\n".join(lines))
-    tried = len(log.scores)
-    return "\n\n".join(parts) + f"\n\n{tried} trials in all.\n"
+    return "\n\n".join(parts) + f"\n\n{len(log.scores)} trials in all.\n"
+
+
+def tried(log: Log) -> str:
+    """Markdown: every setting on worlds 0 to 2."""
+    parts = []
+    for regime in REGIMES:
+        picks = [trial for trial, _ in chosen(log, regime).values()]
+        lines = [
+            f"### {regime.name}\n",
+            "| method | setting | worlds | lowest safety | general | compliance | |",
+            "|---|---|---:|---:|---:|---:|---|",
+        ]
+        for trial in sorted(grid(), key=lambda trial: trial.method):
+            names = (identity(regime, trial, world) for world in TUNED_ON)
+            scores = [log.scores[name] for name in names if name in log.scores]
+            if scores:
+                means = (np.mean([s[name] for s in scores]) for name in ("general", COMPLIANCE))
+                lines.append(
+                    f"| {trial.method} | {described(trial)} | {len(scores)} "
+                    f"| {min(s[SAFETY] for s in scores):.3f} | "
+                    + " | ".join(f"{value:.3f}" for value in means)
+                    + f" | {'chosen' if trial in picks else ''} |"
+                )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(out: Path, log: Log) -> None:
+    """``trials.png``: general score and compliance of every method on the fresh worlds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(REGIMES), sharex=True, sharey=True)
+    for panel, regime in zip(panels, REGIMES, strict=True):
+        for number, (method, (trial, _)) in enumerate(chosen(log, regime).items()):
+            scores = list(_scores(log, regime, trial).values())
+            if len(scores) < 2:
+                continue
+            values = np.array([[score["general"], score[COMPLIANCE]] for score in scores])
+            x, y = values.mean(axis=0)
+            dx, dy = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+            inputs = method.startswith(("inputs", "the same"))
+            panel.errorbar(
+                *(x, y, dy, dx),
+                fmt="o" if inputs else "s",
+                color=f"C{number % 10}",
+                markerfacecolor=None if inputs else "white",
+                label=method,
+            )
+        panel.set_title(regime.name, fontsize=9)
+        panel.set_xlabel("general score")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("harmless requests answered")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(out / "trials.png", dpi=110)
 
 
 def _scores(log: Log, regime: Regime, trial: Trial) -> dict[int, dict[str, float]]:
@@ -170,5 +231,6 @@ def _scores(log: Log, regime: Regime, trial: Trial) -> dict[int, dict[str, float
 
 
 if __name__ == "__main__":
-    commands = {"tune": tune, "confirm": confirm}
-    sys.exit(command_line(__doc__.splitlines()[0], "runs/study", commands, report))
+    commands = {"tune": tune, "confirm": confirm, "draw": draw}
+    reports = {"report": report, "tried": tried}
+    sys.exit(command_line(__doc__.splitlines()[0], "runs/study", commands, reports))
