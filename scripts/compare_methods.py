@@ -4,7 +4,10 @@ Each method is a run of its own with the same seed (finished runs are not run ag
 nats per token, before and after.
 
     python scripts/compare_methods.py CONFIG [CONFIG...] [--out runs] [key.sub=value ...]
-    python scripts/compare_methods.py CONFIG --methods naive,lora,mixing,a-gem,replay,recommended
+    python scripts/compare_methods.py CONFIG --methods naive@0.33,replay@0.33,recommended
+
+METHOD@FACTOR multiplies the configuration's learning rate: what fits one method does not fit all,
+and `recommended` takes about three times what others do. Try several for each before you compare.
 
 Several configurations are the stages of one pipeline, each starting from the one before.
 
@@ -21,6 +24,7 @@ Several configurations are the stages of one pipeline, each starting from the on
 import argparse
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +41,9 @@ METHODS = {
     "update": ["ogpsa.preset=paper", "ogpsa.placement=update", "references.loss=response"],
     "lora": ["ogpsa.preset=off", "model.lora={}"],
     "mixing": ["ogpsa.preset=off"],
-    "a-gem": ["ogpsa.preset=recommended-gradients", "ogpsa.rule=conflict"],
+    "a-gem": ["ogpsa.preset=in-step", "ogpsa.rule=conflict"],
     "replay": [
-        "ogpsa.preset=recommended-gradients",
+        "ogpsa.preset=in-step",
         "ogpsa.rule=none",
         "references.in_step={share: 0.5, window: 1, replay_weight: 1.0}",
     ],
@@ -50,17 +54,34 @@ def run(
     configs: list[Path], methods: list[str], out: Path, overrides: list[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """The summaries of each method's stages."""
-    return {
-        method: train_stages(
+    found = {}
+    for method in methods:
+        name, _, factor = method.partition("@")
+        found[method] = train_stages(
             configs,
-            [*overrides, *METHODS[method]],
+            [*overrides, *METHODS[name]],
             output_dirs=[f"{out}/{config.stem}-{method}" for config in configs],
             stage_overrides=[
-                mixing(config, overrides) if method == "mixing" else [] for config in configs
+                (mixing(config, overrides) if name == "mixing" else [])
+                + (rate(config, overrides, float(factor)) if factor else [])
+                for config in configs
             ],
         )
-        for method in methods
-    }
+    return found
+
+
+def rate(path: Path, overrides: list[str], factor: float) -> list[str]:
+    """The configuration's learning rate times a factor."""
+    return [
+        f"optimizer.learning_rate={factor * load_config(path, overrides).optimizer.learning_rate:g}"
+    ]
+
+
+def known(method: str) -> bool:
+    """Whether a word of ``--methods`` is a method, perhaps with a factor."""
+    name, at, factor = method.partition("@")
+    number = re.fullmatch(r"\d+\.?\d*|\.\d+", factor) and float(factor) > 0
+    return name in METHODS and bool(number if at else True)
 
 
 def mixing(path: Path, overrides: list[str]) -> list[str]:
@@ -124,9 +145,12 @@ def main() -> int:
     overrides = [item for item in arguments.config if "=" in item]
     try:
         methods = arguments.methods.split(",")
-        unknown = [method for method in methods if method not in METHODS]
+        unknown = [method for method in methods if not known(method)]
         if unknown:
-            raise InputError(f"--methods: unknown {unknown[0]!r}; known: {', '.join(METHODS)}.")
+            raise InputError(
+                f"--methods: unknown {unknown[0]!r}; known: {', '.join(METHODS)}, each perhaps "
+                "with a factor, as in naive@0.5."
+            )
         found = run(configs, methods, arguments.out, overrides)
     except InputError as error:
         print(f"compare_methods: {error}", file=sys.stderr)

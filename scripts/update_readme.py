@@ -1,15 +1,12 @@
-"""Put measured tables and the figure into the README, each between its two markers.
+"""Put the demonstration's table and figure into the README.
 
-python scripts/update_readme.py --demo runs/thorough --stories runs
+python scripts/update_readme.py --demo runs/demo
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
-
-from compare_methods import table
 
 from ogpsa_jax.demo.page import demo_figure
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
@@ -18,11 +15,6 @@ from ogpsa_jax.evaluation import Record, markdown_table, read_records
 from ogpsa_jax.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STAGES = {
-    "SFT": "stories260k-sft.json",
-    "SFT, then DPO": "stories260k-dpo.json",
-    "DPO alone": "dpo-alone/stories260k-dpo.json",
-}
 
 
 def replaced(text: str, name: str, content: str) -> str:
@@ -43,26 +35,18 @@ def headline(demo: Path) -> tuple[str, list[Record]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo", type=Path, help="folder of `ogpsa-jax demo`")
-    parser.add_argument("--stories", type=Path, help="--out of scripts/compare_methods.py")
+    parser.add_argument("--demo", type=Path, required=True, help="folder of `ogpsa-jax demo`")
     arguments = parser.parse_args()
     readme = REPOSITORY / "README.md"
     text = readme.read_text(encoding="utf-8")
     try:
-        if arguments.demo:
-            title, records = headline(arguments.demo)
-            # The curve of merged weights is in the figure.
-            shown = [record for record in records if record.method != "merge"]
-            text = replaced(text, "demo", f"{title}:\n\n{markdown_table(shown, MATCHED_SAFETY)}")
-            assets = REPOSITORY / "docs" / "assets"
-            assets.mkdir(parents=True, exist_ok=True)
-            demo_figure(records).savefig(assets / "pareto.png")
-        if arguments.stories:
-            parts = [
-                f"{stage}:\n\n{table(json.loads((arguments.stories / name).read_text()))}"
-                for stage, name in STAGES.items()
-            ]
-            text = replaced(text, "stories", "\n\n".join(parts))
+        title, records = headline(arguments.demo)
+        # The curve of merged weights is in the figure.
+        shown = [record for record in records if record.method != "merge"]
+        text = replaced(text, "demo", f"{title}:\n\n{markdown_table(shown, MATCHED_SAFETY)}")
+        assets = REPOSITORY / "docs" / "assets"
+        assets.mkdir(parents=True, exist_ok=True)
+        demo_figure(records).savefig(assets / "pareto.png")
     except (InputError, OSError) as error:
         print(f"update_readme: {error}", file=sys.stderr)
         return 2

@@ -52,7 +52,7 @@ def test_every_key_is_listed_with_its_meaning(capsys):
     assert main(["train", "--keys"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(
-        line.startswith("ogpsa.preset [recommended] (paper | recommended | recommended-gradients")
+        line.startswith("ogpsa.preset [recommended] (paper | recommended | in-step")
         for line in lines
     )
     assert all(line.partition("]")[2].partition(": ")[2] for line in lines)

@@ -171,7 +171,7 @@ def test_a_study_of_the_real_model_runs_and_goes_on_where_it_ended(
     def run(command):
         monkeypatch.setattr(sys, "argv", ["real_model.py", command, "--out", str(tmp_path)])
         module = sys.modules["accounts"]
-        assert module.command_line("", "runs", commands, real_model.report) == 0
+        assert module.command_line("", "runs", commands, {"report": real_model.report}) == 0
         return capsys.readouterr().out
 
     run("tune")

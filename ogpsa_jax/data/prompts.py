@@ -11,7 +11,8 @@ from ogpsa_jax.data.records import Record, Row
 from ogpsa_jax.data.turns import ROLES, conversation
 
 REMEDY = (
-    "as reference rows, prompts alone go with references.target: initial or references.answers: own"
+    "as reference rows, prompts alone go with ogpsa.preset: recommended, references.target: "
+    "initial or references.answers: own"
 )
 # Where the formats keep answers, or text that is no prompt.
 _ANSWERS = (

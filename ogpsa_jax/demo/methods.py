@@ -65,7 +65,12 @@ METHODS: Final = {
     "recommended": Method(
         "OGPSA, recommended",
         "ogpsa-recommended",
-        "replay of the model, and projection off the inputs that the general rows make",
+        "gradient and update projected off the inputs that the general rows make; nothing else",
+    ),
+    "recommended-replay": Method(
+        "recommended + replay of the model",
+        "recommended + replay of the model",
+        "the same, and half of every batch replays the initial model's predictions",
     ),
 }
 
@@ -141,8 +146,7 @@ def _own(
         "in_step": ride,
     }
     # Nothing is projected, so that one direction will do, and nothing need be remembered.
-    nothing = {"preset": "recommended-gradients", "rule": "none", "rank": 1}
-    only = {"in_step": ride | {"window": 1}}
+    nothing = {"preset": "in-step", "rule": "none"}
     match method:
         case "lora":
             return {"model": {"lora": {"rank": 8, "alpha": 16.0}}}
@@ -165,12 +169,16 @@ def _own(
             mixed = {"path": _data(folder, general, objective), "weight": setting.share}
             return {"data": {"train": [safe, mixed]}}
         case "replay":
-            return {"ogpsa": nothing, "references": answers | only}
+            return {"ogpsa": nothing, "references": answers}
         case "replay-initial":
-            return {"ogpsa": nothing, "references": initial | only}
-        case "recommended":
-            inputs = {"preset": "recommended-inputs", "energy": setting.energy}
-            return {"ogpsa": inputs, "references": initial}
+            return {"ogpsa": nothing, "references": initial}
+        case "recommended" | "recommended-replay":
+            inputs = {"preset": "recommended", "energy": setting.energy}
+            rows = {"sets": initial["sets"], "batch_size": 40}
+            return {
+                "ogpsa": inputs,
+                "references": initial if method == "recommended-replay" else rows,
+            }
     return {}
 
 

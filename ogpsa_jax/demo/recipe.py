@@ -91,7 +91,7 @@ class Recipe:
 
 
 _QUICK: Final = ("naive", "mixing", "replay", "recommended")
-_HEADLINE: Final = ("naive", "mixing", "replay", "replay-initial", "recommended")
+_HEADLINE: Final = ("naive", "mixing", "replay", "recommended", "recommended-replay")
 
 RECIPES: Final[dict[Mode, Recipe]] = {
     "quick": Recipe(

@@ -42,7 +42,7 @@ class Setting:
 
     rate: float = 1.0
     weight: float = 1.0
-    energy: float = 0.95
+    energy: float = 0.98
     share: float = 0.5
 
 
@@ -60,7 +60,8 @@ SETTINGS: Final[dict[Regime, dict[str, Setting]]] = {
         "mixing": Setting(rate=2.0, share=0.75),
         "replay": Setting(rate=2.0, weight=8.0),
         "replay-initial": Setting(rate=2.0, weight=1.0),
-        "recommended": Setting(rate=3.0, weight=1.0, energy=0.95),
+        "recommended": Setting(rate=3.0),
+        "recommended-replay": Setting(rate=4.0, weight=8.0, energy=0.95),
     },
     SCARCE: {
         "naive": Setting(rate=0.5),
@@ -70,7 +71,8 @@ SETTINGS: Final[dict[Regime, dict[str, Setting]]] = {
         "mixing": Setting(rate=1.0, share=0.75),
         "replay": Setting(rate=1.0, weight=64.0),
         "replay-initial": Setting(rate=1.0, weight=8.0),
-        "recommended": Setting(rate=3.0, weight=8.0, energy=0.95),
+        "recommended": Setting(rate=3.0),
+        "recommended-replay": Setting(rate=4.0, weight=8.0, energy=0.98),
     },
     FOREIGN: {
         "naive": Setting(rate=0.5),
@@ -80,12 +82,13 @@ SETTINGS: Final[dict[Regime, dict[str, Setting]]] = {
         "mixing": Setting(rate=1.0, share=0.5),
         "replay": Setting(rate=1.0, weight=1.0),
         "replay-initial": Setting(rate=1.0, weight=1.0),
-        "recommended": Setting(rate=3.0, weight=1.0, energy=0.95),
+        "recommended": Setting(rate=3.0),
+        "recommended-replay": Setting(rate=3.0, weight=1.0, energy=0.95),
     },
     EASY: {  # not of the study
         "naive": Setting(),
         "mixing": Setting(),
         "replay": Setting(weight=8.0),
-        "recommended": Setting(rate=2.0, weight=8.0),
+        "recommended": Setting(rate=3.0),
     },
 }

@@ -97,10 +97,10 @@ class RunConfig(Section):
                     f"({self.train.batch_size}) must leave at least one row on both sides"
                 )
             spans_gradients = self.ogpsa.subspace == "gradients"
-            if spans_gradients != (in_step.window is not None):
+            if in_step.window is not None and not spans_gradients:
                 raise ValueError(
-                    "references.in_step.window: set it to a number with ogpsa.subspace: gradients, "
-                    f"and to null with inputs, not to {in_step.window}"
+                    "references.in_step.window: a subspace of inputs is spanned once and remembers "
+                    "no gradients; set it to null"
                 )
             if in_step.replay_weight and spans_gradients and self.ogpsa.placement != "gradient":
                 raise ValueError(
@@ -115,7 +115,7 @@ class RunConfig(Section):
             if refresh is not None:
                 raise ValueError(
                     "ogpsa.refresh: a subspace of inputs is spanned once, before training; set it "
-                    "to null, or ogpsa.preset to paper or recommended-gradients"
+                    "to null, or ogpsa.preset to paper or in-step"
                 )
         elif refresh is None and section.in_step is None:
             raise ValueError(
@@ -150,14 +150,14 @@ class RunConfig(Section):
                 if getattr(ogpsa, name) is not None:
                     raise ValueError(
                         f"ogpsa.{name} needs ogpsa.subspace: inputs; set it to null, or "
-                        "ogpsa.preset to recommended-inputs"
+                        "ogpsa.preset to recommended"
                     )
             return
         for name in ("energy", "others"):
             if getattr(ogpsa, name) is None:
                 raise ValueError(
                     f"ogpsa.{name}: a subspace of inputs needs it; set it, or ogpsa.preset to "
-                    "recommended-inputs"
+                    "recommended"
                 )
         if ogpsa.project_momentum:
             raise ValueError(
@@ -193,10 +193,16 @@ class RunConfig(Section):
         return self.projects and self.ogpsa.refresh is not None
 
     @property
+    def differentiates_references(self) -> bool:
+        """Whether a loss of the reference rows is taken; the inputs of layers need none."""
+        gradients = self.ogpsa.subspace == "gradients"
+        return self.projects and (gradients or self.references.in_step is not None)
+
+    @property
     def asks_initial_model(self) -> bool:
         """Whether the initial model says what is right on reference rows."""
-        references = self.references
-        return self.projects and (references.target == "initial" or references.answers == "own")
+        predicts = self.references.target == "initial" and self.differentiates_references
+        return predicts or (self.projects and self.references.answers == "own")
 
     @property
     def reference_rows(self) -> int:

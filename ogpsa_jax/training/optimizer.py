@@ -172,7 +172,7 @@ def make_optimizer(config: RunConfig, total_steps: int) -> optax.GradientTransfo
     if in_step is not None:
         settings["replay"] = in_step.replay_weight
         if config.ogpsa.subspace == "gradients":
-            settings["window"] = in_step.window
+            settings["window"] = in_step.window or 1
             settings["project_momentum"] = config.ogpsa.project_momentum
     return ogpsa(inner, placement=config.ogpsa.placement, **settings)
 

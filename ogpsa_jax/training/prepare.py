@@ -177,7 +177,9 @@ def prepare_data(
         pairs=config.objective == "dpo",
     )
     pairs = config.references.loss in ("dpo", "official")
-    answers: Answers = "optional" if config.references.target == "initial" else "required"
+    answers: Answers = "required"
+    if config.references.target == "initial" or not config.differentiates_references:
+        answers = "optional"
     if config.references.answers == "own":
         answers = "left out"
     try:

@@ -45,11 +45,11 @@ _PAPER_DPO: Final[Preset] = {
     "references": {"loss": "official", "in_step": None},
 }
 # References ride in every batch, which costs no extra samples, and are trained on as well; then
-# projecting the first moment would take out again what they put in. Found in docs/recommended.md.
-_GRADIENTS: Final[Preset] = {
+# projecting the first moment would take out again what they put in.
+_IN_STEP: Final[Preset] = {
     "ogpsa": {
         "subspace": "gradients",
-        "rank": 4,
+        "rank": 1,
         "energy": None,
         "others": None,
         "scope": "tensor",
@@ -63,15 +63,15 @@ _GRADIENTS: Final[Preset] = {
     },
     "references": {
         "loss": "response",
-        "in_step": {"share": 0.5, "window": 64, "replay_weight": 1.0},
+        "in_step": {"share": 0.5, "window": None, "replay_weight": 1.0},
     },
 }
-# Spanned once. What is replayed loses its part in the subspace too, so that it weighs more.
-_INPUTS: Final[Preset] = {
+# Spanned once, before the first step; nothing is trained on references: docs/recommended.md.
+_RECOMMENDED: Final[Preset] = {
     "ogpsa": {
         "subspace": "inputs",
         "rank": 1024,
-        "energy": 0.95,
+        "energy": 0.98,
         "others": "freeze",
         "scope": "tensor",
         "placement": "both",
@@ -82,10 +82,7 @@ _INPUTS: Final[Preset] = {
         "basis_dtype": None,
         "offload": False,
     },
-    "references": {
-        "loss": "response",
-        "in_step": {"share": 0.5, "window": None, "replay_weight": 8.0},
-    },
+    "references": {"loss": "response", "in_step": None},
 }
 # No projection, whatever else is said: preset=off on a command line turns it off.
 _OFF: Final[Preset] = {
@@ -107,9 +104,8 @@ _OFF: Final[Preset] = {
 }
 PRESETS: Final[dict[str, Preset]] = {
     "paper": _PAPER,
-    "recommended": _GRADIENTS,
-    "recommended-gradients": _GRADIENTS,
-    "recommended-inputs": _INPUTS,
+    "recommended": _RECOMMENDED,
+    "in-step": _IN_STEP,
     "off": _OFF,
 }
 IN_DPO: Final[dict[str, Preset]] = {**PRESETS, "paper": _PAPER_DPO}

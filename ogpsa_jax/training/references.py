@@ -59,8 +59,7 @@ def prepare_references(
                 "model's own answers are cut before their end; raise "
                 "references.own_answers.max_new_tokens, or data.max_length"
             )
-    differentiated = config.references.in_step is not None or config.ogpsa.subspace == "gradients"
-    if config.references.target == "initial" and differentiated:
+    if config.references.target == "initial" and config.differentiates_references:
         references, kept = add_predictions(
             references, found, model, config, mesh, architecture.vocab_size
         )

@@ -107,9 +107,8 @@ class InStepSection(Section):
         0.5, description="share of every batch that is reference rows"
     )
     window: PositiveInt | None = Field(
-        64,
-        description="reference gradients the basis remembers; 1: this batch's mean only; null: "
-        "with a subspace of inputs",
+        None,
+        description="reference gradients the basis remembers; null: this batch's alone",
     )
     replay_weight: NonNegativeFloat = Field(
         1.0,
@@ -196,13 +195,10 @@ class RefreshSection(Section):
 class OgpsaSection(Section):
     """The projection. Every key but `preset` is filled in by it where it is left out."""
 
-    preset: Literal[
-        "paper", "recommended", "recommended-gradients", "recommended-inputs", "off"
-    ] = Field(
+    preset: Literal["paper", "recommended", "in-step", "off"] = Field(
         "recommended",
         description="fills in what is left out below and in references.in_step and "
-        "references.loss (docs/training.md); recommended: one of the two whose names begin so; "
-        "off: no projection",
+        "references.loss (docs/training.md); off: no projection",
     )
     subspace: Literal["gradients", "inputs"] = Field(
         description="spanned by reference gradients (the paper), or by what the layers' matrices "

@@ -99,7 +99,9 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
                 partial(surprise, chunk_size=config.train.loss_chunk),
             )
             for number, examples in enumerate(data.references)
-            if config.references.loss != "dpo" and config.references.target == "answers"
+            if config.differentiates_references
+            and config.references.loss != "dpo"
+            and config.references.target == "answers"
         },
         evaluations={
             name: Evaluation(

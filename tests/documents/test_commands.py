@@ -72,24 +72,20 @@ RUN: dict[str, dict[str, Twin]] = {
             instead={" A B": " runs/smoke-sft runs/smoke-dpo", "DIR": "merged"}
         ),
         "python scripts/compare_methods.py configs/stories260k-sft.yaml "
-        "configs/stories260k-dpo.yaml": Twin(f"--methods naive {_SHORT}", _STORIES),
-        "python scripts/compare_methods.py configs/stories260k-dpo.yaml --out runs/dpo-alone": Twin(
-            f"--methods naive {_SHORT}", {"configs/": "stand-ins/alone/"}
-        ),
+        "--methods naive@0.33,paper@0.33,recommended": Twin(_SHORT, _STORIES),
         "scripts/compare_methods.py CONFIG --methods naive,paper,mixing,replay,recommended": Twin(
             f"--methods naive {_SHORT}", {"CONFIG": "stand-ins/stories260k-sft.yaml"}
         ),
         "ogpsa-jax train configs/smoke-sft.yaml optimizer.learning_rate=1e-5 "
         "output_dir=runs/rate-1e-5": Twin(f"{_SHORT} ogpsa.preset=off data.eval={{}}"),
-        "scripts/update_readme.py --stories runs": Twin(instead={"scripts/": "copy/scripts/"}),
     },
     "demonstration": {
         "ogpsa-jax demo --thorough --out runs/thorough": Twin(),
         "ogpsa-jax demo --thorough --out DIR": Twin(instead={"DIR": "runs/thorough"}),
         "ogpsa-jax demo --quick": Twin("--out runs/thorough"),
         "ogpsa-jax demo --seed 7": Twin(),
-        "scripts/update_readme.py --demo runs/thorough": Twin(
-            instead={"scripts/": "copy/scripts/"}
+        "scripts/update_readme.py --demo runs/demo": Twin(
+            instead={"scripts/": "copy/scripts/", "runs/demo": "runs/thorough"}
         ),
     },
     "tools": {
@@ -109,9 +105,16 @@ ELSEWHERE = {
     "--tasks arc_easy": (
         "tests/evaluation/test_harness.py::test_the_harness_finds_the_model_by_its_name"
     ),
-    "ogpsa-jax train configs/stories260k-sft.yaml references.in_step.replay_weight=2": (
-        "tests/training/test_in_step.py::test_the_step_projects_with_its_own_references_and_replays_them"
-    ),
+    **{
+        f"python scripts/study/trials.py {command} --out runs/study": "tests/test_study.py::test_"
+        for command in ("tune", "confirm", "report", "tried")
+    },
+    **{
+        f"python scripts/study/real_model.py {command} --out runs/real-model": (
+            "tests/test_study.py::test_"
+        )
+        for command in ("tune", "confirm", "report")
+    },
     "python scripts/measure_precision.py --seeds 3": (
         "tests/training/test_precision.py::"
         "test_a_real_bfloat16_model_at_the_published_rate_keeps_what_the_script_prints"
@@ -193,11 +196,9 @@ def compiled_once(tmp_path: Path):
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short runs, and small files for those that documents speak of."""
-    Path("stand-ins/alone").mkdir(parents=True)
+    Path("stand-ins").mkdir()
     for stage in ("sft", "dpo"):
         shutil.copy(f"configs/smoke-{stage}.yaml", f"stand-ins/stories260k-{stage}.yaml")
-    # A stage alone; as it compiles nothing that an earlier command has not, of the other objective.
-    shutil.copy("configs/smoke-sft.yaml", "stand-ins/alone/stories260k-dpo.yaml")
     for folder in ("scripts", "docs"):
         shutil.copytree(REPOSITORY / folder, Path("copy") / folder)
     shutil.copy(REPOSITORY / "README.md", "copy")

@@ -28,7 +28,7 @@ _NEEDED = {
 # Keys that go with another value than the default of some other key.
 _TOGETHER = {
     "optimizer.stochastic_rounding": ["model.param_dtype=bfloat16"],
-    "ogpsa.subspace": ["ogpsa.preset=recommended-inputs"],
+    "ogpsa.subspace": ["ogpsa.preset=recommended"],
 }
 # `train.steps`, `data.train[].weight`, `references.in_step: {window: 1}` in a sentence or a table.
 _KEY = re.compile(r"`([a-z_]+(?:\.[a-z_\[\]]+)+)(: [^`\n]+)?`")

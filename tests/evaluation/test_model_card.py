@@ -82,7 +82,7 @@ def test_the_introduction_says_what_was_projected(run):
     config = yaml.safe_load(path.read_text())
     gradients = "in the span of a few gradients"
     assert gradients in model_card(run)
-    config["ogpsa"] |= {"preset": "recommended-inputs", "subspace": "inputs"}
+    config["ogpsa"] |= {"preset": "recommended", "subspace": "inputs"}
     path.write_text(yaml.safe_dump(config))
     card = model_card(run)
     assert gradients not in card

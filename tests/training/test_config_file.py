@@ -56,7 +56,7 @@ def test_a_resolved_configuration_round_trips(good, tmp_path):
         ),
         ("ogpsa.refresh={}", ["one of every and distance, not neither"]),
         ("ogpsa.refresh={distance: 0}", ["ogpsa.refresh.distance", "greater than 0"]),
-        ("ogpsa.preset=papr", ["'recommended-inputs' or 'off'", "'papr'"]),
+        ("ogpsa.preset=papr", ["'in-step' or 'off'", "'papr'"]),
         ("references.sets=[]", ["references.sets is empty", "ogpsa.preset"]),
         ("mesh.fsdp=0", ["sizes must be positive"]),
         ("references.sets.0.samples=many", ["references.sets.0.samples", "integer"]),

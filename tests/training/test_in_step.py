@@ -57,7 +57,7 @@ def run(w, steps, *, rank, window, replay_weight, project_momentum=False):
                 "in_step": {"window": window, "replay_weight": replay_weight},
             },
             "ogpsa": {
-                "preset": "recommended-gradients",
+                "preset": "in-step",
                 "rank": rank,
                 "project_momentum": project_momentum,
             },
@@ -154,4 +154,7 @@ def test_projecting_momentum_keeps_the_first_moment_out_of_the_newest_references
 )
 def test_settings_that_cannot_work_are_refused(override, told):
     with pytest.raises(InputError, match=told):
-        load_config("configs/smoke-sft.yaml", ["references.in_step={replay_weight: 0.5}", override])
+        load_config(
+            "configs/smoke-sft.yaml",
+            ["ogpsa.preset=in-step", "references.in_step={replay_weight: 0.5}", override],
+        )

@@ -371,7 +371,7 @@ def test_prompts_without_answers_name_the_remedy(
     path = tmp_path / "alone.jsonl"
     path.write_text(json.dumps({"prompt": "red green", **extra}) + "\n")
     config = configured(tmp_path, f"references.sets=[{{path: {path}}}]")
-    remedy = "references.target: initial or references.answers: own"
+    remedy = "ogpsa.preset: recommended, references.target: initial or references.answers: own"
     with pytest.raises(InputError, match=remedy):
         prepare_data(config, model_config(config))
     rows = [{"prompt": "red", "completion": "blue"}, {"prompt": "green"}]

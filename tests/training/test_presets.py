@@ -54,21 +54,16 @@ def test_what_a_configuration_says_counts_key_by_key_and_changes_nothing_else(na
         assert config.references.in_step.model_dump() == {**in_step, "share": 0.25}
 
 
-def test_recommended_is_one_of_those_whose_names_begin_so():
-    others = [PRESETS[name] for name in PRESETS if name.startswith("recommended-")]
-    assert sum(PRESETS["recommended"] == preset for preset in others) == 1
-
-
 @pytest.mark.parametrize(
     ("preset", "overrides", "told"),
     [
         ("paper", ["references.in_step={share: 0.5}"], "ogpsa.refresh: .*in_step to null"),
         ("paper", ["ogpsa.refresh=null"], "ogpsa.refresh: nothing says when .*{every: 30}"),
-        ("recommended-gradients", ["references.in_step=null"], "ogpsa.refresh: nothing says when"),
-        ("recommended-gradients", ["ogpsa.refresh.every=30"], "ogpsa.refresh: .*in_step to null"),
-        ("recommended-gradients", ["ogpsa.placement=update"], "replay_weight: .*set it to 0"),
-        ("recommended-inputs", ["ogpsa.subspace=gradients"], "ogpsa.rank: 1024"),
-        ("paper", ["ogpsa.subspace=inputs"], "ogpsa.energy: .*recommended-inputs"),
+        ("in-step", ["references.in_step=null"], "ogpsa.refresh: nothing says when"),
+        ("in-step", ["ogpsa.refresh.every=30"], "ogpsa.refresh: .*in_step to null"),
+        ("in-step", ["ogpsa.placement=update"], "replay_weight: .*set it to 0"),
+        ("recommended", ["ogpsa.subspace=gradients"], "ogpsa.rank: 1024"),
+        ("paper", ["ogpsa.subspace=inputs"], "ogpsa.energy: .*recommended"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_with_its_remedy(

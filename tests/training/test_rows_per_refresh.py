@@ -47,7 +47,7 @@ def test_all_rows_in_turn_is_the_run_without(configured, tmp_path, on_some_devic
             ("references.in_step={share: 0.5}", "ogpsa.refresh=null"),
             "nothing is refreshed at intervals here",
         ),
-        (("ogpsa={preset: recommended-inputs}",), "nothing is refreshed at intervals here"),
+        (("ogpsa={preset: recommended}",), "nothing is refreshed at intervals here"),
     ],
 )
 def test_what_cannot_be_taken_in_turn_is_refused(configured, tmp_path, overrides, told):

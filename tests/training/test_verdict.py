@@ -99,22 +99,22 @@ def test_a_fall_within_the_noise_of_the_batches_is_not_learning(rng):
 def test_a_run_whose_gradient_was_nearly_all_removed_is_told_so(rng):
     for removed, told in ((0.85, False), (0.95, True)):
         lines = [line | {"removed_fraction": removed} for line in curve(rng, lambda x: 2.0)]
-        sentence = judge_training(lines, {}, breadth="ogpsa.energy (0.95)")["unmoved"]
-        why = "removed 95.0% of the squared gradient norm: lower ogpsa.energy (0.95)"
+        sentence = judge_training(lines, {}, breadth="ogpsa.energy (0.98)")["unmoved"]
+        why = "removed 95.0% of the squared gradient norm: lower ogpsa.energy (0.98)"
         assert (why in sentence) == told
         assert "removed" not in judge_training(lines, {})["unmoved"]
         lines = [line | {"removed_fraction": removed} for line in curve(rng, WELL)]
-        assert judge_training(lines, {}, breadth="ogpsa.energy (0.95)") == {}
+        assert judge_training(lines, {}, breadth="ogpsa.energy (0.98)") == {}
 
 
 @pytest.mark.parametrize("subspace", ["gradients", "inputs"])
 def test_a_subspace_that_is_spanned_once_has_no_second_refresh(rng, subspace, configured, tmp_path):
-    preset = {"inputs": "recommended-inputs", "gradients": "paper"}[subspace]
+    preset = {"inputs": "recommended", "gradients": "paper"}[subspace]
     config = configured(tmp_path, f"ogpsa={{preset: {preset}}}", "references.in_step=null")
     lines = [line | {"removed_fraction": 0.99} for line in curve(rng, lambda x: 2.0, steps=20)]
     lines[0]["refreshed"] = True
     (unmoved, *early) = judge_curve(config, lines)
-    setting = {"inputs": "ogpsa.energy (0.95)", "gradients": "ogpsa.rank ("}[subspace]
+    setting = {"inputs": "ogpsa.energy (0.98)", "gradients": "ogpsa.rank ("}[subspace]
     assert f"lower {setting}" in unmoved
     assert [("second refresh" in sentence) for sentence in early] == [True] * (
         subspace == "gradients"
