@@ -175,9 +175,10 @@ def test_costs_are_the_sequences_of_both_stages(demonstration):
     naive = costs["naive", "sft+dpo"]
     ours = costs["OGPSA, recommended, 80 rows", "sft+dpo"]
     assert (naive.training_samples, naive.reference_samples) == (6 * 16 + 3 * 16 * 2, 0)
-    # 80 rows are twice put through a forward pass; what is left is 3 steps of 8 + 8 rows, then 2 of
-    # 8 pairs + 8 rows.
-    assert (ours.training_samples, ours.reference_samples) == (3 * 8 + 2 * 16, 3 * 8 + 2 * 8)
+    # The general rows are put through a forward pass, in each stage; what is left is 5 steps of 16
+    # rows, then 2 of 16 pairs.
+    (rows,) = {len(_lines(path)) for path in out.glob("world-3*/**/general-80.jsonl")}
+    assert (ours.training_samples, ours.reference_samples) == (5 * 16 + 2 * 32, 2 * rows)
     assert costs["merge 0.5", "sft+dpo"] == naive
 
 
