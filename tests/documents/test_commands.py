@@ -80,7 +80,6 @@ RUN: dict[str, dict[str, Twin]] = {
         "output_dir=runs/rate-1e-5": Twin(f"{_SHORT} ogpsa.preset=off data.eval={{}}"),
     },
     "demonstration": {
-        "ogpsa-jax demo --thorough --out runs/thorough": Twin(),
         "ogpsa-jax demo --thorough --out DIR": Twin(instead={"DIR": "runs/thorough"}),
         "ogpsa-jax demo --quick": Twin("--out runs/thorough"),
         "ogpsa-jax demo --seed 7": Twin(),
