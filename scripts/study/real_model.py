@@ -161,9 +161,9 @@ def report(log: Log) -> str:
         found = {method: _confirmed(log, case, trial) for method, (trial, _) in picks.items()}
         lines = [
             f"### {title}\n",
-            "| method | setting | safety | stories, rise | general answers, KL "
+            "| method | setting | safety | lowest | stories, rise | general answers, KL "
             "| less damage than naive | than replay |",
-            "|---|---|---:|---:|---:|---:|---:|",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
         ]
         for method, (trial, passes) in picks.items():
             if not found[method]:
@@ -172,6 +172,7 @@ def report(log: Log) -> str:
                 mean([scores[name] for scores in found[method].values()])
                 for name in ("safety", "stories", "drift")
             ]
+            columns.insert(1, f"{min(scores['safety'] for scores in found[method].values()):.3f}")
             saved = [
                 "" if rival == method else _saved(case, found.get(rival, {}), found[method])
                 for rival in ("naive", "replay")
