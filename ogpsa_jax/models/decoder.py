@@ -56,7 +56,8 @@ class Unembedding(nnx.Module):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
         normal = normal_init(config.initializer_range)
         shape = (config.hidden_size, config.vocab_size)
-        self.kernel = placement.param(normal, rngs.params(), shape, ("embed", "vocab"))
+        axes = ("embed", ("vocab", "embed"))
+        self.kernel = placement.param(normal, rngs.params(), shape, axes)
 
 
 class Decoder(nnx.Module):  # type: ignore[misc]

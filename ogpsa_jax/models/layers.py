@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ogpsa_jax.models.config import DecoderConfig
 from ogpsa_jax.models.rope import apply_rope
-from ogpsa_jax.models.sharding import ShardingRules, constrain
+from ogpsa_jax.models.sharding import LogicalAxis, ShardingRules, constrain
 
 AttentionKind = Literal["auto", "xla", "cudnn"]
 Tap = Callable[[str, jax.Array], None] | None
@@ -40,7 +40,7 @@ class Placement:
         init: Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array],
         key: jax.Array,
         shape: tuple[int, ...],
-        axes: Sequence[str | None],
+        axes: Sequence[LogicalAxis],
         kind: type[nnx.Param] = nnx.Param,
     ) -> nnx.Param:
         """A parameter, created where it belongs; ``axes`` names its dimensions.
@@ -54,7 +54,7 @@ class Placement:
         # The names are logical: no mesh has them, and Flax must not try to shard by them.
         return kind(create(key), out_sharding=tuple(axes), eager_sharding=False)
 
-    def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
+    def constrain(self, array: jax.Array, *axes: LogicalAxis) -> jax.Array:
         """Say how an activation lies on the mesh."""
         return constrain(array, axes, self.mesh, self.rules)
 
@@ -123,7 +123,9 @@ class Adapter(nnx.Module):  # type: ignore[misc]
         layers, size_in, size_out = kernel.shape
         _, axis_in, axis_out = kernel.get_metadata()["out_sharding"]
 
-        shape, axes = (layers, size_in, rank), ("layers", axis_in, "lora_rank")
+        # Over all axes of the mesh, for so is the subspace of its inputs then.
+        whole = axis_in if axis_in == "embed" else (axis_in, "embed")
+        shape, axes = (layers, size_in, rank), ("layers", whole, "lora_rank")
         self.a = placement.param(_peft_uniform, rngs.params(), shape, axes, LoraParam)
         zeros, shape = nnx.initializers.zeros_init(), (layers, rank, size_out)
         axes = ("layers", "lora_rank", axis_out)
@@ -164,7 +166,7 @@ class Linear(nnx.Module):  # type: ignore[misc]
     def __init__(
         self,
         sizes: tuple[int, int, int],
-        axes: tuple[str, str],
+        axes: tuple[LogicalAxis, LogicalAxis],
         bias: bool,
         initializer_range: float,
         placement: Placement,
@@ -221,13 +223,15 @@ class Attention(nnx.Module):  # type: ignore[misc]
         layers, hidden = config.num_layers, config.hidden_size
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-        def linear(size_in: int, size_out: int, axes: tuple[str, str], bias: bool) -> Linear:
+        def linear(
+            size_in: int, size_out: int, axes: tuple[LogicalAxis, LogicalAxis], bias: bool
+        ) -> Linear:
             scale = config.initializer_range
             return Linear((layers, size_in, size_out), axes, bias, scale, placement, rngs)
 
-        self.q_proj = linear(hidden, width, ("embed", "heads"), config.qkv_bias)
-        self.k_proj = linear(hidden, kv_width, ("embed", "kv_heads"), config.qkv_bias)
-        self.v_proj = linear(hidden, kv_width, ("embed", "kv_heads"), config.qkv_bias)
+        self.q_proj = linear(hidden, width, ("embed", ("heads", "embed")), config.qkv_bias)
+        self.k_proj = linear(hidden, kv_width, ("embed", ("kv_heads", "embed")), config.qkv_bias)
+        self.v_proj = linear(hidden, kv_width, ("embed", ("kv_heads", "embed")), config.qkv_bias)
         self.o_proj = linear(width, hidden, ("heads", "embed"), config.output_bias)
         norm = functools.partial(
             RMSNorm, (layers,), config.head_dim, config.rms_norm_eps, placement
@@ -314,12 +318,16 @@ class Mlp(nnx.Module):  # type: ignore[misc]
     """SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
-        def linear(size_in: int, size_out: int, axes: tuple[str, str]) -> Linear:
+        def linear(size_in: int, size_out: int, axes: tuple[LogicalAxis, LogicalAxis]) -> Linear:
             sizes, scale = (config.num_layers, size_in, size_out), config.initializer_range
             return Linear(sizes, axes, config.mlp_bias, scale, placement, rngs)
 
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"))
-        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"))
+        self.gate_proj = linear(
+            config.hidden_size, config.intermediate_size, ("embed", ("mlp", "embed"))
+        )
+        self.up_proj = linear(
+            config.hidden_size, config.intermediate_size, ("embed", ("mlp", "embed"))
+        )
         self.down_proj = linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"))
         self.placement = placement
 

@@ -1,7 +1,8 @@
 """The one table from logical axes of arrays to axes of the device mesh.
 
-Every parameter carries the names of its axes (``("layers", "embed", "mlp")``) as Flax sharding
-metadata; :class:`ShardingRules` says which mesh axes each name is split over.
+Every parameter carries the names of its axes (``("layers", "mlp", "embed")``) as Flax sharding
+metadata; :class:`ShardingRules` says which mesh axes each name is split over. An axis with several
+names, as in ``("layers", "embed", ("mlp", "embed"))``, is split over what each of them is.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
+LogicalAxis = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,9 @@ class ShardingRules:
     The defaults shard parameters fully over ``fsdp`` and, within a layer, over ``tensor`` as in
     Megatron (arXiv 1909.08053); rows of a batch are split over ``data`` and ``fsdp``. Axes a mesh
     does not have are left out.
+
+    Kernels whose inputs are the hidden dimension are split over their outputs alone: the product of
+    an input-side subspace with their gradient, a sum over inputs, then needs no other device.
     """
 
     # Parameters.
@@ -40,15 +45,16 @@ class ShardingRules:
     head_dim: MeshAxes = None
 
     def spec(
-        self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+        self, axes: Sequence[LogicalAxis], shape: Sequence[int], mesh: Mesh | AbstractMesh
     ) -> PartitionSpec:
         """How an array lies on a mesh.
 
         A dimension that the mesh axes do not divide is split over as many of the leading ones as
-        do, in the end over none.
+        do, in the end over none. Dimensions of several names come first: what they are split over,
+        no other dimension is.
 
         Args:
-          axes: a logical name (or None) for each dimension.
+          axes: a logical name, several, or None for each dimension.
           shape: the sizes of the dimensions.
           mesh: the mesh.
 
@@ -58,28 +64,40 @@ class ShardingRules:
         """
         if len(axes) != len(shape):
             raise ValueError(f"axes must name every dimension of shape {tuple(shape)}, got {axes}")
-        parts: list[MeshAxes] = []
+        parts: list[list[str]] = [[] for _ in axes]
+        given: set[str] = set()  # to dimensions of several names
         used: set[str] = set()
-        for name, size in zip(axes, shape, strict=True):
-            if name is not None and name not in _LOGICAL_AXES:
-                raise ValueError(f"axes must be among {sorted(_LOGICAL_AXES)}, got {name!r}")
-            wanted = None if name is None else getattr(self, name)
-            chosen: list[str] = []
+        for i in sorted(range(len(axes)), key=lambda i: not isinstance(axes[i], tuple)):
+            names = axes[i]
+            several = isinstance(names, tuple)
+            wanted = [axis for name in _several(names) for axis in self._mesh_axes(name)]
             shards = 1
-            for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-                if axis not in mesh.shape:
+            for axis in wanted:
+                taken = parts[i] if several else given
+                if axis not in mesh.shape or axis in taken:
                     continue
                 shards *= mesh.shape[axis]
-                if size % shards:
+                if shape[i] % shards:
                     break
-                chosen.append(axis)
-            if used.intersection(chosen):
+                parts[i].append(axis)
+            if used.intersection(parts[i]):
                 raise ValueError(
-                    f"rules put two dimensions of {tuple(axes)} on the same mesh axis: {chosen}"
+                    f"rules put two dimensions of {tuple(axes)} on the same mesh axis: {parts[i]}"
                 )
-            used.update(chosen)
-            parts.append(chosen[0] if len(chosen) == 1 else tuple(chosen) or None)
-        return PartitionSpec(*parts)  # type: ignore[no-untyped-call]
+            used.update(parts[i])
+            given.update(parts[i] if several else ())
+        whole = (axes[0] if len(axes) == 1 else tuple(axes) or None for axes in parts)
+        return PartitionSpec(*whole)  # type: ignore[no-untyped-call]
+
+    def _mesh_axes(self, name: str) -> tuple[str, ...]:
+        if name not in _LOGICAL_AXES:
+            raise ValueError(f"axes must be among {sorted(_LOGICAL_AXES)}, got {name!r}")
+        found: MeshAxes = getattr(self, name)
+        return _several(found)
+
+
+def _several(names: MeshAxes) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names or ()
 
 
 _LOGICAL_AXES = frozenset(field.name for field in dataclasses.fields(ShardingRules))
@@ -123,7 +141,7 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) 
 
 def constrain(
     array: jax.Array,
-    axes: Sequence[str | None],
+    axes: Sequence[LogicalAxis],
     mesh: Mesh | AbstractMesh | None,
     rules: ShardingRules,
 ) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.input_state import InputSettings, InputState
+from ogpsa_jax.projection.input_state import InputSettings, InputState, needs_metric
 from ogpsa_jax.projection.meshes import let_compiler_place
 from ogpsa_jax.projection.second_moments import Moments, SecondMoment
 from ogpsa_jax.projection.subspace import eigen, inverse_root, multiply
@@ -40,7 +40,7 @@ def refresh_inputs(state: InputState, moments: Moments) -> InputState:
     for name in settings.groups:
         old = state.basis[name]
         make = partial(_subspaces, shape=old.shape, dtype=old.dtype, settings=settings)
-        like = (old, None, None, None)
+        like = (old, state.metric[name], None, None)
         basis[name], metric[name], share, rank = let_compiler_place(make, like, moments[name])
         held.append(share)
         ranks.append(rank)
@@ -90,14 +90,14 @@ def _subspaces(
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(layers) :]), moment)
     # Layer by layer: the eigenvectors of one are all that exists at a time.
     one = partial(_subspace, size=size, settings=settings, dtype=dtype)
-    basis, inverse, share, rank = jax.lax.map(one, flat)
-    return basis.reshape(shape), inverse.reshape(*layers, size, size), share, rank
+    basis, metric, share, rank = jax.lax.map(one, flat)
+    return basis.reshape(shape), metric.reshape(*layers, *metric.shape[1:]), share, rank
 
 
 def _subspace(
     moment: SecondMoment, size: int, settings: InputSettings, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """U ``[in, r]``, ``(UᵀU)⁻¹``, the share it holds, and its rank, of one layer's moment."""
+    """U ``[in, r]``, its metric, the share it holds, and its rank, of one layer's moment."""
     usable = jnp.isfinite(moment.trace) & (moment.trace > _TINY)
     scale = jnp.where(usable, 1.0 / jnp.where(usable, moment.trace, 1.0), 0.0)
     product = jnp.where(usable, moment.product * scale, 0.0)  # of trace one
@@ -113,7 +113,8 @@ def _subspace(
     present = jnp.diagonal(gram_RxR) > 0.25
     share = jnp.sum(jnp.where(present, values, 0.0))
     rank = jnp.sum(present, dtype=jnp.int32)
-    return basis_IxR, _inverse(gram_RxR, present), share, rank
+    metric = _inverse(gram_RxR, present) if needs_metric(dtype) else present.astype(jnp.float32)
+    return basis_IxR, metric, share, rank
 
 
 def _eigenpairs(moment: SecondMoment, size: int) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -57,7 +58,9 @@ class InputState(ProjectionState):
     """
 
     basis: dict[str, jax.Array]  # U [..., in, r] by input, layers in front
-    metric: dict[str, jax.Array]  # float32 [..., r, r]: (UᵀU)⁻¹ of U as stored, zero where absent
+    # (UᵀU)⁻¹ of U as stored, float32 [..., r, r], zero where a column is absent. A U in float32 is
+    # orthonormal to round-off: of it the diagonal [..., r] alone, ones and zeros.
+    metric: dict[str, jax.Array]
     energy_held: jax.Array  # float32 [G]: share of the second moment that U spans, at least
     others: OgpsaState | None  # of the leaves that are no matrices, where they have a gradient span
     settings: InputSettings = field(metadata={"static": True})
@@ -91,10 +94,19 @@ def init_inputs(
     basis, metric = {}, {}
     for name, group in settings.groups.items():
         kernel, leaf = group[0], paths_and_leaves[group[0].leaf][1]
-        size = min(rank, kernel.width)
-        shape = (*kernel.layers, kernel.width, size)
-        basis[name] = _zeros_beside(leaf, kernel, shape, dtype or leaf.dtype)
-        metric[name] = jnp.zeros((*kernel.layers, size, size), jnp.float32)
+        size, of = min(rank, kernel.width), jnp.dtype(dtype or leaf.dtype)
+        zeros = partial(_zeros_beside, leaf, kernel)
+        own = _input_axes(leaf, kernel)
+        # What splits all of them: more would split their updates otherwise than they are.
+        splits = [_mesh_axes(paths_and_leaves[k.leaf][1]) for k in group]
+        rest = tuple(a for a in splits[0] if a not in own and all(a in s for s in splits))
+        basis[name] = zeros((*own, *rest), (*kernel.layers, kernel.width, size), of)
+        metric[name] = (
+            # Not over the input's axes: the compiler would then split what meets U by columns.
+            zeros(rest, (*kernel.layers, size, size), jnp.float32)
+            if needs_metric(of)
+            else jnp.zeros((*kernel.layers, size), jnp.float32)
+        )
     groups = sum(rows.stop - rows.start for rows in settings.rows().values())
     return InputState(
         basis=basis,
@@ -106,23 +118,66 @@ def init_inputs(
     )
 
 
+def needs_metric(dtype: Any) -> bool:
+    """Whether columns that were orthonormal in float32 are so no longer in this type."""
+    return jnp.dtype(dtype).itemsize < 4
+
+
 def kernel_names(params: Any, kernels: Kernels) -> set[str]:
     """The paths of the leaves that are matrices."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     return {kernel.name for kernel in find_kernels(flat, kernels)} if flat else set()
 
 
-def _zeros_beside(leaf: Any, kernel: KernelLeaf, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros ``[..., in, r]`` on the devices of a kernel, split as its layers and inputs are.
-
-    Only where its sharding can be seen: not of a traced array with automatic axes.
-    """
+def _sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
+    """Where it can be seen: not of a traced array with automatic axes."""
     sharding = getattr(leaf, "sharding", None) or getattr(jax.typeof(leaf), "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _split(sharding: jax.sharding.NamedSharding) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension."""
+    return [(p,) if isinstance(p, str) else tuple(p or ()) for p in sharding.spec]
+
+
+def _mesh_axes(leaf: Any) -> tuple[str, ...]:
+    """The mesh axes over which a leaf is split."""
+    sharding = _sharding(leaf)
+    return () if sharding is None else tuple(axis for axes in _split(sharding) for axis in axes)
+
+
+def _dimensions(leaf: Any, kernel: KernelLeaf) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension of a kernel."""
+    sharding = _sharding(leaf)
+    found = [] if sharding is None else _split(sharding)
+    return [*found, *[()] * (len(kernel.shape) - len(found))]
+
+
+def _input_axes(leaf: Any, kernel: KernelLeaf) -> tuple[str, ...]:
+    """The mesh axes over which a kernel's input is split; none where several axes make it up."""
+    return _dimensions(leaf, kernel)[kernel.axes[0]] if len(kernel.axes) == 1 else ()
+
+
+def _zeros_beside(
+    leaf: Any, kernel: KernelLeaf, over: tuple[str, ...], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """Zeros ``[..., rows, r]`` on the devices of a kernel, layers split as its layers are.
+
+    Rows are split over the mesh axes `over`, as far as these divide them.
+    """
+    sharding = _sharding(leaf)
+    if sharding is None:
         return jnp.zeros(shape, dtype)
-    spec = [*sharding.spec, *[None] * (len(kernel.shape) - len(sharding.spec))]
-    inputs = spec[kernel.axes[0]] if len(kernel.axes) == 1 else None
-    parts = (*(spec[i] for i in kernel.stacked), inputs, None)
+    dimensions = _dimensions(leaf, kernel)
+    layers = [dimensions[i] for i in kernel.stacked]
+    taken = {axis for axes in layers for axis in axes}
+    rows: list[str] = []
+    for axis in over:
+        if axis in taken:
+            continue
+        if shape[-2] % math.prod(sharding.mesh.shape[a] for a in (*rows, axis)) == 0:
+            rows.append(axis)
+    parts = (*(axes or None for axes in layers), tuple(rows) or None, None)
     placed = jax.sharding.PartitionSpec(*parts)  # type: ignore[no-untyped-call]
     if isinstance(sharding.mesh, jax.sharding.AbstractMesh):  # traced, with explicit axes
         return jnp.zeros(

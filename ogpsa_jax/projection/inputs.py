@@ -109,11 +109,13 @@ def _project_one(
         preferred_element_type=jnp.float32,
     )
     # An infinite gradient times a zero column is not a number: absent columns have no weight.
-    present = (jnp.diagonal(metric) > 0).reshape(-1, *[1] * (coefficients.ndim - 1))
-    coefficients = jnp.where(present, coefficients, 0.0)
-    weights = jax.lax.dot_general(
-        metric, coefficients, (((1,), (0,)), ((), ())), precision=_HIGHEST
-    )
+    diagonal = metric if metric.ndim == 1 else jnp.diagonal(metric)
+    present = (diagonal > 0).reshape(-1, *[1] * (coefficients.ndim - 1))
+    weights = coefficients = jnp.where(present, coefficients, 0.0)
+    if metric.ndim == 2:
+        weights = jax.lax.dot_general(
+            metric, coefficients, (((1,), (0,)), ((), ())), precision=_HIGHEST
+        )
     before = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
     in_span = jnp.sum(coefficients * weights)
     if rule == "none":

@@ -223,6 +223,7 @@ def _init_gradients(
     )
 
 
+@jax.named_scope("ogpsa_projection")  # by which profiles and compiled programs can tell it
 def apply_projection(
     updates: optax.Updates, state: OgpsaState | InputState, scale: Any, *, sign: float = 1.0
 ) -> tuple[optax.Updates, OgpsaState | InputState]:

@@ -357,7 +357,7 @@ def test_sharded_adapters_equal_those_of_one_device(
         value = variable.get_value()
         assert value.sharding.is_equivalent_to(sharding.get_value(), value.ndim), path
     a = loaded.layers.mlp.down_proj.lora.a[...]
-    assert a.addressable_shards[0].data.size == a.size // 2
+    assert a.addressable_shards[0].data.size == a.size // 4  # over fsdp and tensor
     merged = merge_lora(loaded)
     kernel = merged.layers.mlp.down_proj.kernel[...]
     assert kernel.sharding == loaded.layers.mlp.down_proj.kernel[...].sharding

@@ -1,7 +1,8 @@
 """Subspaces of inputs on eight devices: one device's numbers, and what travels.
 
-Kernels that are split over their outputs project without any large collective: U is whole on every
-device, or is gathered layer by layer. Split over their inputs, they sum coefficients ``[r, out]``.
+U is split over what splits all its kernels. Kernels that are split over their outputs project with
+no other collective than gathering U layer by layer, and sums of squares for the diagnostics. Split
+over their inputs, they sum coefficients ``[r, out]``.
 """
 
 import jax
@@ -68,7 +69,13 @@ def test_eight_devices_equal_one(rng, layout, kind, optimizer):
     where = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
     with jax.set_mesh(where):
         params, gradient = (place(t, where, SPECS[layout]) for t in (params, gradient))
-        state = jax.jit(refresh)(tx.init(params), moments=found)
+        empty = tx.init(params)
+        state = jax.jit(refresh)(empty, moments=found)
+        for name, basis in state[0].basis.items():
+            wanted = empty[0].basis[name].sharding
+            assert basis.sharding.is_equivalent_to(wanted, basis.ndim)
+            # Over fsdp at least, which splits all kernels.
+            assert np.prod(wanted.shard_shape(basis.shape)) * 4 <= basis.size, name
         compiled = jax.jit(tx.update).lower(gradient, state, params).compile()
         updates, state = compiled(gradient, state, params)
         if layout == "outputs" and optimizer == "sgd":

@@ -14,6 +14,7 @@ from flax import nnx
 from ogpsa_jax.models import Decoder
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.objectives.sft import sft_loss
+from ogpsa_jax.projection.find import find_states
 from ogpsa_jax.training.mesh import replicate_rest, shard_rows
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
@@ -39,7 +40,8 @@ def collectives(program: str) -> Counter[tuple[str, int]]:
     return found
 
 
-def compiled_step(config: Any) -> str:
+def compiled_step(config: Any) -> tuple[str, Any]:
+    """The program, and the optimizer state that it takes."""
     mesh = some_devices(config.mesh)
     task = prepare_task(config, prepare_data(config, model_config(config)), mesh)
     network = Network.of(prepare_model(config, mesh))
@@ -47,18 +49,44 @@ def compiled_step(config: Any) -> str:
     state = TrainState(network.trained, replicate_rest(optimizer.init(network.trained), mesh))
     step = make_train_step(network.graphdef, task.objective, optimizer)
     batch = shard_rows(task.batches.batch(0), mesh)
-    return str(step.lower(state, network.frozen, batch).compile().as_text())
+    program = str(step.lower(state, network.frozen, batch).compile().as_text())
+    return program, state.opt_state
 
 
 def test_the_projection_adds_no_gather_and_no_large_collective(configured):
     mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
-    plain = collectives(compiled_step(configured(Path("none"), *mesh, "ogpsa.preset=off")))
-    projected = collectives(compiled_step(configured(Path("none"), *mesh, "ogpsa.rank=4")))
+    plain = collectives(compiled_step(configured(Path("none"), *mesh, "ogpsa.preset=off"))[0])
+    projected = collectives(compiled_step(configured(Path("none"), *mesh, "ogpsa.rank=4"))[0])
     assert any(kind == "all-gather" for kind, _ in plain)  # those of fsdp: the parser sees them
     added = projected - plain
     assert added
     assert not [kind for kind, _ in added if kind != "all-reduce"], added
     assert max(size for _, size in added) <= 4096, added
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 8, 1), (2, 2, 2)])
+def test_a_subspace_of_inputs_sends_no_more_than_its_basis_layer_by_layer(
+    configured, data, fsdp, tensor
+):
+    mesh = [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"]
+    inputs = ["ogpsa={preset: recommended, rank: 8}", "references.in_step=null"]
+    plain, _ = compiled_step(configured(Path("none"), *mesh, "ogpsa.preset=off"))
+    projected, opt_state = compiled_step(configured(Path("none"), *mesh, *inputs))
+    (state,) = find_states(opt_state)
+    for basis in state.basis.values():  # no device of those that share the weights keeps another's
+        held = np.prod(basis.sharding.shard_shape(basis.shape))
+        assert held * fsdp * tensor == basis.size, basis.sharding.spec
+    # Of every U in one layer; the smallest gradient of a layer's kernel is larger.
+    widest = max(int(np.prod(u.shape[-2:])) for u in state.basis.values()) * 4
+    assert widest < 4 * min(int(np.prod(kernel.shape[-2:])) for kernel in state.settings.kernels)
+    added = collectives(projected) - collectives(plain)
+    assert any(kind == "all-gather" for kind, _ in added)
+    # With all three axes the compiler also permutes the shards of a U that it gathers.
+    allowed = ("all-gather", "all-reduce", *(["collective-permute"] if data > 1 else []))
+    assert not [kind for kind, _ in added if kind not in allowed], added
+    assert max(size for _, size in added) <= widest, added
+    if tensor == 1:  # the products with U are local, so what is summed are squared norms
+        assert max(size for kind, size in added if kind == "all-reduce") <= 64, added
 
 
 @pytest.mark.parametrize("chunk", [16, 100])
