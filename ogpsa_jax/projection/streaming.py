@@ -92,22 +92,37 @@ def _pushed(state: Any, reference: Any, window: int | None, kept: jax.Array) -> 
     shrunk = shrink([leaf[None] for leaf in held], groups)
     if window is not None and window <= state.settings.rank:
         unit = combine(shrunk.factors[:, :, None], shrunk.vectors, groups)
-        return _windowed(state, [leaf[0] for leaf in unit], window, kept, shrunk.finite)
+        square = shrunk.factors[:, 0] ** 2 * shrunk.gram[:, 0, 0]
+        return _windowed(state, [leaf[0] for leaf in unit], square, window, kept, shrunk.finite)
     decay = kept if window is None else kept * (1.0 - 1.0 / window)
     return _decayed(state, shrunk, decay)
 
 
 def _windowed(
-    state: OgpsaState, vector: Leaves, window: int, kept: jax.Array, accept: jax.Array
+    state: OgpsaState,
+    vector: Leaves,
+    square: jax.Array,
+    window: int,
+    kept: jax.Array,
+    accept: jax.Array,
 ) -> OgpsaState:
-    """The newest first, then the `window` − 1 before it, then zeros."""
+    """The newest first, then the `window` − 1 before it, then zeros.
+
+    `square` is the squared norm of `vector` ``[G]``, which is measured again only where it is
+    rounded to be stored.
+    """
     directions, rest = state.directions(), state.settings.rank - window
     newest = as_stored(vector, [old.dtype for old in directions[0]])
     older = [
         [jnp.where(kept > 0, x, jnp.zeros_like(x)) for x in d] for d in directions[: window - 1]
     ]
     zeros = [[jnp.zeros_like(x) for x in newest] for _ in range(rest)]
-    overlaps = _overlaps(newest, [newest, *older], state)  # [G, window]
+    if all(new.dtype == leaf.dtype for new, leaf in zip(newest, vector, strict=True)):
+        overlaps = square[:, None]
+    else:
+        overlaps = _overlaps(newest, [newest], state)
+    if older:
+        overlaps = jnp.concatenate([overlaps, _overlaps(newest, older, state)], axis=1)
     before = kept * state.gram[:, : window - 1, : window - 1]
     below = jnp.concatenate([overlaps[:, 1:, None], before], axis=2)
     squares = jnp.concatenate([overlaps[:, None, :], below], axis=1)
