@@ -92,6 +92,13 @@ RUN: dict[str, dict[str, Twin]] = {
         "python scripts/bench_projection.py --sizes 50e6,400e6": Twin(
             "--sizes 2e4 --ranks 1 --basis-dtypes float32 --rounds 1"
         ),
+        "python scripts/bench_collectives.py ogpsa.preset=recommended references.target=answers "
+        '"references.in_step={share: 0.5, replay_weight: 8.0}"': Twin(
+            "--on cpu --model configs/models/tiny ogpsa.rank=8 data.max_length=64"
+        ),
+        "python scripts/bench_step.py --one-thread": Twin(
+            "--model configs/models/tiny --ranks 8 --rounds 1", {" --one-thread": ""}
+        ),
     },
 }
 # What the test named runs, word for word or with small inputs.
