@@ -17,7 +17,7 @@ Several configurations are the stages of one pipeline, each starting from the on
     update       paper, but the update is projected
     lora         naive, adapters instead of full fine-tuning
     mixing       naive, half of the training rows from the reference sets (SFT; naive in DPO)
-    a-gem        recommended, but only what conflicts with the references is removed
+    a-gem        only what conflicts with the references of the batch is removed
     replay       reference rows ride in every batch and are trained on; nothing is projected
 """
 
@@ -41,11 +41,16 @@ METHODS = {
     "update": ["ogpsa.preset=paper", "ogpsa.placement=update", "references.loss=response"],
     "lora": ["ogpsa.preset=off", "model.lora={}"],
     "mixing": ["ogpsa.preset=off"],
-    "a-gem": ["ogpsa.preset=in-step", "ogpsa.rule=conflict"],
+    "a-gem": [
+        "ogpsa.preset=in-step",
+        "ogpsa.rule=conflict",
+        "ogpsa.scope=global",
+        "references.in_step={replay_weight: 0.0}",
+    ],
     "replay": [
         "ogpsa.preset=in-step",
         "ogpsa.rule=none",
-        "references.in_step={share: 0.5, window: 1, replay_weight: 1.0}",
+        "references.in_step={share: 0.5, replay_weight: 1.0}",
     ],
 }
 

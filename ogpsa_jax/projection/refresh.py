@@ -51,10 +51,10 @@ def refresh(
       moments: for subspaces of inputs: second moments by input, from
         :func:`ogpsa_jax.input_moments` or :func:`ogpsa_jax.gradient_moments`.
       project_momentum: also project every first moment found with the new basis: whatever the
-        optimizer adds up with gradients. Off reproduces the paper; on is recommended: a first
-        moment carries components along the old basis, and at high learning rates undoes the
-        projection. How many leaves it found, `diagnostics` tells. A mapping, regex → bool, says
-        of paths in the state whether they are first moments, and stands for True otherwise.
+        optimizer adds up with gradients. Off reproduces the paper; on takes out what a first
+        moment carries along the old basis, which at high learning rates undoes the projection.
+        How many leaves it found, `diagnostics` tells. A mapping, regex → bool, says of paths in
+        the state whether they are first moments, and stands for True otherwise.
 
     Returns:
       The new optimizer state. References or moments that are not finite change nothing and are

@@ -263,7 +263,7 @@ def ogpsa(
     inner: optax.GradientTransformation,
     rank: int,
     *,
-    placement: Placement = "gradient",
+    placement: Placement | None = None,
     scale: float = 1.0,
     replay: float | None = None,
     window: int | None = None,
@@ -273,8 +273,8 @@ def ogpsa(
     """Wrap an optimizer: project what enters it, what leaves it, or both, with one basis.
 
     With `replay` or `window`, ``update`` takes the gradient of the step's own reference rows as the
-    keyword ``reference``, and refuses to go without: the recommended method, where references ride
-    in every batch and are trained on as well.
+    keyword ``reference``, and refuses to go without: references then ride in every batch, and with
+    `replay` are trained on as well.
 
     Args:
       inner: any optimizer.
@@ -282,6 +282,7 @@ def ogpsa(
       placement: ``"gradient"``: as ``chain(ogpsa_project(...), inner)``, the paper; ``"update"``:
         as ``chain(inner, ogpsa_project(...))``, which keeps every reference loss to first
         order (and here the conflict rule knows that updates point down the gradient); ``"both"``.
+        None: ``"both"`` with inputs, ``"gradient"`` with gradients.
       scale: see :func:`ogpsa_project`.
       replay: weight with which the reference gradient is added to the training gradient. With a
         span of gradients, after the projection, which would take it out again. With inputs,
@@ -316,6 +317,8 @@ def ogpsa(
       [-1.0, -1.0]
     """
     inputs = settings.get("subspace") == "inputs"
+    if placement is None:
+        placement = "both" if inputs else "gradient"
     if placement not in ("gradient", "update", "both"):
         raise ValueError(f"placement must be 'gradient', 'update' or 'both', got {placement!r}")
     if replay is not None and not (math.isfinite(replay) and replay >= 0):

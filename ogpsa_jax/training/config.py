@@ -115,7 +115,7 @@ class RunConfig(Section):
             if refresh is not None:
                 raise ValueError(
                     "ogpsa.refresh: a subspace of inputs is spanned once, before training; set it "
-                    "to null, or ogpsa.preset to paper or in-step"
+                    "to null, or ogpsa.preset to paper"
                 )
         elif refresh is None and section.in_step is None:
             raise ValueError(

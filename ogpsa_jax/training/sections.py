@@ -127,9 +127,11 @@ class OwnAnswersSection(Section):
 
 
 class ReferencesSection(Section):
-    """The general-capability examples whose gradients span the reference subspace."""
+    """The general-capability examples whose gradients, or inputs, span the reference subspace."""
 
-    sets: tuple[SourceSection, ...] = Field((), description="one reference gradient per set")
+    sets: tuple[SourceSection, ...] = Field(
+        (), description="with a span of gradients, one reference gradient per set"
+    )
     batch_size: PositiveInt = Field(4, description="rows a reference micro-batch")
     loss: Literal["response", "all_tokens", "dpo", "official"] = Field(
         "response",
@@ -144,7 +146,8 @@ class ReferencesSection(Section):
     target: Literal["answers", "initial"] = Field(
         "answers",
         description="what the loss compares the model with: the rows' answers; initial: what the "
-        "initial model predicts there (KL divergence), for which prompts alone will do",
+        "initial model predicts there (KL divergence), for which prompts alone will do; with a "
+        "subspace of inputs, where references.in_step is set",
     )
     answers: Literal["given", "own"] = Field(
         "given", description="own: the initial model writes the answers first"
@@ -246,7 +249,7 @@ class OptimizerSection(Section):
     )
     learning_rate: PositiveFloat = Field(
         description="peak learning rate; no default fits all: the paper's runs of 7B and 8B models "
-        "use 1e-6, LoRA and smaller models need a higher one (from 3e-5 to 1e-3 in configs/), and "
+        "use 1e-6, LoRA and smaller models need a higher one (from 3e-5 to 3e-3 in configs/), and "
         "docs/rates.md says how to find it"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")

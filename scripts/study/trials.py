@@ -196,6 +196,7 @@ def tried(log: Log) -> str:
 
 def draw(out: Path, log: Log) -> None:
     """``trials.png``: general score and compliance of every method on the fresh worlds."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -212,9 +213,9 @@ def draw(out: Path, log: Log) -> None:
             panel.errorbar(
                 *(x, y, dy, dx),
                 fmt="o" if inputs else "s",
-                color=f"C{number % 10}",
+                color=colormaps["tab20"](number),
                 markerfacecolor=None if inputs else "white",
-                label=method,
+                label=f"{method} (recommended)" if method == "inputs alone" else method,
             )
         panel.set_title(regime.name, fontsize=9)
         panel.set_xlabel("general score")
