@@ -48,7 +48,7 @@ def check_manifest(folder: Path, about: dict[str, Any]) -> str | None:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in _items(content)}
     except FileNotFoundError:
-        return f"it has no {MANIFEST}"
+        return f"it has no {MANIFEST}, as those of earlier versions"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} cannot be read"
     for key, value in about.items():
@@ -58,6 +58,8 @@ def check_manifest(folder: Path, about: dict[str, Any]) -> str | None:
         return f"{MANIFEST} names no files"
     for name, (size, _) in files.items():
         path = folder / name
+        if ".." in path.parts or not path.is_relative_to(folder):
+            return f"{MANIFEST} names a file elsewhere"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:

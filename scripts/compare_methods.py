@@ -59,18 +59,23 @@ def run(
     configs: list[Path], methods: list[str], out: Path, overrides: list[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """The summaries of each method's stages."""
-    found = {}
+    own: dict[str, list[list[str]]] = {}
     for method in methods:
         name, _, factor = method.partition("@")
+        own[method] = [
+            (mixing(config, overrides) if name == "mixing" else [])
+            + (rate(config, overrides, float(factor)) if factor else [])
+            for config in configs
+        ]
+        for config, settings in zip(configs, own[method], strict=True):  # before any is trained
+            load_config(config, [*overrides, *METHODS[name], *settings])
+    found = {}
+    for method in methods:
         found[method] = train_stages(
             configs,
-            [*overrides, *METHODS[name]],
+            [*overrides, *METHODS[method.partition("@")[0]]],
             output_dirs=[f"{out}/{config.stem}-{method}" for config in configs],
-            stage_overrides=[
-                (mixing(config, overrides) if name == "mixing" else [])
-                + (rate(config, overrides, float(factor)) if factor else [])
-                for config in configs
-            ],
+            stage_overrides=own[method],
         )
     return found
 
@@ -78,7 +83,7 @@ def run(
 def rate(path: Path, overrides: list[str], factor: float) -> list[str]:
     """The configuration's learning rate times a factor."""
     return [
-        f"optimizer.learning_rate={factor * load_config(path, overrides).optimizer.learning_rate:g}"
+        f"optimizer.learning_rate={factor * load_config(path, overrides).optimizer.learning_rate!r}"
     ]
 
 

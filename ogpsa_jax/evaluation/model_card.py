@@ -18,6 +18,12 @@ _METHODS = {
     "paper": "with OGPSA as published: every gradient is projected off the reference subspace",
     "recommended": "with OGPSA as this package recommends it",
 }
+_RULES = {
+    "none": "Nothing was projected.",
+    "inplane": "Of every safety gradient only what lies in the reference subspace was kept.",
+    "conflict": "Of every safety gradient the component in the reference subspace was removed "
+    "where it pointed against the references.",
+}
 # Hyper-parameters worth a line: the settings that decide the weights.
 _SHOWN = {
     "optimizer": None,
@@ -124,7 +130,11 @@ def _introduction(chain: Sequence[Run], base: str) -> str:
         "component in the span of a few gradients of general ability, so that safety costs less "
         "of it."
     )
-    if preset != "off" and _part(chain[-1].config, "ogpsa").get("subspace") == "inputs":
+    ogpsa = _part(chain[-1].config, "ogpsa")
+    if preset != "off" and (rule := ogpsa.get("rule", "orthogonal")) != "orthogonal":
+        method = f"with the rule `{rule}` of ogpsa_jax"
+        removes = _RULES.get(str(rule), "")
+    elif preset != "off" and ogpsa.get("subspace") == "inputs":
         method = "with OGPSA, projected off the inputs of layers"
         removes = (
             "As in [OGPSA](https://arxiv.org/abs/2602.07892), a part of every safety gradient is "

@@ -75,7 +75,7 @@ def ogpsa_project(
       subspace: ``"gradients"``: spanned by whole reference gradients, ``rank`` times the memory of
         the parameters; ``"inputs"``: by the inputs of layers, for which :func:`ogpsa_jax.refresh`
         takes `moments`.
-      energy: with inputs, the share of the second moment that U holds, in (0, 1]; None: 0.95.
+      energy: with inputs, the share of the second moment that U holds, in [1e-6, 1]; None: 0.95.
       kernels: with inputs, which leaves are matrices: regex → :class:`ogpsa_jax.Kernel`, or
         ``(path, leaf) -> Kernel or None``, such as :func:`ogpsa_jax.flax_kernels`.
       others: with inputs, what happens to the leaves that are no matrices (embeddings, norms,
@@ -83,7 +83,8 @@ def ogpsa_project(
         ``"gradients"`` projects them off a gradient span of rank `others_rank` (with `scope`,
         `stacked` as above; ``refresh`` then takes references too).
       others_rank: see `others`; None: 2. (A number here would become a hyperparameter inside
-        ``optax.inject_hyperparams``; so would `rank` and `energy`: name them in ``static_args``.)
+        ``optax.inject_hyperparams``; so would `rank`, `rank_tol` and `energy`, and `kernels` a
+        schedule: name all four in ``static_args``.)
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`OgpsaState` or, with
@@ -120,8 +121,8 @@ def ogpsa_project(
     if inputs and rule == "conflict":
         raise ValueError("rule: 'conflict' needs subspace='gradients', which have a direction")
     energy = 0.95 if energy is None else energy
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy must lie in (0, 1], got {energy}")
+    if not 1e-6 <= energy <= 1:
+        raise ValueError(f"energy must lie in [1e-6, 1], got {energy}")
     if others not in (None, "freeze", "gradients", "leave"):
         raise ValueError(f"others must be 'freeze', 'gradients' or 'leave', got {others!r}")
     others_rank = 2 if others_rank is None else others_rank

@@ -72,9 +72,15 @@ class Checkpoints:
             cleanup_tmp_directories=self._write,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        return ocp.CheckpointManager(
-            self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        try:
+            return ocp.CheckpointManager(
+                self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{self._folder}: a checkpoint's {_TIMES} cannot be read ({_reason(error)}); move "
+                "that checkpoint away and run the same command again."
+            ) from error
 
     def _seal(self) -> None:
         """Write the manifest, when all else is written and before the checkpoint gets its name."""

@@ -145,7 +145,10 @@ class RunConfig(Section):
         ogpsa = self.ogpsa
         if ogpsa.subspace == "gradients":
             if ogpsa.rank > 64:
-                raise ValueError(f"ogpsa.rank: {ogpsa.rank} gradients do not fit; 64 at most")
+                raise ValueError(
+                    f"ogpsa.rank: {ogpsa.rank} gradients do not fit, 64 at most; for a span of "
+                    "gradients set ogpsa.preset to paper or in-step"
+                )
             for name in ("energy", "others"):
                 if getattr(ogpsa, name) is not None:
                     raise ValueError(
@@ -163,6 +166,16 @@ class RunConfig(Section):
             raise ValueError(
                 "ogpsa.project_momentum needs ogpsa.subspace: gradients; set it to false"
             )
+        for name, plain in (("scope", "tensor"), ("scale", 1.0)):
+            if getattr(ogpsa, name) != plain:
+                raise ValueError(
+                    f"ogpsa.{name} needs ogpsa.subspace: gradients; leave it at {plain}"
+                )
+        if self.references.target == "initial" and not self.differentiates_references:
+            raise ValueError(
+                "references.target: with a subspace of inputs no loss of the references is taken; "
+                "set references.in_step to replay them, or leave target out"
+            )
         if ogpsa.rule == "conflict":
             raise ValueError("ogpsa.rule: conflict needs ogpsa.subspace: gradients")
         if ogpsa.placement == "gradient" and self.optimizer.name == "adamw":
@@ -179,7 +192,7 @@ class RunConfig(Section):
         if self.model.lora is not None and self.model.lora.adapter is not None:
             raise ValueError(
                 "model.lora.adapter: what an adapter has learnt already may lie in the subspace of "
-                "inputs; merge it into the model first, or set ogpsa.subspace to gradients"
+                "inputs; merge it into the model first, or set ogpsa.preset to in-step"
             )
 
     @property

@@ -162,6 +162,8 @@ def _sentence(detail: ErrorDetails, origin: Origin) -> str:
         section = _section_of(location)
         meaning = section.model_fields[str(location[-1])].description
         return f"{where}: '{key}' is missing; add it{f' ({meaning})' if meaning else ''}."
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "input should be keys with their values, as in {key: value}"
     given = detail["input"]
     shown = "" if isinstance(given, dict | list | BaseModel) else f", not {given!r}"
     subject = f"'{key}': " if key else ""

@@ -198,6 +198,11 @@ def find_capped(lines: Sequence[Line], section: OgpsaSection) -> dict[str, str]:
     held = [line["least_coverage"] for line in lines if "least_coverage" in line]
     if not held or min(held) >= section.energy - 1e-3:  # a share is known to float32's precision
         return {}
+    if min(held) == 0:
+        return {
+            "capped": "some layer's inputs are zero on all reference rows, so nothing is kept of "
+            "it; take other rows if it matters"
+        }
     return {
         "capped": f"the subspace holds only {min(held):.1%} of some layer's inputs, less than "
         f"ogpsa.energy ({section.energy:g}), because ogpsa.rank ({section.rank}) caps it; raise "

@@ -211,7 +211,7 @@ class OgpsaSection(Section):
         description="directions kept per group, at most 64; with inputs, columns of a layer's "
         "basis at most"
     )
-    energy: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+    energy: Annotated[float, Field(ge=1e-3, le=1.0)] | None = Field(
         description="with inputs: share of their second moment that the basis holds"
     )
     others: Literal["freeze", "leave"] | None = Field(

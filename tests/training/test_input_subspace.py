@@ -145,6 +145,8 @@ def test_no_reference_row_sees_what_an_adapter_learns(configured, tmp_path):
         ((*INPUTS, "ogpsa.project_momentum=true"), "project_momentum needs .*gradients"),
         ((*INPUTS, "references.in_step.window=8"), "references.in_step.window: .* set it to null"),
         ((IN_STEP, "ogpsa.rank=65"), "64 at most"),
+        ((*INPUTS, "ogpsa.scope=global"), "ogpsa.scope needs ogpsa.subspace: gradients"),
+        ((*INPUTS, "references.target=initial"), "references.target: .* set references.in_step"),
         ((*INPUTS, "ogpsa.rule=conflict"), "conflict needs ogpsa.subspace: gradients"),
         ((*INPUTS, "ogpsa.placement=gradient"), "does not keep AdamW's steps out"),
         ((*INPUTS, "ogpsa.placement=update"), "is no descent of the loss; set it to both"),
@@ -159,7 +161,7 @@ def test_settings_that_cannot_work_are_refused(overrides, told):
 def test_prompts_need_no_answers_and_nobody_is_asked_for_any(configured, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"red green {i}"}) + "\n" for i in range(6)))
-    prompts = f"references={{sets: [{{path: {path}}}], target: initial}}"
+    prompts = f"references={{sets: [{{path: {path}}}]}}"
     config = configured(tmp_path / "run", *INPUTS, *FAST, prompts)
     assert not config.asks_initial_model
     summary = train(config)

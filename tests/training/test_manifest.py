@@ -1,5 +1,6 @@
 """A checkpoint one byte of which has changed since it was written is never used."""
 
+import json
 import random
 import shutil
 
@@ -105,5 +106,18 @@ def test_a_manifest_says_what_is_wrong(tmp_path):
     assert check_manifest(tmp_path, {"step": 3}) == "below/b has 6 bytes, not 3"
     (tmp_path / "below/b").unlink()
     assert check_manifest(tmp_path, {"step": 3}) == "below/b is missing"
+    write_manifest(tmp_path, {})
+    for name in ("../a", "/etc/hostname"):
+        content = json.loads((tmp_path / MANIFEST).read_text())
+        content["files"] = {name: {"bytes": 3, "sha256": ""}}
+        (tmp_path / MANIFEST).write_text(json.dumps(content))
+        assert check_manifest(tmp_path, {}) == f"{MANIFEST} names a file elsewhere"
     (tmp_path / MANIFEST).write_text("[]")
     assert check_manifest(tmp_path, {"step": 3}) == f"{MANIFEST} cannot be read"
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"item_handlers": 3}'])
+def test_times_that_cannot_be_read_are_told_in_one_sentence(folder, content):
+    (folder / "2" / "_CHECKPOINT_METADATA").write_text(content)
+    with pytest.raises(InputError, match=r"_CHECKPOINT_METADATA cannot be read .*; move that"):
+        restored(folder)
