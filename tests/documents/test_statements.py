@@ -29,6 +29,7 @@ _NEEDED = {
 _TOGETHER = {
     "optimizer.stochastic_rounding": ["model.param_dtype=bfloat16"],
     "ogpsa.subspace": ["ogpsa.preset=recommended"],
+    "references.target": ["references.in_step={share: 0.5}"],
 }
 # `train.steps`, `data.train[].weight`, `references.in_step: {window: 1}` in a sentence or a table.
 _KEY = re.compile(r"`([a-z_]+(?:\.[a-z_\[\]]+)+)(: [^`\n]+)?`")
