@@ -121,7 +121,7 @@ def test_a_run_cut_short_goes_on_with_its_subspace_to_the_same_bits(configured, 
 def test_no_reference_row_sees_what_an_adapter_learns(configured, tmp_path):
     config = configured(
         tmp_path / "run",
-        *(*INPUTS, *FAST, "ogpsa.energy=1.0", "references.sets.0.samples=2"),
+        *(*INPUTS, *FAST, "ogpsa.energy=1.0", "references.sets.0.samples=1"),
         "model.lora={rank: 2, targets: [q_proj]}",
     )
     train(config)
