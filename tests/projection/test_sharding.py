@@ -117,8 +117,8 @@ def test_eight_devices_equal_one_and_only_scalars_travel(rng, layout, kind, scop
         assert_moves_next_to_nothing(compiled)
         updates, _ = compiled(gradient, state, params)
     # Sums in another order: round-off of a few hundred terms. Of what was projected, not of what is
-    # left: of a scalar, whose only direction is taken, that is round-off alone. Of one group, what is
-    # taken from a small leaf is as uncertain as the largest makes it.
+    # left: of a scalar, whose only direction is taken, that is round-off alone. Of one group, what
+    # is taken from a small leaf is as uncertain as the largest makes it.
     largest_of = {name: float(np.max(np.abs(value))) for name, value in whole.items()}
     for name, leaf in jax.device_get(updates).items():
         largest = largest_of[name] if scope == "tensor" else max(largest_of.values())
