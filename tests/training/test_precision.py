@@ -72,8 +72,8 @@ def test_a_later_stage_starts_from_the_weights_that_the_last_one_reported(
     reported = summary_of(first)
     assert before == pytest.approx(reported["after"], rel=ROUND_OFF)
     # The test could not fail if the export had lost nothing.
-    lost = reported["rounding"]["rounded"]["general/loss"] - reported["after"]["general/loss"]
-    assert abs(lost) > 20 * ROUND_OFF
+    assert reported["rounding"]["update_kept"] < 0.95
+    assert reported["rounding"]["rounded"]["general/loss"] != reported["after"]["general/loss"]
 
 
 def test_stages_of_one_command_and_of_lora_hand_on_everything(
