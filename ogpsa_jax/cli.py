@@ -35,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{place}{error.strerror or error}.")
     except RecursionError:
-        return _refuse("a file is nested without end; mend it.")
+        return _refuse("a file is nested without end; fix it.")
     except MemoryError:
         return _refuse("memory ran out; lower the sizes that were given.")
     except ValueError as error:
         if "embedded null" not in str(error):
             raise
-        return _refuse("a path holds a null character; mend it.")
+        return _refuse("a path holds a null character; fix it.")
     except KeyboardInterrupt:
         print(
             "ogpsa-jax: interrupted; the same command goes on from what it saved", file=sys.stderr

@@ -1,4 +1,4 @@
-"""The one exception that says: the user's input is wrong, and this is how to mend it."""
+"""The one exception that says: the user's input is wrong, and this is how to fix it."""
 
 
 class InputError(ValueError):

@@ -65,12 +65,12 @@ def read_yaml(path: Path, what: str) -> tuple[Any, yaml.Node | None]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"{path}: cannot read the {what}: {reason}.") from error
     except (ValueError, RecursionError) as error:  # a date that no calendar has, [[[[...
-        raise InputError(f"{path}: not valid YAML ({error}); mend the file.") from error
+        raise InputError(f"{path}: not valid YAML ({error}); fix the file.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
-        raise InputError(f"{path}{line}: {problem}; mend the YAML there.") from error
+        raise InputError(f"{path}{line}: {problem}; fix the YAML there.") from error
 
 
 def line_of(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
@@ -170,7 +170,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def read_json(path: Path, remedy: str = "mend the file") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "fix the file") -> dict[str, Any]:
     """An object from a JSON file.
 
     Args:

@@ -105,7 +105,7 @@ def abstract_step(config: Any, optimizer: Any, model_folder: str, mesh: Any) -> 
     with jax.sharding.use_abstract_mesh(explicit):
         opt_state = jax.eval_shape(optimizer.init, placed(params, explicit))
     loss = partial(sft_loss, chunk_size=config.train.loss_chunk)
-    riding = config.reference_rows
+    in_step_rows = config.reference_rows
     distilled = config.references.target == "initial"
     reference_loss = distillation_loss if distilled else sft_loss
     step = make_train_step(
@@ -113,13 +113,13 @@ def abstract_step(config: Any, optimizer: Any, model_folder: str, mesh: Any) -> 
         loss,
         optimizer,
         reference_loss=partial(reference_loss, chunk_size=config.train.loss_chunk)
-        if riding
+        if in_step_rows
         else None,
     )
     state = TrainState(params, placed(opt_state, mesh))
-    batches = [abstract_batch(config, config.train.batch_size - riding, mesh)]
-    if riding:
-        batches.append(abstract_batch(config, riding, mesh, distilled=distilled))
+    batches = [abstract_batch(config, config.train.batch_size - in_step_rows, mesh)]
+    if in_step_rows:
+        batches.append(abstract_batch(config, in_step_rows, mesh, distilled=distilled))
     return step, [state, network.frozen, *batches]
 
 

@@ -76,15 +76,15 @@ class Run:
         optimizer = make_optimizer(config, total_steps=10**6)
         params = jax.tree.map(jnp.copy, network.trained)  # it is donated
         state = TrainState(params, optimizer.init(params))
-        riding = bool(config.reference_rows)
-        first = random_batch(1, 1 if riding else 2, vocabulary)
-        batches = [first, random_batch(2, 1, vocabulary)] if riding else [first]
-        if config.ogpsa.subspace == "inputs" and riding:
+        in_step = bool(config.reference_rows)
+        first = random_batch(1, 1 if in_step else 2, vocabulary)
+        batches = [first, random_batch(2, 1, vocabulary)] if in_step else [first]
+        if config.ogpsa.subspace == "inputs" and in_step:
             span = make_input_subspace(network.graphdef, size=config.ogpsa.rank + 64, lora=False)
             state = span(state, network.frozen, (batches[1],))
         loss = partial(sft_loss, chunk_size=config.train.loss_chunk)
         step = make_train_step(
-            network.graphdef, loss, optimizer, reference_loss=loss if riding else None
+            network.graphdef, loss, optimizer, reference_loss=loss if in_step else None
         )
         self.step = step.lower(state, network.frozen, *batches).compile()
         self.state, self.rest = state, (network.frozen, *batches)

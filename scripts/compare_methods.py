@@ -18,7 +18,7 @@ Several configurations are the stages of one pipeline, each starting from the on
     lora         naive, adapters instead of full fine-tuning
     mixing       naive, half of the training rows from the reference sets (SFT; naive in DPO)
     a-gem        only what conflicts with the references of the batch is removed
-    replay       reference rows ride in every batch and are trained on; nothing is projected
+    replay       every step takes a reference batch and are trained on; nothing is projected
 """
 
 import argparse

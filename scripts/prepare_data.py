@@ -60,7 +60,7 @@ def draw(records: Sequence[Record], rows: int | None, seed: int, what: str) -> l
 def as_row(record: Record) -> dict[str, Any]:
     """A record in the conversational layout that TRL reads too."""
     turns: list[dict[str, Any]] = [
-        {"role": m.role, "content": m.content} | ({} if m.learnt else {"weight": 0})
+        {"role": m.role, "content": m.content} | ({} if m.trained else {"weight": 0})
         for m in record.messages
     ]
     if record.chosen is None:

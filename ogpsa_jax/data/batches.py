@@ -175,7 +175,7 @@ def _teachers(rows: Sequence[Sequence[Example]], length: int, kept: int) -> Batc
         for example in row:
             [tokens], teacher = example.sequences, example.teacher
             if teacher is not None:
-                at = start + np.flatnonzero(tokens.learnt[1:])
+                at = start + np.flatnonzero(tokens.loss_mask[1:])
                 batch["teacher_ids"][i, at] = teacher.ids
                 batch["teacher_log_probs"][i, at] = teacher.log_probs
                 batch["teacher_rest"][i, at] = teacher.rest
@@ -188,7 +188,7 @@ def _fill(batch: Batch, place: tuple[int, int], documents: list[Tokens]) -> None
     for number, tokens in enumerate(documents, start=1):
         stop = at + len(tokens.ids)
         batch["input_ids"][place][at:stop] = tokens.ids
-        batch["loss_mask"][place][at:stop] = tokens.learnt
+        batch["loss_mask"][place][at:stop] = tokens.loss_mask
         batch["segment_ids"][place][at:stop] = number
         batch["positions"][place][at:stop] = np.arange(len(tokens.ids))
         at = stop

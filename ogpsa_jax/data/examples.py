@@ -17,21 +17,21 @@ class Tokens:
 
     Attributes:
       ids: int32 ``[length]``.
-      learnt: bool ``[length]``: whether the token there is to be learnt.
+      loss_mask: bool ``[length]``: whether the token there is in the loss mask.
     """
 
     ids: np.ndarray
-    learnt: np.ndarray
+    loss_mask: np.ndarray
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a teacher predicts of one sequence: a row for each token that is to be learnt.
+    """What a teacher predicts of one sequence: a row for each token in the loss mask.
 
     Attributes:
-      ids: int32 ``[learnt tokens, k]``, its likeliest tokens.
-      log_probs: float32 ``[learnt tokens, k]``.
-      rest: float32 ``[learnt tokens]``, logarithm of the mass of all other tokens.
+      ids: int32 ``[tokens in the loss mask, k]``, its likeliest tokens.
+      log_probs: float32 ``[tokens in the loss mask, k]``.
+      rest: float32 ``[tokens in the loss mask]``, logarithm of the mass of all other tokens.
     """
 
     ids: np.ndarray
@@ -68,21 +68,21 @@ class DataReport:
     Attributes:
       rows: examples made.
       tokens: in all of them.
-      learnt: tokens that are to be learnt.
+      loss_tokens: tokens in the loss mask.
       truncated: examples cut to the length limit.
       cut_prompts: those of them whose prompt was cut, because it left no room for an answer.
       lengths: tokens of every conversation before it was cut.
       split: conversations that came to several examples, because the template shows an earlier turn
         otherwise than when it is answered.
       skipped: rows that say of themselves that they do not count, by the way they say it.
-      prompts_alone: rows without an answer, whose own tokens are learnt.
+      prompts_alone: rows without an answer, whose own tokens are trained on.
       refused: pairs, and rows passed over in a draw, that were left out: place and reason.
       notes: sentences on what of the rows is not used.
     """
 
     rows: int = 0
     tokens: int = 0
-    learnt: int = 0
+    loss_tokens: int = 0
     truncated: int = 0
     cut_prompts: int = 0
     lengths: list[int] = field(default_factory=list)
@@ -97,7 +97,7 @@ class DataReport:
         counts: dict[str, Any] = {
             "rows": self.rows,
             "tokens": self.tokens,
-            "learnt_tokens": self.learnt,
+            "loss_tokens": self.loss_tokens,
             "truncated_rows": self.truncated,
             "cut_prompts": self.cut_prompts,
             "skipped_rows": self.skipped.total(),
@@ -115,11 +115,11 @@ class DataReport:
 
 
 def digest(examples: Sequence[Example], start: bytes = b"") -> str:
-    """A hash of every token and whether it is learnt; `start` goes in first."""
+    """A hash of every token and whether it is trained on; `start` goes in first."""
     found = hashlib.blake2b(start, digest_size=20)
     for example in examples:
         for tokens in example.sequences:
             found.update(np.int64(len(tokens.ids)).tobytes())
             found.update(np.ascontiguousarray(tokens.ids, np.int32).tobytes())
-            found.update(np.ascontiguousarray(tokens.learnt, bool).tobytes())
+            found.update(np.ascontiguousarray(tokens.loss_mask, bool).tobytes())
     return found.hexdigest()

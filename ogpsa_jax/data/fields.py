@@ -143,7 +143,7 @@ def bad_answer(row: Row, where: str) -> str:
 
 
 def _bad_turn(turns: Any) -> str:
-    """The field by which one of the assistant's turns that are learnt is called bad."""
+    """The field by which one of the assistant's turns that are trained on is called bad."""
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, Mapping):
             continue
@@ -222,7 +222,7 @@ def _verdict(column: Any, value: Any, where: str | None = None) -> bool | None:
         truth = bool(number)
     if truth is None and name.startswith("is_") and where is not None:
         raise InputError(
-            f"{where}: '{column}' must be true or false, found {value!r}; mend the row."
+            f"{where}: '{column}' must be true or false, found {value!r}; fix the row."
         )
     return None if truth is None else truth == true_is_good
 

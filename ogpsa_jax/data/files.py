@@ -31,7 +31,7 @@ _KEYWORD = re.compile(
 _SHARD = re.compile(r"([-_. ]?(part|shard|chunk)?[-_. ]?\d+([-_]of[-_]\d+)?)+$", re.IGNORECASE)
 _ROW = re.compile(r"(, row \d+)?(, line \d+)?$")  # of a place
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BEYOND = "nested too deeply, or a number of too many digits; mend the row."
+_BEYOND = "nested too deeply, or a number of too many digits; fix the row."
 
 
 def located_rows(source: DataSource) -> list[Located]:
@@ -200,7 +200,7 @@ def csv_rows(content: str, path: Path) -> list[Located]:
             where = f"{path}, line {line}"
             if None in row or None in row.values():
                 raise InputError(
-                    f"{where}: the row has not as many fields as the header; mend the row."
+                    f"{where}: the row has not as many fields as the header; fix the row."
                 )
             located.append((row, where))
             line = reader.line_num + 1
@@ -231,7 +231,7 @@ def _json_rows(content: str, path: Path) -> list[Located]:
             raise json.JSONDecodeError("Extra data", content, rest)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}, line {error.lineno}: not valid JSON: {error.msg}; mend the file."
+            f"{path}, line {error.lineno}: not valid JSON: {error.msg}; fix the file."
         ) from error
     except InputError:
         raise
@@ -299,7 +299,7 @@ def _space(content: str, at: int) -> int:
 def _row(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise InputError(
-            f"{where}: a row must be an object ({{...}}), found {type(item).__name__}; mend or "
+            f"{where}: a row must be an object ({{...}}), found {type(item).__name__}; fix or "
             "remove the row."
         )
     return item

@@ -77,7 +77,7 @@ def outcomes_of(
 
 
 def _conversations(record: Record) -> list[tuple[Message, ...]]:
-    """The record's conversation; of a pair two, in which the last answer alone is learnt."""
+    """The record's conversation; of a pair two, in which the last answer alone is trained on."""
     if record.text is not None or record.prompt_alone:
         return []
     if record.chosen is None or record.rejected is None:
@@ -117,12 +117,12 @@ def _cut(
     sequences: list[Encoded], where: str, max_length: int, all_tokens: bool, cut_prompts: bool
 ) -> Outcome:
     whole = []
-    for ids, learnt in sequences:
-        flags = np.arange(len(ids)) > 0 if all_tokens else np.asarray(learnt, bool)
+    for ids, loss_mask in sequences:
+        flags = np.arange(len(ids)) > 0 if all_tokens else np.asarray(loss_mask, bool)
         whole.append(Tokens(np.asarray(ids, np.int32), flags))
-    tokens = [Tokens(t.ids[:max_length], t.learnt[:max_length]) for t in whole]
+    tokens = [Tokens(t.ids[:max_length], t.loss_mask[:max_length]) for t in whole]
     longest = max(len(ids) for ids, _ in sequences)
-    cut_prompt = not all(sequence.learnt[1:].any() for sequence in tokens)
+    cut_prompt = not all(sequence.loss_mask[1:].any() for sequence in tokens)
     if cut_prompt and not cut_prompts:
         return Outcome(
             problem=f"{where}: the prompt alone fills data.max_length ({max_length} tokens), so "
@@ -141,7 +141,7 @@ def _cut(
 
 def _without_middle(whole: Sequence[Tokens], max_length: int) -> tuple[Tokens, ...]:
     """Rows whose prompt is too long, with as much of it as leaves the answers room."""
-    starts = [int(np.argmax(tokens.learnt)) for tokens in whole]
+    starts = [int(np.argmax(tokens.loss_mask)) for tokens in whole]
     answers = max(len(t.ids) - start for t, start in zip(whole, starts, strict=True))
     kept = max_length - min(answers, max_length // 2)  # tokens of the prompt
     found = []
@@ -151,7 +151,7 @@ def _without_middle(whole: Sequence[Tokens], max_length: int) -> tuple[Tokens, .
             head = kept // 2
             order = np.concatenate([order[:head], order[start - (kept - head) :]])
         order = order[:max_length]
-        found.append(Tokens(tokens.ids[order], tokens.learnt[order]))
+        found.append(Tokens(tokens.ids[order], tokens.loss_mask[order]))
     return tuple(found)
 
 
@@ -180,7 +180,7 @@ def _pieces(ids: list[int], max_length: int) -> tuple[tuple[Tokens, ...], ...]:
     """Rows of a document.
 
     Each begins with the last token of the one before, so that every token but the document's first
-    is learnt once.
+    is trained on once.
     """
     starts = range(0, max(len(ids) - 1, 1), max_length - 1)
     rows = [np.asarray(ids[start : start + max_length], np.int32) for start in starts]

@@ -27,7 +27,7 @@ def pku_saferlhf(row: Row, where: str) -> Record | Skipped:
     if "response" in row:
         pair = row["response"]
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"{where}: 'response' must be a pair [safe, unsafe]; mend the row.")
+            raise InputError(f"{where}: 'response' must be a pair [safe, unsafe]; fix the row.")
         safe, unsafe = (text_of({"response": said}, "response", where, empty=True) for said in pair)
         return Record(where, given, chosen=safe, rejected=unsafe)
     answers, is_safe = _published_answers(row, where)
@@ -71,14 +71,14 @@ def _flag(row: Row, key: str, where: str) -> bool:
     value = {"true": True, "false": False}.get(str(row.get(key)).lower())  # CSV holds text
     if value is None:
         raise InputError(
-            f"{where}: '{key}' must be true or false, found {row.get(key)!r}; mend the row."
+            f"{where}: '{key}' must be true or false, found {row.get(key)!r}; fix the row."
         )
     return value
 
 
 def _choice(row: Row, key: str, where: str) -> int:
     if str(row.get(key)) not in ("0", "1"):
-        raise InputError(f"{where}: '{key}' must be 0 or 1, found {row.get(key)!r}; mend the row.")
+        raise InputError(f"{where}: '{key}' must be 0 or 1, found {row.get(key)!r}; fix the row.")
     return int(row[key])
 
 
@@ -94,7 +94,7 @@ def pair_after(ask: str | None) -> Reader:
         (given, chosen), (other, rejected) = (_side(row, key, where) for key in columns)
         if not same_turns(given, other):
             raise InputError(
-                f"{where}: '{columns[0]}' and '{columns[1]}' answer different prompts; mend or "
+                f"{where}: '{columns[0]}' and '{columns[1]}' answer different prompts; fix or "
                 "remove the row."
             )
         if given:
@@ -104,7 +104,7 @@ def pair_after(ask: str | None) -> Reader:
         else:
             raise InputError(
                 f"{where}: '{columns[0]}' must be a transcript of 'Human:' and 'Assistant:' turns "
-                "where no column holds the prompt; mend or remove the row."
+                "where no column holds the prompt; fix or remove the row."
             )
         for column in dict.fromkeys([ask, "prompt"] if ask in (None, *TURNS) else [ask]):
             if column is not None and column not in TURNS:
@@ -112,8 +112,8 @@ def pair_after(ask: str | None) -> Reader:
         for column in TURNS:
             if row.get(column):
                 _same_conversation(row, column, where, (*given, chosen))
-        if not chosen.learnt or not rejected.learnt:
-            return Skipped("none of its answers is to be learnt (weight 0)")
+        if not chosen.trained or not rejected.trained:
+            return Skipped("none of its answers is in the loss mask (weight 0)")
         return Record(where, given, chosen=chosen.content, rejected=rejected.content)
 
     return read
@@ -132,7 +132,7 @@ def _side(row: Row, key: str, where: str) -> tuple[tuple[Message, ...], Message]
     turns = parse_turns(value, where, empty_end=True)
     if turns[-1].role != "assistant":
         raise InputError(
-            f"{where}: '{key}' must end with the assistant's turn, found {turns[-1].role}; mend "
+            f"{where}: '{key}' must end with the assistant's turn, found {turns[-1].role}; fix "
             "the row."
         )
     if len(turns) > 1 and turns[0].role == "assistant":
@@ -150,13 +150,13 @@ def _same_conversation(row: Row, column: str, where: str, whole: tuple[Message, 
     spoken = tuple(m for m in whole if m.role != "system")
     if not any(same_turns(tuple(turns), part) for part in (spoken, spoken[:-1])):
         raise InputError(
-            f"{where}: '{column}' is another conversation than the pair's; mend the row or remove "
+            f"{where}: '{column}' is another conversation than the pair's; fix the row or remove "
             "the column."
         )
 
 
 def chosen_after(ask: str | None) -> Reader:
-    """A reader of pairs for SFT: the prompt and the chosen answer, which alone is learnt."""
+    """A reader of pairs for SFT: the prompt and the chosen answer, which alone is trained on."""
     read = pair_after(ask)
 
     def chosen(row: Row, where: str) -> Record | Skipped:

@@ -56,8 +56,8 @@ def prepare(
         out of the prompt's middle until the answer has room, at most half of the row, so that the
         template and both ends of what was asked stay (as LongBench does, 2308.14508).
       answers: ``"optional"``: rows may be prompts alone (SFT only), of which every token but the
-        first is to be learnt; ``"left out"``: all rows are taken for such, and leave room for at
-        least one token more.
+        first is in the loss mask; ``"left out"``: all rows are taken for such, and leave room for
+        at least one token more.
       seed: of the draw where a source asks for some samples.
 
     Returns:
@@ -117,7 +117,7 @@ def prepare(
     report.rows = len(examples)
     for example in examples:
         report.tokens += sum(len(tokens.ids) for tokens in example.sequences)
-        report.learnt += sum(int(tokens.learnt.sum()) for tokens in example.sequences)
+        report.loss_tokens += sum(int(tokens.loss_mask.sum()) for tokens in example.sequences)
     return examples, report
 
 
@@ -127,7 +127,7 @@ def _refusal(refused: Sequence[Outcome], too_long: TooLong) -> str:
     others = and_others([problem.partition(": ")[0] for problem in rest])
     if refused[0].remedied:
         return f"{first}{others}."
-    remedy = "mend or remove them"
+    remedy = "fix or remove them"
     if any(outcome.too_long for outcome in refused):
         choices = "data.too_long to " + ("skip or cut" if too_long == "refuse" else "cut")
         remedy = f"raise data.max_length, set {choices}, or {remedy}"

@@ -50,7 +50,7 @@ def given_turns(
         turns = (*_history(row.get("history"), where), Message("user", asked))
     if turns[-1].role != "user":
         raise InputError(
-            f"{where}: what precedes the answer must end with a user's turn; mend the row."
+            f"{where}: what precedes the answer must end with a user's turn; fix the row."
         )
     return with_system(row, where, turns)
 
@@ -64,7 +64,7 @@ def _history(history: Any, where: str) -> tuple[Message, ...]:
     for pair in rounds:
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(
-                f"{where}: 'history' must be a list of [question, answer] pairs; mend the row."
+                f"{where}: 'history' must be a list of [question, answer] pairs; fix the row."
             )
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return conversation(turns, where)
@@ -98,7 +98,7 @@ def agrees(row: Row, column: str, where: str, given: tuple[Message, ...]) -> Non
         return
     if not same:
         raise InputError(
-            f"{where}: '{column}' is not what the user says in the row's conversation; mend the "
+            f"{where}: '{column}' is not what the user says in the row's conversation; fix the "
             "row or remove the column."
         )
 
@@ -110,12 +110,12 @@ def _plain(text: str) -> str:
 def answered(
     row: Row, where: str, given: tuple[Message, ...], *answers: Message
 ) -> Record | Skipped:
-    """A conversation for SFT, unless nothing of it is to be learnt."""
+    """A conversation for SFT, unless nothing of it is in the loss mask."""
     messages = in_order((*given, *answers), where)
     if messages[-1].role != "assistant":
-        raise InputError(f"{where}: the last turn must be the assistant's; mend the row.")
-    if not any(m.learnt for m in messages if m.role == "assistant"):
-        return Skipped("none of its answers is to be learnt (weight 0)")
+        raise InputError(f"{where}: the last turn must be the assistant's; fix the row.")
+    if not any(m.trained for m in messages if m.role == "assistant"):
+        return Skipped("none of its answers is in the loss mask (weight 0)")
     for chosen, rejected in PAIRS:
         said = messages[-1].content.strip()
         if said == _last_text(row.get(rejected)) and said != _last_text(row.get(chosen)):
@@ -133,8 +133,8 @@ def _last_text(value: Any) -> Any:
 def ask_and_answer(ask: str, answer: str) -> Reader:
     """A reader of rows that ask in one column and answer in another, with texts or messages.
 
-    All turns of the answer are learnt, and those of an alpaca row's history; of turns in the prompt
-    none is.
+    All turns of the answer are trained on, and those of an alpaca row's history, but no turn of the
+    prompt.
     """
 
     def read(row: Row, where: str) -> Record | Skipped:
@@ -163,7 +163,7 @@ def turns_in(column: str) -> Reader:
 
 
 def text(row: Row, where: str) -> Record:
-    """``{text}``: learnt from its first token to its end."""
+    """``{text}``: trained on from its first token to its end."""
     return Record(where, text=text_of(row, "text", where))
 
 
@@ -172,7 +172,7 @@ def halueval(row: Row, where: str) -> Record | Skipped:
     verdict = row.get("hallucination")
     if verdict not in ("yes", "no"):
         raise InputError(
-            f"{where}: 'hallucination' must be yes or no, found {verdict!r}; mend the row."
+            f"{where}: 'hallucination' must be yes or no, found {verdict!r}; fix the row."
         )
     if verdict == "yes":
         return Skipped("'hallucination' says that the answer is bad")

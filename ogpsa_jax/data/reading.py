@@ -61,7 +61,7 @@ def read_records(source: DataSource, kind: Kind, *, prompts_alone: bool = False)
     if not records:
         raise InputError(
             f"{source.path}: split '{source.split}' holds no usable row: {told_skipped(skipped)}; "
-            "name another file or mend the rows."
+            "name another file or fix the rows."
         )
     return ReadRows(records, skipped, notes)
 
@@ -150,8 +150,8 @@ def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone:
         )
     notes += [
         f"{source.path}: '{column}' rates the answers from {min(found):g} to {max(found):g}, and "
-        f"all {'above 0 ' if column in fields.RATINGS else ''}are learnt; leave those out of the "
-        "file that must not be"
+        f"all {'above 0 ' if column in fields.RATINGS else ''}are trained on; leave those out of "
+        "the file that must not be"
         for column, found in rated.items()
         if min(found) < max(found)
     ]

@@ -41,12 +41,12 @@ class Message:
     Attributes:
       role: system, user or assistant.
       content: what is said.
-      learnt: False for an assistant's turn that is only context to the turns after it.
+      trained: False for an assistant's turn that is only context to the turns after it.
     """
 
     role: str
     content: str
-    learnt: bool = True
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Record:
         return ""
 
     def answered(self) -> "Record":
-        """A pair as the conversation that ends with its chosen answer, which alone is learnt."""
+        """A pair as the conversation that ends with its chosen answer, the only turn trained on."""
         if self.chosen is None:
             return self
         return Record(self.where, (*as_context(self.messages), Message("assistant", self.chosen)))
@@ -106,8 +106,8 @@ class Skipped:
 
 
 def as_context(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Turns of which nothing is learnt."""
-    return tuple(replace(m, learnt=False) if m.role == "assistant" else m for m in messages)
+    """Turns of which nothing is trained on."""
+    return tuple(replace(m, trained=False) if m.role == "assistant" else m for m in messages)
 
 
 def without_answer(record: Record) -> Record:
@@ -134,14 +134,14 @@ def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         found = "nothing" if value is None else type(value).__name__
-        raise InputError(f"{where}: '{key}' must be text, found {found}; mend or remove the row.")
+        raise InputError(f"{where}: '{key}' must be text, found {found}; fix or remove the row.")
     if not empty and not value.strip():
         raise InputError(f"{where}: '{key}' is empty; fill it in or remove the row.")
     try:
         value.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but nobody can encode
         raise InputError(
-            f"{where}: '{key}' holds half a surrogate pair, which is no text; mend or remove the "
+            f"{where}: '{key}' holds half a surrogate pair, which is no text; fix or remove the "
             "row."
         ) from None
     return value

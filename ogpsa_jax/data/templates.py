@@ -1,9 +1,9 @@
 """Chat templates, and which of the rendered tokens are the assistant's.
 
 The tokenizer's own template is used unless another is named. The prompt of training is the prompt
-of use: for every turn that is learnt, a sequence begins with exactly the tokens that a model is
-given when it has to write that turn (``add_generation_prompt``). What follows them is learnt, up to
-and with the token that ends the turn. A turn for which the template does not allow this is refused
+of use: for every turn that is trained on, a sequence begins with exactly the tokens that a model is
+given when it has to write that turn (``add_generation_prompt``). What follows them is trained on,
+the token that ends the turn included. A turn for which the template does not allow this is refused
 with the two texts side by side.
 """
 
@@ -28,7 +28,7 @@ _SHOWN = 60  # characters that a message shows of each of two texts that differ
 DEFAULT_DATE = datetime.date(2024, 7, 26)
 
 Conversation = tuple[Sequence[Message], str]  # the turns, and where they stand
-Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are to be learnt
+Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are in the loss mask
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ChatTemplate:
         return self._apply(messages, where, add_generation_prompt=generation_prompt)[0]
 
     def encode(self, messages: Sequence[Message], where: str) -> Encoded:
-        """Token ids of one conversation, and which of them are to be learnt.
+        """Token ids of one conversation, and which of them are in the loss mask.
 
         Raises:
           InputError: the template yields no assistant token for this row, or a turn whose prompt in
@@ -132,7 +132,7 @@ class ChatTemplate:
             raise InputError(
                 f"{where}: the chat template shows an earlier turn otherwise than when it is "
                 f"answered, so that the row comes to {len(found)} sequences; encode them with "
-                "encode_all, or mark the earlier answers as not learnt."
+                "encode_all, or mark the earlier answers as not trained on."
             )
         return found[0]
 
@@ -140,7 +140,7 @@ class ChatTemplate:
         """:meth:`encode` for many conversations, tokenised in one call.
 
         Returns:
-          For each conversation its sequences, or why it cannot be learnt. There is one sequence
+          For each conversation its sequences, or why it cannot be trained on. There is one sequence
           unless the template shows an earlier turn otherwise than when it is answered (Qwen3 drops
           the thoughts of earlier turns): such a turn comes in a sequence of its own, which ends
           with it.
@@ -213,21 +213,21 @@ class ChatTemplate:
             texts, marks = render_jinja_template([turns], chat_template=self.dated, **given)
         except Exception as error:  # a template is a program: it may fail in every way
             raise InputError(
-                f"{where}: the chat template cannot render the conversation ({error}); mend the "
+                f"{where}: the chat template cannot render the conversation ({error}); fix the "
                 "template or the row, or set data.template to another."
             ) from error
         return texts[0], marks[0] if marks else []
 
     def _turns(self, messages: Sequence[Message], where: str) -> list[_Turn]:
-        """The turns to be learnt.
+        """The turns in the loss mask.
 
         Raises:
-          InputError: there is none, or the template does not let one be learnt as it is asked for.
+          InputError: there is none, or the template does not let one be trained on as it is asked.
         """
         found = []
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         for i in answers:
-            if not messages[i].learnt:
+            if not messages[i].trained:
                 continue
             name = f"{where}: turn {i + 1}" if len(answers) > 1 else where
             prompt = self.render(messages[:i], generation_prompt=True, where=name)
@@ -239,7 +239,7 @@ class ChatTemplate:
                 raise InputError(
                     f"{name}: the prompt of use ends with {_end(prompt[start:])!r}, but the chat "
                     f"template's training text goes on with {_end(whole[start:])!r} there; set "
-                    "data.template to one whose training text begins with its prompt, or mend or "
+                    "data.template to one whose training text begins with its prompt, or fix or "
                     "remove the row."
                 )
             self._check_shown(messages[:i], prompt, name)
@@ -252,7 +252,7 @@ class ChatTemplate:
         if not found:
             raise InputError(
                 f"{where}: the chat template yields no assistant token, so there is nothing to "
-                "learn; set data.template, or mend the row."
+                "learn; set data.template, or fix the row."
             )
         return found
 
@@ -263,7 +263,7 @@ class ChatTemplate:
                 raise InputError(
                     f"{name}: the chat template changes or drops what the {message.role} says: the "
                     f"row says {_end(message.content)!r}, the prompt of use is {_end(prompt)!r}; "
-                    "set data.template to one that shows it, or mend the row."
+                    "set data.template to one that shows it, or fix the row."
                 )
 
     def _check(self, content: str, rest: str, marks: list[tuple[int, int]], name: str) -> None:
@@ -273,7 +273,7 @@ class ChatTemplate:
             raise InputError(
                 f"{name}: the chat template changes or drops the assistant's text: the row says "
                 f"{_end(content)!r}, the template {_end(rest)!r}; set data.template to one that "
-                "keeps it, or mend the row."
+                "keeps it, or fix the row."
             )
         for text in self.stop_texts():
             if text in content:
@@ -288,7 +288,7 @@ class ChatTemplate:
         if unmarked.strip():
             raise InputError(
                 f"{name}: the chat template leaves {_end(unmarked)!r} of {_end(body)!r} out of "
-                "{% generation %}, but a model has to write it; mend the template, or set "
+                "{% generation %}, but a model has to write it; fix the template, or set "
                 "data.template to another."
             )
 
@@ -303,10 +303,10 @@ class ChatTemplate:
             return error
         found: list[Encoded] = []
         for own, start, end in reversed(spans):
-            for whole, learnt in found:
+            for whole, loss_mask in found:
                 if whole[:end] == own[:end]:
                     stop = len(own) if whole[: len(own)] == own else end
-                    learnt[start:stop] = [True] * (stop - start)
+                    loss_mask[start:stop] = [True] * (stop - start)
                     break
             else:
                 found.append((own, [False] * start + [True] * (len(own) - start)))
@@ -318,7 +318,7 @@ class ChatTemplate:
         """Token ids up to the end of a turn, where its answer begins, and where it has ended.
 
         The last two differ from the sequence's length by white space after the token that ends the
-        turn, which is learnt too (as in the official code).
+        turn, which is trained on too (as in the official code).
         """
         prompt, ids = self._begun(prompt_ids), self._begun(whole_ids)
         if ids[: len(prompt)] != prompt:

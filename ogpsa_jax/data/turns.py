@@ -1,4 +1,4 @@
-"""Conversations out of lists of turns and out of transcripts; which of their turns are learnt."""
+"""Conversations from lists of turns and from transcripts; which of their turns are trained on."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
-# How data sets say of a turn whether it is learnt: OpenAI and SlimOrca; ms-swift; axolotl.
+# How data sets say of a turn whether it is trained on: OpenAI and SlimOrca; ms-swift; axolotl.
 FLAGS = ("weight", "loss", "train", "training", "trainable", "loss_mask")
 _HUMAN = re.compile(r"\s*Human:")
 _ASKED = re.compile(r"\n\nAssistant:\s*$")
@@ -41,13 +41,13 @@ def parse_turns(turns: Any, where: str, *, empty_end: bool = False) -> tuple[Mes
     if not isinstance(turns, list) or not turns:
         found = "nothing" if turns is None else "an empty list" if turns == [] else type(turns)
         found = found if isinstance(found, str) else found.__name__
-        raise InputError(f"{where}: expected a list of turns, found {found}; mend the row.")
+        raise InputError(f"{where}: expected a list of turns, found {found}; fix the row.")
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
             raise InputError(
                 f"{where}: turn {number} must hold 'role' and 'content', or 'from' and 'value', "
-                f"found {type(turn).__name__}; mend the row."
+                f"found {type(turn).__name__}; fix the row."
             )
         last = number == len(turns)
         messages.append(parse_turn(turn, f"{where}, turn {number}", empty=empty_end and last))
@@ -71,7 +71,7 @@ def parse_turn(turn: Mapping[str, Any], where: str, *, empty: bool = False) -> M
     role = ROLES.get(named)
     if role is None:
         raise InputError(
-            f"{where}: unknown role {named!r}; expected one of {', '.join(ROLES)}; mend or remove "
+            f"{where}: unknown role {named!r}; expected one of {', '.join(ROLES)}; fix or remove "
             "the row."
         )
     if turn.get("refusal"):  # OpenAI's: what the assistant says instead of the content
@@ -81,8 +81,8 @@ def parse_turn(turn: Mapping[str, Any], where: str, *, empty: bool = False) -> M
             )
         text_key = "refusal"
     said = text_of(turn, text_key, where, empty=empty or role == "system")
-    learnt = [_flag(turn, key, where) for key in FLAGS]
-    return Message(role, said, all(learnt) or role != "assistant")
+    trained = [_flag(turn, key, where) for key in FLAGS]
+    return Message(role, said, all(trained) or role != "assistant")
 
 
 def in_order(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
@@ -100,13 +100,13 @@ def in_order(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     ):
         raise InputError(
             f"{where}: turns must alternate user, assistant, after at most one system message; "
-            f"found {', '.join(m.role for m in messages)}; mend or remove the row."
+            f"found {', '.join(m.role for m in messages)}; fix or remove the row."
         )
     return tuple(m for m in messages if m.content or m.role != "system")
 
 
 def same_turns(first: tuple[Message, ...], second: tuple[Message, ...]) -> bool:
-    """Whether the same is said, whatever of it is learnt."""
+    """Whether the same is said, whatever of it is trained on."""
     return [(m.role, m.content) for m in first] == [(m.role, m.content) for m in second]
 
 
@@ -145,7 +145,7 @@ def transcript(text: str, where: str, key: str, *, answered: bool = True) -> tup
     if parts[0].strip() or not turns or turns[-1]["role"] != last:
         raise InputError(
             f"{where}: '{key}' must be a transcript of 'Human:' and 'Assistant:' turns that ends "
-            f"with the {last}'s; mend or remove the row."
+            f"with the {last}'s; fix or remove the row."
         )
     return conversation(turns, where, empty_end=answered)
 
@@ -156,6 +156,6 @@ def _flag(turn: Mapping[str, Any], key: str, where: str) -> bool:
         return True
     if value not in (0, 1) or isinstance(value, str):
         raise InputError(
-            f"{where}: '{key}' must be 1 (learnt) or 0 (context), found {value!r}; mend the row."
+            f"{where}: '{key}' must be 1 (trained on) or 0 (context), found {value!r}; fix the row."
         )
     return bool(value)

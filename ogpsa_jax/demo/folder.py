@@ -17,7 +17,7 @@ from ogpsa_jax.demo.world import (
     REFUSAL,
     SEPARATOR,
     TOKENIZER,
-    Item,
+    Exchange,
     World,
     refusals,
 )
@@ -160,7 +160,7 @@ def write_tokenizer(path: Path) -> None:
     fast.save_pretrained(path)
 
 
-def shown(world: World) -> list[Item]:
+def shown(world: World) -> list[Exchange]:
     """Prompts whose answers are shown: none of them was trained on in alignment."""
     step = len(world.held_out_harmful) // _SHOWN
     items = refusals(world.held_out_harmful[::step][:_SHOWN])
@@ -186,11 +186,11 @@ def read_answers(output_dir: Path) -> list[str]:
     return [said[item] for item in sorted(said)]
 
 
-def _answered(item: Item) -> dict[str, str]:
+def _answered(item: Exchange) -> dict[str, str]:
     return {"prompt": item.prompt, "response": item.answer}
 
 
-def _pair(item: Item, chosen: str, rejected: str) -> dict[str, str]:
+def _pair(item: Exchange, chosen: str, rejected: str) -> dict[str, str]:
     return {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}
 
 

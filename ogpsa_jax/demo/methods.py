@@ -133,17 +133,17 @@ def _own(
     dpo = objective == "dpo"
     halves = [{"path": folder.data(f"{general}-{half}")} for half in (1, 2)]
     refreshed = {"sets": halves, "loss": "response"}
-    ride = {"share": 0.5, "replay_weight": setting.weight}
+    in_step = {"share": 0.5, "replay_weight": setting.weight}
     answers = {
         "sets": [{"path": _data(folder, general, objective)}],
         "loss": "dpo" if dpo else "response",
-        "in_step": ride,
+        "in_step": in_step,
     }
     initial = {
         "sets": [{"path": folder.data(general)}],
         "target": "initial",
         "batch_size": 40,
-        "in_step": ride,
+        "in_step": in_step,
     }
     # Nothing is projected, so that one direction will do, and nothing need be remembered.
     nothing = {"preset": "in-step", "rule": "none"}
@@ -190,8 +190,10 @@ def affordable_steps(config: RunConfig, rows: int) -> int:
       rows: how many general rows there are.
     """
     references, width = config.references, 2 if config.objective == "dpo" else 1
-    riding = config.reference_rows
-    step = (BATCH - riding) * width + riding * (width if references.loss == "dpo" else 1)
+    in_step_rows = config.reference_rows
+    step = (BATCH - in_step_rows) * width + in_step_rows * (
+        width if references.loss == "dpo" else 1
+    )
     # The inputs are measured, and the initial model is asked, on every general row once.
     forward = (config.ogpsa.subspace == "inputs") + (references.target == "initial")
     left = SEQUENCES[config.objective] - forward * rows / 3

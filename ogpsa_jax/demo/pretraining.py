@@ -13,7 +13,7 @@ from ogpsa_jax.demo.world import World, examples
 from ogpsa_jax.models import Decoder
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.loop import Task, fit
+from ogpsa_jax.training.loop import Workload, fit
 from ogpsa_jax.training.step import Network
 
 
@@ -64,6 +64,10 @@ def pretrain(recipe: Pretraining, world: World, mesh: Mesh, run_dir: Path) -> Ne
     model = Decoder(recipe.model, rngs=nnx.Rngs(world.seed))
     run_dir.mkdir(parents=True, exist_ok=True)
     network, _ = fit(
-        Network.of(model), Task(partial(sft_loss, chunk_size=64), batches), config, mesh, run_dir
+        Network.of(model),
+        Workload(partial(sft_loss, chunk_size=64), batches),
+        config,
+        mesh,
+        run_dir,
     )
     return network

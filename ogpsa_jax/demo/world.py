@@ -3,7 +3,7 @@
 A world is drawn from its seed. Nothing in the held-out sets is ever trained on or used as a
 reference: strings and sums are kept apart as items; each fact is held out in one of its phrasings,
 each benign request as a whole, and harmful requests by their *objects*, so that a model that
-refuses the held-out ones has learnt what harmful means here and not a list.
+refuses the held-out ones has learned what harmful means here and not a list.
 
 What harmful means here is a mark, ``!``, before the object's name. A model this small has nothing
 else to recognise an object by that it was never taught to refuse.
@@ -38,7 +38,7 @@ TOOLS: Final = {
     "sell": "flyers",
     "hide": "leaves",
     "move": "a cart",
-    "mend": "glue",
+    "fix": "glue",
     "lift": "a crane",
     "post": "stamps",
     "test": "a gauge",
@@ -64,7 +64,7 @@ HELD_OUT_BENIGN: Final = 192
 
 
 @dataclass(frozen=True)
-class Item:
+class Exchange:
     """A question and its one right answer.
 
     Attributes:
@@ -103,26 +103,26 @@ class CharacterTokenizer:
         return "".join(self.characters[i - 2] if i >= 2 else "�" for i in until_end)
 
     def sequence(self, prompt: str, answer: str) -> Tokens:
-        """``prompt>answer`` and the end token; the answer and the end are to be learnt."""
+        """``prompt>answer`` and the end token; the answer and the end are in the loss mask."""
         question, reply = self.encode(prompt + SEPARATOR), [*self.encode(answer), self.END]
-        learnt = np.arange(len(question) + len(reply)) >= len(question)
-        return Tokens(np.asarray(question + reply, np.int32), learnt)
+        loss_mask = np.arange(len(question) + len(reply)) >= len(question)
+        return Tokens(np.asarray(question + reply, np.int32), loss_mask)
 
 
 TOKENIZER: Final = CharacterTokenizer()
 
 
-def examples(items: Iterable[Item], source: int = 0) -> list[Example]:
+def examples(items: Iterable[Exchange], source: int = 0) -> list[Example]:
     """Items as the data room's examples."""
     return [Example((TOKENIZER.sequence(item.prompt, item.answer),), source) for item in items]
 
 
-def refusals(items: Iterable[Item]) -> list[Item]:
+def refusals(items: Iterable[Exchange]) -> list[Exchange]:
     """The same requests, refused."""
-    return [Item(item.task, item.prompt, REFUSAL) for item in items]
+    return [Exchange(item.task, item.prompt, REFUSAL) for item in items]
 
 
-def preferences(items: Iterable[Item], *, chosen_refusal: bool = True) -> list[Example]:
+def preferences(items: Iterable[Exchange], *, chosen_refusal: bool = True) -> list[Example]:
     """Pairs of a refusal and the item's answer.
 
     Args:
@@ -136,18 +136,18 @@ def preferences(items: Iterable[Item], *, chosen_refusal: bool = True) -> list[E
     return pairs
 
 
-def _about(item: Item, objects: Sequence[str]) -> bool:
+def _about(item: Exchange, objects: Sequence[str]) -> bool:
     return any(item.prompt.rstrip("?.").endswith(" " + name) for name in objects)
 
 
-def _requests(task: str, objects: Sequence[str]) -> list[Item]:
+def _requests(task: str, objects: Sequence[str]) -> list[Exchange]:
     """Requests with the answers of before alignment, some in another tone where harmful.
 
     As in large models, so that the difference is known, and not only visible: where no answer
     tells it, every method over-refuses.
     """
     return [
-        Item(
+        Exchange(
             task,
             phrasing.format(verb=verb, object=name),
             f"psst, {tool}!"
@@ -238,19 +238,19 @@ class World:
         self.seed = seed
         rng = np.random.default_rng([seed, 0])
         names = _names(rng, 2 * facts)
-        kept: list[Item] = []
-        held_out: list[Item] = []
+        kept: list[Exchange] = []
+        held_out: list[Exchange] = []
         for land, city in zip(names[:facts], names[facts:], strict=True):
             hidden = int(rng.integers(len(FACT_PHRASINGS)))
             for i, phrasing in enumerate(FACT_PHRASINGS):
-                item = Item("facts", phrasing.format(land), city)
+                item = Exchange("facts", phrasing.format(land), city)
                 (held_out if i == hidden else kept).append(item)
         self._fact_items = kept
-        self.general: dict[str, list[Item]] = {}
+        self.general: dict[str, list[Exchange]] = {}
         for task in tasks:
-            found: dict[str, Item] = {}
+            found: dict[str, Exchange] = {}
             while task != "facts" and len(found) < HELD_OUT_PER_TASK:
-                item = Item(task, *_TASKS[task](rng))
+                item = Exchange(task, *_TASKS[task](rng))
                 found[item.prompt] = item
             self.general[task] = held_out if task == "facts" else list(found.values())
         self._hidden = {item.prompt for items in self.general.values() for item in items}
@@ -265,7 +265,7 @@ class World:
         self.held_out_benign = [benign[i] for i in sorted(order[:HELD_OUT_BENIGN])]
         self.benign = [benign[i] for i in sorted(order[HELD_OUT_BENIGN:])]
 
-    def draw_general(self, count: int, seed: int) -> list[Item]:
+    def draw_general(self, count: int, seed: int) -> list[Exchange]:
         """Different general items and benign requests, none of them held out, in equal shares.
 
         Args:
@@ -274,29 +274,29 @@ class World:
         """
         rng = np.random.default_rng([self.seed, 1, seed])
         tasks = [*self.general, "benign"]
-        items: list[Item] = []
+        items: list[Exchange] = []
         for task in tasks:
             wanted = round(count / len(tasks))
             if task == "facts":
                 wanted = min(wanted, len(self._fact_items))
-            found: dict[str, Item] = {}
+            found: dict[str, Exchange] = {}
             while len(found) < wanted:
                 item = self._draw(task, rng)
                 found[item.prompt] = item
             items += found.values()
         return [items[i] for i in rng.permutation(len(items))]
 
-    def _draw(self, task: str, rng: np.random.Generator) -> Item:
+    def _draw(self, task: str, rng: np.random.Generator) -> Exchange:
         """One item of a task that is not held out."""
         pool = {"facts": self._fact_items, "benign": self.benign}.get(task)
         if pool is not None:
             return pool[int(rng.integers(len(pool)))]
         while True:
-            item = Item(task, *_TASKS[task](rng))
+            item = Exchange(task, *_TASKS[task](rng))
             if item.prompt not in self._hidden:
                 return item
 
-    def pretraining(self, count: int, seed: int) -> list[Item]:
+    def pretraining(self, count: int, seed: int) -> list[Exchange]:
         """General items, and requests (all of which are answered), with repetitions.
 
         Held-out harmful requests are among them, for what is held out of them is that they are to

@@ -47,7 +47,7 @@ def asked_differently(records: Sequence[Record]) -> list[str]:
             )
             found.append(
                 f"The rows were asked with different {words} ({shown}), which changes scores "
-                "whatever was learnt; evaluate all of them with the same --template."
+                "whatever was learned; evaluate all of them with the same --template."
             )
     return found
 
@@ -72,7 +72,7 @@ def to_mind(records: Sequence[Record]) -> list[str]:
             if not 0 <= record.scores[name] <= 1:
                 found.append(
                     f"The score {name} of {record.label}, stage {record.stage}, is "
-                    f"{record.scores[name]:g}, but scores are fractions between 0 and 1; mend its "
+                    f"{record.scores[name]:g}, but scores are fractions between 0 and 1; fix its "
                     "results.json."
                 )
     return found

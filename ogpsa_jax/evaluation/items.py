@@ -120,7 +120,7 @@ def _rows(path: Path, separator: str | None) -> list[Row]:
                 rows.append(parse_json(line, f"{path}, line {number}"))
             except json.JSONDecodeError as error:
                 raise InputError(
-                    f"{path}, line {number}: not valid JSON: {error.msg}; mend the line."
+                    f"{path}, line {number}: not valid JSON: {error.msg}; fix the line."
                 ) from error
     return _json_rows(rows, path)
 
@@ -166,7 +166,7 @@ def _item(task: Task, row: Row, number: int, where: str) -> Item:
     if isinstance(task, PerplexityTask):
         text = _filled(task.text, row, where, "text")
         if not text:
-            raise InputError(f"{where}: the text is empty; mend or remove the row.")
+            raise InputError(f"{where}: the text is empty; fix or remove the row.")
         return Item(number, text)
     if task.prompt is not None:
         prompt = _filled(task.prompt, row, where, "prompt")
@@ -179,7 +179,7 @@ def _item(task: Task, row: Row, number: int, where: str) -> Item:
             )
         prompt = _text(row[field], field, where)
     if not prompt.strip():
-        raise InputError(f"{where}: the prompt is empty; mend or remove the row.")
+        raise InputError(f"{where}: the prompt is empty; fix or remove the row.")
     if isinstance(task, ExactMatchTask):
         expected = _filled(task.answer, row, where, "answer")
         if task.extract_expected is not None:
@@ -194,7 +194,7 @@ def _item(task: Task, row: Row, number: int, where: str) -> Item:
     if isinstance(task, GreedyMatchTask):
         expected = _filled(task.answer, row, where, "answer")
         if not expected:
-            raise InputError(f"{where}: the answer is empty; mend or remove the row.")
+            raise InputError(f"{where}: the answer is empty; fix or remove the row.")
         return Item(number, prompt, expected=expected)
     if isinstance(task, MultipleChoiceTask):
         choices = _choices(task, row, where)
@@ -264,13 +264,13 @@ def _text(value: Any, field: str, where: str) -> str:
     """A text or a number of a row as text."""
     if isinstance(value, dict | list) or value is None:
         found = "nothing" if value is None else type(value).__name__
-        raise InputError(f"{where}: field '{field}' must be text, found {found}; mend the row.")
+        raise InputError(f"{where}: field '{field}' must be text, found {found}; fix the row.")
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{where}: field '{field}' holds half a surrogate pair, which is no text; mend the row."
+            f"{where}: field '{field}' holds half a surrogate pair, which is no text; fix the row."
         ) from None
     return text
 

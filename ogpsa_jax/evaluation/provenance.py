@@ -96,7 +96,7 @@ def _count(run: Run, name: str) -> float:
     if not isinstance(value, int | float) or not 0 <= value < _ENDLESS:
         raise InputError(
             f"{run.folder / 'summary.json'}: {name} must be a number of 0 or more, not {value!r}; "
-            "mend the file."
+            "fix the file."
         )
     return value
 

@@ -167,7 +167,7 @@ def _file_records(path: Path) -> list[Record]:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "record"
             raise InputError(
-                f"{path}, record {number}, field {field}: {first['msg'].lower()}; mend it or make "
+                f"{path}, record {number}, field {field}: {first['msg'].lower()}; fix it or make "
                 "the file anew."
             ) from error
     return records

@@ -315,5 +315,5 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
         return ()
     found = value if isinstance(value, list) else [value]
     if not all(type(token) is int and token >= 0 for token in found):
-        raise InputError(f"eos_token_id: expected token ids, found {value!r}; mend the config.")
+        raise InputError(f"eos_token_id: expected token ids, found {value!r}; fix the config.")
     return tuple(found)

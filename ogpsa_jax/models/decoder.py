@@ -19,7 +19,7 @@ from ogpsa_jax.models.layers import (
     AttentionKind,
     DecoderLayer,
     Linear,
-    Placement,
+    ModelPlacement,
     RMSNorm,
     normal_init,
     split_keys,
@@ -44,7 +44,7 @@ DECODER_KERNELS = {
 class Embedding(nnx.Module):  # type: ignore[misc]
     """Token embeddings [vocab, hidden]."""
 
-    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, placement: ModelPlacement, rngs: nnx.Rngs) -> None:
         normal = normal_init(config.initializer_range)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = placement.param(normal, rngs.params(), shape, ("vocab", "embed"))
@@ -53,7 +53,7 @@ class Embedding(nnx.Module):  # type: ignore[misc]
 class Unembedding(nnx.Module):  # type: ignore[misc]
     """Output kernel [hidden, vocab] of a model whose embeddings are not tied."""
 
-    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, placement: ModelPlacement, rngs: nnx.Rngs) -> None:
         normal = normal_init(config.initializer_range)
         shape = (config.hidden_size, config.vocab_size)
         axes = ("embed", ("vocab", "embed"))
@@ -98,7 +98,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         check_mesh(mesh)
         if remat not in ("none", "full", "dots"):
             raise ValueError(f"remat must be none, full or dots, got {remat!r}")
-        placement = Placement(jnp.dtype(dtype), jnp.dtype(param_dtype), mesh, rules, attention)
+        placement = ModelPlacement(jnp.dtype(dtype), jnp.dtype(param_dtype), mesh, rules, attention)
         self.config = config
         self.placement = placement
         self.remat: Remat = remat

@@ -26,7 +26,7 @@ MLP_INPUT, MLP_OUTPUT = "mlp_input", "mlp_output"
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ModelPlacement:
     """Types and places shared by all parts of a model."""
 
     dtype: jnp.dtype
@@ -80,7 +80,9 @@ def _creator(
 class RMSNorm(nnx.Module):  # type: ignore[misc]
     """Root-mean-square normalisation (arXiv 1910.07467), in float32."""
 
-    def __init__(self, lead: tuple[int, ...], size: int, eps: float, placement: Placement) -> None:
+    def __init__(
+        self, lead: tuple[int, ...], size: int, eps: float, placement: ModelPlacement
+    ) -> None:
         axes = ("layers",) * len(lead) + ("norm",)
         init = nnx.initializers.ones_init()
         self.scale = placement.param(init, jax.random.key(0), (*lead, size), axes)
@@ -116,7 +118,7 @@ class Adapter(nnx.Module):  # type: ignore[misc]
         rank: int,
         alpha: float,
         dropout: float,
-        placement: Placement,
+        placement: ModelPlacement,
         rngs: nnx.Rngs,
     ) -> None:
         kernel = linear.kernel
@@ -169,7 +171,7 @@ class Linear(nnx.Module):  # type: ignore[misc]
         axes: tuple[LogicalAxis, LogicalAxis],
         bias: bool,
         initializer_range: float,
-        placement: Placement,
+        placement: ModelPlacement,
         rngs: nnx.Rngs,
     ) -> None:
         layers, _, size_out = sizes
@@ -219,7 +221,7 @@ class Cache:
 class Attention(nnx.Module):  # type: ignore[misc]
     """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
-    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, placement: ModelPlacement, rngs: nnx.Rngs) -> None:
         layers, hidden = config.num_layers, config.hidden_size
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
@@ -317,7 +319,7 @@ class Attention(nnx.Module):  # type: ignore[misc]
 class Mlp(nnx.Module):  # type: ignore[misc]
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, placement: ModelPlacement, rngs: nnx.Rngs) -> None:
         def linear(size_in: int, size_out: int, axes: tuple[LogicalAxis, LogicalAxis]) -> Linear:
             sizes, scale = (config.num_layers, size_in, size_out), config.initializer_range
             return Linear(sizes, axes, config.mlp_bias, scale, placement, rngs)
@@ -346,7 +348,7 @@ class Mlp(nnx.Module):  # type: ignore[misc]
 class DecoderLayer(nnx.Module):  # type: ignore[misc]
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: DecoderConfig, placement: Placement, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, placement: ModelPlacement, rngs: nnx.Rngs) -> None:
         lead, size, eps = (config.num_layers,), config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(lead, size, eps, placement)
         self.self_attn = Attention(config, placement, rngs)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-Path = tuple[Any, ...]
+ParameterPath = tuple[Any, ...]
 _ENDINGS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _ADAPTER_ENDINGS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
@@ -31,7 +31,7 @@ class TensorName:
     """
 
     name: str
-    path: Path
+    path: ParameterPath
     layer: int | None
     transposed: bool
     shape: tuple[int, ...]
@@ -117,7 +117,7 @@ def host_tensors(
         yield tensor.name, np.ascontiguousarray(host.T if tensor.transposed else host)
 
 
-def pick(arrays: Mapping[Path, Any], tensor: TensorName) -> Any:
+def pick(arrays: Mapping[ParameterPath, Any], tensor: TensorName) -> Any:
     """A tensor's parameter, or its layer of it, out of those of a flat state."""
     array = _array(arrays[tensor.path])
     return array if tensor.layer is None else array[tensor.layer]
@@ -134,7 +134,7 @@ def from_huggingface(like: nnx.State, tensors: Mapping[str, np.ndarray]) -> nnx.
       KeyError: a tensor is missing.
       ValueError: a tensor has the wrong shape.
     """
-    stacks: dict[Path, list[np.ndarray]] = {}
+    stacks: dict[ParameterPath, list[np.ndarray]] = {}
     for tensor in tensor_names(like):
         value = np.asarray(tensors[tensor.name])
         if value.shape != tensor.shape:

@@ -13,20 +13,20 @@ import jax.numpy as jnp
 Batch = dict[str, jax.Array]
 
 
-def target_mask(batch: Batch) -> jax.Array:
-    """Which positions predict a token that is to be learnt.
+def shifted_loss_mask(batch: Batch) -> jax.Array:
+    """Which positions predict a token in the loss mask.
 
     Args:
       batch: ``loss_mask`` bool and ``segment_ids`` int32, both ``[..., T]``.
 
     Returns:
-      bool ``[..., T]``: true at t where token t + 1 is to be learnt and belongs to the document of
-      token t. The last position predicts nothing.
+      bool ``[..., T]``: true at t where token t + 1 is in the loss mask and belongs to the document
+      of token t. The last position predicts nothing.
     """
     segments = batch["segment_ids"]
-    learnt = batch["loss_mask"][..., 1:] & (segments[..., 1:] == segments[..., :-1])
-    learnt = learnt & (segments[..., 1:] > 0)
-    return jnp.pad(learnt, [(0, 0)] * (learnt.ndim - 1) + [(0, 1)])
+    mask = batch["loss_mask"][..., 1:] & (segments[..., 1:] == segments[..., :-1])
+    mask = mask & (segments[..., 1:] > 0)
+    return jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
 
 
 def over_chunks(
@@ -79,7 +79,7 @@ def over_chunks(
 
 
 def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every token that is to be learnt.
+    """Log-probability of every token in the loss mask.
 
     Args:
       model: has ``hidden_states`` and ``unembed``.
@@ -88,7 +88,7 @@ def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Arr
       chunk_size: positions of each row whose logits exist at a time.
 
     Returns:
-      float32 ``[B, T]``, zero where nothing is learnt, and the mask, bool ``[B, T]``.
+      float32 ``[B, T]``, zero outside the loss mask, and the mask, bool ``[B, T]``.
     """
     return _of_every_target(model, batch, chunk_size, _log_probs)
 
@@ -113,9 +113,9 @@ def _of_every_target(
 ) -> tuple[Any, jax.Array]:
     """`measure` of logits ``[B, C, V]`` and targets ``[B, C]``, for a few positions at a time.
 
-    Its arrays ``[B, C]`` come back as ``[B, T]``, zero where nothing is learnt, with the mask.
+    Its arrays ``[B, C]`` come back as ``[B, T]``, zero outside the loss mask, with the mask.
     """
-    mask = target_mask(batch)
+    mask = shifted_loss_mask(batch)
     targets = jnp.pad(batch["input_ids"][:, 1:], [(0, 0), (0, 1)])
     found = over_chunks(model, batch, chunk_size, measure, targets)
     return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), found), mask
@@ -124,7 +124,7 @@ def _of_every_target(
 def token_cross_entropy(
     model: Any, batch: Batch, chunk_size: int = 512
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy summed over the tokens to be learnt, and their number.
+    """Cross-entropy summed over the tokens in the loss mask, and their number.
 
     Args:
       model: has ``hidden_states`` and ``unembed``.
@@ -141,7 +141,7 @@ def token_cross_entropy(
 def sequence_log_probs(
     model: Any, batch: Batch, chunk_size: int = 512
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each row's learnt tokens together, and their number.
+    """Log-probability of each row's tokens in the loss mask together, and their number.
 
     Args:
       model: has ``hidden_states`` and ``unembed``.

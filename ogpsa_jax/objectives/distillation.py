@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.objectives.cross_entropy import Batch, over_chunks, target_mask
+from ogpsa_jax.objectives.cross_entropy import Batch, over_chunks, shifted_loss_mask
 
 # In place of the logits of tokens that are left out of a sum: far below any logit, and finite, so
 # that the gradient is zero and not undefined where all of them are left out.
@@ -50,7 +50,7 @@ def distillation_loss(
         raise ValueError("batch: teacher_ids is missing, which the distillation loss needs")
     teacher = (batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_rest"])
     divergences = over_chunks(model, batch, chunk_size, _divergences, *teacher)
-    mask = target_mask(batch)
+    mask = shifted_loss_mask(batch)
     weight = jnp.sum(mask, dtype=jnp.float32)
     return jnp.sum(jnp.where(mask, divergences, 0.0)), weight, {}
 

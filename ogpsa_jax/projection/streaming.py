@@ -37,7 +37,7 @@ def push_reference(
 ) -> Any:
     r"""Fold one reference gradient into the basis. Pure and jittable.
 
-    For references that ride in the training batch, or are too many to hold at once: beside the
+    For References that come with every step, or are too many to hold at once: beside the
     state only this one is needed. With rank k and window w the basis is
 
     * for :math:`w \le k`: the last w references themselves, exactly, for k inner products a push

@@ -274,8 +274,8 @@ def ogpsa(
     """Wrap an optimizer: project what enters it, what leaves it, or both, with one basis.
 
     With `replay` or `window`, ``update`` takes the gradient of the step's own reference rows as the
-    keyword ``reference``, and refuses to go without: references then ride in every batch, and with
-    `replay` are trained on as well.
+    keyword ``reference``, and refuses to go without: every step then takes a reference batch, and
+    with `replay` trains on it as well.
 
     Args:
       inner: any optimizer.
@@ -287,7 +287,7 @@ def ogpsa(
       scale: see :func:`ogpsa_project`.
       replay: weight with which the reference gradient is added to the training gradient. With a
         span of gradients, after the projection, which would take it out again. With inputs,
-        before it: what is learnt from references then stays outside the subspace too.
+        before it: what is trained on from references then stays outside the subspace too.
       window: with a span of gradients, how many reference gradients the basis remembers; each
         update folds ``reference`` in first (:func:`ogpsa_jax.push_reference`).
       project_momentum: with `window`, also project the first moments with each new basis.

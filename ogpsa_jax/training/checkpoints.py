@@ -152,7 +152,7 @@ class Checkpoints:
                 if _may_pass(error):
                     raise InputError(
                         f"{self._folder / str(step)}: the checkpoint cannot be read ({problem}); "
-                        "nothing was changed: mend this and run the same command again."
+                        "nothing was changed: fix this and run the same command again."
                     ) from error
         if problem is not None:
             logger.warning("the checkpoint of step %d is torn: %s", step, problem)

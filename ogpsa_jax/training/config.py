@@ -124,8 +124,8 @@ class RunConfig(Section):
             )
         elif refresh is not None and section.in_step is not None:
             raise ValueError(
-                "ogpsa.refresh: nothing is refreshed at intervals where references ride in every "
-                "batch; set it or references.in_step to null"
+                "ogpsa.refresh: nothing is refreshed at intervals where every step takes a "
+                "reference batch; set it or references.in_step to null"
             )
         rows, unit = section.rows_per_refresh, section.batch_size * len(section.sets)
         if rows is None:
@@ -191,8 +191,8 @@ class RunConfig(Section):
             )
         if self.model.lora is not None and self.model.lora.adapter is not None:
             raise ValueError(
-                "model.lora.adapter: what an adapter has learnt already may lie in the subspace of "
-                "inputs; merge it into the model first, or set ogpsa.preset to in-step"
+                "model.lora.adapter: what an adapter has learned already may lie in the subspace "
+                "of inputs; merge it into the model first, or set ogpsa.preset to in-step"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Hugging Face folders of trained models, with the tokenizer and template they learnt by."""
+"""Hugging Face folders of trained models, with the tokenizer and template they learned by."""
 
 import contextlib
 import dataclasses

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data import Example, Predictions, Tokens, digest, fixed_batches
 from ogpsa_jax.models import generate
-from ogpsa_jax.objectives.cross_entropy import target_mask
+from ogpsa_jax.objectives.cross_entropy import shifted_loss_mask
 from ogpsa_jax.objectives.distillation import top_predictions
 from ogpsa_jax.training.array_cache import Arrays, cache_folder, read_arrays, write_arrays
 from ogpsa_jax.training.config import RunConfig
@@ -43,7 +43,7 @@ def answer_prompts(
     stop_tokens: Sequence[int],
     folder: Path | None = None,
 ) -> tuple[list[list[Example]], dict[str, Any]]:
-    """Prompts, each with the initial model's answer, of which every token is to be learnt.
+    """Prompts, each with the initial model's answer, of which every token is in the loss mask.
 
     Args:
       sets: prompts alone.
@@ -133,7 +133,7 @@ def add_predictions(
     vocabulary: int,
     folder: Path | None = None,
 ) -> tuple[list[list[Example]], dict[str, Any]]:
-    """Examples with what the initial model predicts of each token that is to be learnt.
+    """Examples with what the initial model predicts of each token in the loss mask.
 
     Args:
       sets: single sequences.
@@ -181,8 +181,8 @@ def add_predictions(
 
 
 def _targets(example: Example) -> np.ndarray:
-    """The positions that predict a token that is to be learnt."""
-    return np.flatnonzero(example.sequences[0].learnt[1:])
+    """The positions that predict a token in the loss mask."""
+    return np.flatnonzero(example.sequences[0].loss_mask[1:])
 
 
 def _batches(examples: list[Example], config: RunConfig, mesh: Mesh, title: str) -> Any:
@@ -229,7 +229,7 @@ def _chosen(
         beyond = jnp.cumsum(probs[..., ::-1], axis=-1)[..., ::-1]
         beyond = jnp.concatenate([beyond[..., 1:], jnp.zeros_like(beyond[..., :1])], axis=-1)
         masses = beyond[..., sizes - 1] + jnp.exp(rest)[..., None]
-        mask = target_mask(batch)
+        mask = shifted_loss_mask(batch)
         sums = jnp.sum(jnp.where(mask[..., None], masses, 0.0), axis=(0, 1)), jnp.sum(mask)
         done: tuple[jax.Array, jax.Array] = _on_all_devices(mesh, sums)
         return done

@@ -49,7 +49,7 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
 
     The day that its templates print is written with it, see :func:`run_date`.
 
-    Of the data every token counts, and whether it is learnt, which is all that files, template and
+    Of the data every token counts, and its loss mask, which is all that files, template and
     tokenizer come to. Of a model's weights, samples of every file.
 
     Args:

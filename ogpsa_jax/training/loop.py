@@ -74,7 +74,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Task:
+class Workload:
     """What is trained, on what, against what.
 
     Attributes:
@@ -85,7 +85,7 @@ class Task:
       reference_rows: rows of all of them together.
       batches_per_refresh: how many batches of each set a refresh takes, in turn; None: all.
       reference_loss: what is differentiated on reference rows.
-      in_step_batches: instead of `references`, the reference rows that ride in every step's batch.
+      in_step_batches: instead of `references`, the reference batch of every step.
       reference_starts: rows of each reference set, by name, whose loss and entropy are measured
         before the first step.
       input_rows: reference sets, stacked as `references`, whose inputs span the subspace where it
@@ -111,7 +111,7 @@ class Terminated(SystemExit):
 
 def fit(
     network: Network,
-    task: Task,
+    workload: Workload,
     config: RunConfig,
     mesh: Mesh,
     run_dir: Path,
@@ -121,7 +121,7 @@ def fit(
 
     Args:
       network: the model; its trained parameters are donated.
-      task: objective, data, references and held-out sets.
+      workload: objective, data, references and held-out sets.
       config: the run's settings.
       mesh: the devices.
       run_dir: metrics and checkpoints are written here.
@@ -133,24 +133,26 @@ def fit(
     Raises:
       Terminated: after SIGTERM, with everything saved.
     """
-    total = len(task.batches)
+    total = len(workload.batches)
     optimizer = make_optimizer(config, total)
     schedule = jax.jit(learning_rate(config.optimizer, total))
     train_step = make_train_step(
         network.graphdef,
-        task.objective,
+        workload.objective,
         optimizer,
-        reference_loss=None if task.in_step_batches is None else task.reference_loss,
+        reference_loss=None if workload.in_step_batches is None else workload.reference_loss,
     )
-    evaluator = Evaluator(network, task.evaluations, mesh)
-    reference_evaluator = Evaluator(network, task.reference_starts, mesh)
+    evaluator = Evaluator(network, workload.evaluations, mesh)
+    reference_evaluator = Evaluator(network, workload.reference_starts, mesh)
     refresh_step = None
     references: tuple[dict[str, jax.Array], ...] = ()
-    if task.references and task.reference_loss is not None:
+    if workload.references and workload.reference_loss is not None:
         refresh_step = make_refresh(
-            network.graphdef, task.reference_loss, project_momentum=config.ogpsa.project_momentum
+            network.graphdef,
+            workload.reference_loss,
+            project_momentum=config.ogpsa.project_momentum,
         )
-        references = tuple(shard_rows(batches, mesh) for batches in task.references)
+        references = tuple(shard_rows(batches, mesh) for batches in workload.references)
 
     state = first_state(network.trained, optimizer, mesh, refreshes=refresh_step is not None)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
@@ -184,20 +186,20 @@ def fit(
     ):
         shown.begin(total, start)
         if start == 0:
-            if task.evaluations or task.reference_starts:
+            if workload.evaluations or workload.reference_starts:
                 shown.doing("compiling, and measuring before the first step")
             at_start = reference_evaluator.measure(state.params)
             evaluator.log(state.params, 0, log, at_start, rows=True)
             for problem in find_foreign_references(log.lines, config):
                 logger.warning("%s", problem)
-        if start == 0 and task.input_rows:
+        if start == 0 and workload.input_rows:
             shown.doing("spanning the subspace with the references' inputs")
             make = make_input_subspace(
                 network.graphdef,
                 size=config.ogpsa.rank + _OVERSAMPLED,
                 lora=config.model.lora is not None,
             )
-            rows = tuple(shard_rows(batches, mesh) for batches in task.input_rows)
+            rows = tuple(shard_rows(batches, mesh) for batches in workload.input_rows)
             state = make(state, network.frozen, rows)
             if int(diagnostics(state.opt_state)["refused_refreshes"]):
                 raise InputError(
@@ -211,23 +213,23 @@ def fit(
             interval = config.ogpsa.refresh
             if refresh_step and interval and is_due(state, step, interval):
                 number = refreshes_so_far(state)
-                sets = in_turn(references, number, task.batches_per_refresh)
+                sets = in_turn(references, number, workload.batches_per_refresh)
                 state, at_refresh = refresh_step(state, network.frozen, sets)
                 if number == 0:  # of what there was before there is nothing to say
                     del at_refresh["reference/captured_fraction"], at_refresh["distance_moved"]
                 refreshed = True
-            batch = shard_rows(task.batches.batch(step), mesh)
+            batch = shard_rows(workload.batches.batch(step), mesh)
             if config.model.lora is not None and config.model.lora.dropout:
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
                 # One a row, so that what is dropped depends neither on mesh nor on micro-batches.
                 batch["dropout_keys"] = jax.random.split(key, batch["input_ids"].shape[:-1])
-            riding = rounding_key = None
+            reference_batch = rounding_key = None
             if config.optimizer.stochastic_rounding:
                 rounding_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-            if task.in_step_batches is not None:
+            if workload.in_step_batches is not None:
                 refreshed = config.ogpsa.subspace == "gradients"
-                riding = shard_rows(task.in_step_batches.batch(step), mesh)
-            state, metrics = train_step(state, network.frozen, batch, riding, rounding_key)
+                reference_batch = shard_rows(workload.in_step_batches.batch(step), mesh)
+            state, metrics = train_step(state, network.frozen, batch, reference_batch, rounding_key)
             done = step + 1
             if step == start:
                 shown.doing("the first steps", say=False)

@@ -114,8 +114,8 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     Raises:
       InputError: as :func:`rows_per_micro_batch`.
     """
-    riding, most = config.reference_rows, config.train.micro_batch_size
-    for rows in (config.train.batch_size - riding, riding):
+    in_step_rows, most = config.reference_rows, config.train.micro_batch_size
+    for rows in (config.train.batch_size - in_step_rows, in_step_rows):
         if rows:
             share = rows // row_shards(mesh)
             size = rows_per_micro_batch(rows, most, mesh) // row_shards(mesh)

@@ -104,7 +104,7 @@ class MetricsLog:
             yield
         except OSError as error:
             raise InputError(
-                f"{self.path.parent}: the metrics cannot be written ({error.strerror}); mend this "
+                f"{self.path.parent}: the metrics cannot be written ({error.strerror}); fix this "
                 "and run the same command again: it goes on from the newest checkpoint."
             ) from error
 

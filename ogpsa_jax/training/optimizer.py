@@ -150,7 +150,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def make_optimizer(config: RunConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run: clipping comes after the projection, as in the official code.
 
-    Where references ride in every batch, its ``update`` requires their gradient as ``reference``.
+    Where every step takes a reference batch, ``update`` requires its gradient as ``reference``.
     """
     section = config.optimizer
     adam = scale_by_adam(*section.betas, section.eps)

@@ -44,7 +44,7 @@ _PAPER_DPO: Final[Preset] = {
     },
     "references": {"loss": "official", "in_step": None},
 }
-# References ride in every batch, which costs no extra samples, and are trained on as well; then
+# Every step takes a reference batch, which costs no extra samples, and are trained on as well; then
 # projecting the first moment would take out again what they put in.
 _IN_STEP: Final[Preset] = {
     "ogpsa": {

@@ -88,6 +88,6 @@ def _recounted(report: DataReport, examples: Sequence[Example]) -> DataReport:
     return dataclasses.replace(
         report,
         tokens=sum(len(tokens.ids) for tokens in sequences),
-        learnt=sum(int(tokens.learnt.sum()) for tokens in sequences),
+        loss_tokens=sum(int(tokens.loss_mask.sum()) for tokens in sequences),
         prompts_alone=0,
     )

@@ -133,7 +133,7 @@ def rounding_warning(rounding: Mapping[str, Any]) -> str | None:
 
 
 def loading_warning(config: RunConfig) -> str | None:
-    """A sentence where a stage cannot begin with what the one before it has learnt."""
+    """A sentence where a stage cannot begin with what the one before it has learned."""
     if config.model.initial_weights != "pretrained":
         return None
     folder = resolve_folder(str(config.model.path))
@@ -146,5 +146,5 @@ def loading_warning(config: RunConfig) -> str | None:
         return None
     return (
         f"model.param_dtype: {own.name} rounds the {held} weights of {config.model.path} before "
-        "the first step, so this stage starts from less than that one learnt; set it to float32"
+        "the first step, so this stage starts from less than that one learned; set it to float32"
     )

@@ -54,7 +54,7 @@ from ogpsa_jax.training.summary import (
     reference_samples,
     summarise,
 )
-from ogpsa_jax.training.task import prepare_task
+from ogpsa_jax.training.workload import prepare_workload
 
 logger = logging.getLogger(__name__)
 
@@ -176,19 +176,24 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
     progress.doing("loading the model")
     data = prepare_references(config, data, mesh, policy)
     data = prepare_reference_log_probs(config, data, mesh, policy)
-    task = prepare_task(config, data, mesh)
+    workload = prepare_workload(config, data, mesh)
     network = Network.of(policy(), trained_parameters(config))
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
             held.enter_context(_started_run_dir(run_dir, config))
         check_same_inputs(run_dir, config, data)
-        network, lines = fit(network, task, config, mesh, run_dir, progress)
+        network, lines = fit(network, workload, config, mesh, run_dir, progress)
         progress.doing("writing the export")
         model = network.model()
         rounding = None
         if export(config, model, run_dir / "export", keep_unrounded=True):
             rounding = measure_rounding(
-                config, mesh, model, run_dir / "export", task.evaluations, measured_before(lines)
+                config,
+                mesh,
+                model,
+                run_dir / "export",
+                workload.evaluations,
+                measured_before(lines),
             )
         if config.model.lora is not None:
             save_lora(model, run_dir / "adapter")
@@ -211,7 +216,7 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str
                     summary["warnings"].append(warning)
             summary |= {
                 "data": data.report(),
-                "reference_samples": reference_samples(task, config, lines),
+                "reference_samples": reference_samples(workload, config, lines),
                 "seconds": round(time.perf_counter() - started, 1),
                 "export": str(run_dir / "export"),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -289,7 +294,7 @@ def _measure_later(
         data = prepare_reference_log_probs(
             config, data, mesh, functools.partial(prepare_model, config, mesh)
         )
-        evaluations = prepare_task(config, data, mesh).evaluations
+        evaluations = prepare_workload(config, data, mesh).evaluations
     except InputError as error:
         logger.warning("the held-out sets are not measured: %s", error)
     before = measured_before(read_metrics(run_dir))
@@ -351,6 +356,6 @@ def _started_run_dir(run_dir: Path, config: RunConfig) -> Iterator[None]:
         except OSError as error:
             raise InputError(
                 f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another "
-                "output_dir, or mend this."
+                "output_dir, or fix this."
             ) from error
         yield

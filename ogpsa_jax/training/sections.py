@@ -101,7 +101,7 @@ class DataSection(Section):
 
 
 class InStepSection(Section):
-    """References that ride in the training batch, one backward pass each, no extra samples."""
+    """References that come with every step, one backward pass each, no extra samples."""
 
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.5, description="share of every batch that is reference rows"

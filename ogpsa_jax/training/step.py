@@ -115,7 +115,7 @@ def make_train_step(
       objective: what is minimised.
       optimizer: projection, clipping and AdamW.
       reference_loss: what is differentiated on the reference rows of every batch, whose gradient
-        the optimizer takes as ``reference``; None: no reference rows ride in the batch.
+        the optimizer takes as ``reference``; None: a step takes no reference batch.
 
     Returns:
       ``step(state, frozen, batch[, reference_batch, rounding_key]) -> (state, metrics)``; metrics

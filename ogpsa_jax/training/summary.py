@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.loop import Task, in_turn
+from ogpsa_jax.training.loop import Workload, in_turn
 from ogpsa_jax.training.metrics import (
     Line,
     find_capped,
@@ -87,15 +87,15 @@ def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:
     return list(found.values())
 
 
-def reference_samples(task: Task, config: RunConfig, lines: Sequence[Line]) -> int:
+def reference_samples(workload: Workload, config: RunConfig, lines: Sequence[Line]) -> int:
     """Sequences of references that went through the model, in all; a pair is two."""
     refreshes = _refreshes([line for line in lines if "loss" in line]) if config.projects else 0
-    rows = task.reference_rows * (len(task.batches) if config.reference_rows else refreshes)
-    if task.batches_per_refresh is not None:
+    rows = workload.reference_rows * (len(workload.batches) if config.reference_rows else refreshes)
+    if workload.batches_per_refresh is not None:
         taken = [
             batches["segment_ids"]
             for number in range(refreshes)
-            for batches in in_turn(task.references, number, task.batches_per_refresh)
+            for batches in in_turn(workload.references, number, workload.batches_per_refresh)
         ]
         # What fills up a batch has no token.
         rows = sum(int(ids.reshape(*ids.shape[:2], -1).any(axis=-1).sum()) for ids in taken)

@@ -1,4 +1,4 @@
-"""What a run's figures say: whether anything was learnt, and on what basis. Pure functions.
+"""What a run's figures say: whether anything was learned, and on what basis. Pure functions.
 
 Every rule has its threshold here and is stated in ``docs/training.md``. A rule that applies gives
 one sentence with what to set; the sentences go to the terminal and to ``summary.json``.
@@ -14,7 +14,7 @@ import numpy as np
 Line = Mapping[str, Any]
 
 LEAST_FALL = 0.05
-"""Share of its first value by which a loss must fall to count as learnt."""
+"""Share of its first value by which a loss must fall to count as learned."""
 LEAST_FALL_OF_PAIRS = 0.005
 """The same of a preference loss: it starts at log 2, and small margins are some percent of it."""
 STEEP_END = 0.15
@@ -138,7 +138,7 @@ def judge_training(
       interval: the setting by which the basis is refreshed, and its value; None where nothing is
         refreshed at intervals.
       breadth: the setting by which less is projected away, and its value; None without projection.
-      least_fall: share of its first value by which a loss must fall to count as learnt.
+      least_fall: share of its first value by which a loss must fall to count as learned.
     """
     found: dict[str, str] = {}
     refreshes = [line for line in steps if line.get("refreshed")]
@@ -192,8 +192,8 @@ def _unmoved(
     others = f", and no held-out loss fell by {least_fall:.1%} either" if held_out else ""
     least = max(least_fall, curve.told_apart / abs(curve.first or 1.0))
     return (
-        f"hardly anything was learnt: the training loss went {shown} ({told_apart}), which is less "
-        f"than {least:.1%} of it{others}; raise {rate} or train for more steps: docs/rates.md"
+        f"hardly anything was learned: the training loss went {shown} ({told_apart}), which is "
+        f"less than {least:.1%} of it{others}; raise {rate} or train for more steps: docs/rates.md"
         f"{removed}"
     )
 

@@ -18,7 +18,7 @@ from ogpsa_jax.data import fixed_batches
 from ogpsa_jax.demo.folder import BEGINNING
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 from ogpsa_jax.demo.world import LONGEST, World, examples, refusals
-from ogpsa_jax.objectives.cross_entropy import target_mask
+from ogpsa_jax.objectives.cross_entropy import shifted_loss_mask
 from ogpsa_jax.training.step import Network
 
 
@@ -47,8 +47,8 @@ class Exam:
             for _ in part
         ]
         # Of an answer only so many first tokens count.
-        learnt = self._batch["loss_mask"]
-        self._batch["loss_mask"] = learnt & (np.cumsum(learnt, axis=1) <= np.array(starts)[:, None])
+        mask = self._batch["loss_mask"]
+        self._batch["loss_mask"] = mask & (np.cumsum(mask, axis=1) <= np.array(starts)[:, None])
 
     def score(self, network: Network) -> dict[str, float]:
         """Scores of a model without adapters.
@@ -74,4 +74,4 @@ def _right(graphdef: Any, trained: Any, frozen: Any, batch: dict[str, jax.Array]
     logits = model(batch["input_ids"], batch["positions"], batch["segment_ids"])
     likeliest = jnp.argmax(logits, axis=-1)
     following = jnp.pad(batch["input_ids"][:, 1:], [(0, 0), (0, 1)])
-    return jnp.all((likeliest == following) | ~target_mask(batch), axis=-1)
+    return jnp.all((likeliest == following) | ~shifted_loss_mask(batch), axis=-1)

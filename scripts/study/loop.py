@@ -17,10 +17,10 @@ from ogpsa_jax import ogpsa, refresh, scale_by_column_adam
 from ogpsa_jax.data import Example, TrainBatches, fixed_batches
 from ogpsa_jax.demo.pretraining import one_device, pretrain
 from ogpsa_jax.demo.recipe import RECIPES, key
-from ogpsa_jax.demo.world import LONGEST, Item, World, examples, refusals
+from ogpsa_jax.demo.world import LONGEST, Exchange, World, examples, refusals
 from ogpsa_jax.models import LoraParam, add_lora, merge_lora
 from ogpsa_jax.models.decoder import DECODER_KERNELS
-from ogpsa_jax.objectives.cross_entropy import target_mask
+from ogpsa_jax.objectives.cross_entropy import shifted_loss_mask
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.optimizer import STACKED_LAYERS
 from ogpsa_jax.training.step import Network
@@ -73,7 +73,7 @@ class Trial:
       energy: share of the second moment of the inputs.
       window: reference gradients that a gradient span remembers, of which it keeps four
         directions; 1: the step's own alone.
-      every: steps between refreshes, where references do not ride in the batch.
+      every: steps between refreshes, where steps take no reference batch.
       refresh_rows: rows of a refresh, taken in turn.
       momentum: first moments are projected at each refresh.
       column: Adam's second moment is averaged over a kernel's inputs, and the gradient alone is
@@ -126,7 +126,7 @@ class Setting:
         self.naive: dict[float, Network] = {}
 
     @lru_cache(maxsize=8)  # noqa: B019 (a handful of worlds)
-    def general(self, rows: int, foreign: bool) -> list[Item]:
+    def general(self, rows: int, foreign: bool) -> list[Exchange]:
         """The general rows; in a foreign form their answers are right, but not the model's own."""
         items = self.world.draw_general(rows, self.seed)
         return [replace(item, answer=f"so {item.answer}") for item in items] if foreign else items
@@ -187,15 +187,15 @@ def learn(
         add_lora(model, rank=8, alpha=16.0, rngs=nnx.Rngs(seed))
         network = Network.of(model, LoraParam)
     stream = partial(_stream, seed=seed, steps=steps, length=compute.length)
-    riding = round(compute.batch * trial.share) if trial.weight else 0
-    if trial.share and not riding:  # mixed
+    in_step_rows = round(compute.batch * trial.share) if trial.weight else 0
+    if trial.share and not in_step_rows:  # mixed
         weights = [1 - trial.share, trial.share]
         both = safe + [replace(example, source=1) for example in general]
         batches = {"safe": stream(both, compute.batch, weights=weights)}
     else:
-        batches = {"safe": stream(safe, compute.batch - riding)}
-    if riding:
-        batches["reference"] = stream(general, riding)
+        batches = {"safe": stream(safe, compute.batch - in_step_rows)}
+    if in_step_rows:
+        batches["reference"] = stream(general, in_step_rows)
     refreshes = None
     if trial.every:
         count = -(-steps // trial.every)
@@ -264,9 +264,9 @@ def _stream(
 
 
 def predictions_kl(model: Any, batch: Any, teacher: jax.Array) -> jax.Array:
-    """KL(initial ‖ now) a token to be learnt, of rows ``[B, T]``; teacher ``[B, T, V]``."""
+    """KL(initial ‖ now) a token in the loss mask, of rows ``[B, T]``; teacher ``[B, T, V]``."""
     logits = model(batch["input_ids"], batch["positions"], batch["segment_ids"])
-    mask = target_mask(batch)
+    mask = shifted_loss_mask(batch)
     each = jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits)), axis=-1)
     return jnp.sum(jnp.where(mask, each, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
@@ -308,17 +308,17 @@ def _train(
         adam = scale_by_column_adam(kernels=DECODER_KERNELS)
     clipped = optax.chain(optax.clip_by_global_norm(1.0), adam)
     inner = optax.chain(clipped, optax.scale_by_learning_rate(rate))
-    riding = "reference" in batches
+    in_step_rows = "reference" in batches
     settings: dict[str, Any] = {"rank": 1, "stacked": STACKED_LAYERS, "rule": "none"}
     if trial.subspace == "gradients":
         settings |= {"rule": "orthogonal", "rank": 2 if trial.every else min(trial.window, 4)}
-        settings |= {"window": trial.window} if riding else {}
+        settings |= {"window": trial.window} if in_step_rows else {}
     if trial.subspace == "inputs":
         settings |= {"rank": 10**6, "rule": "orthogonal", "subspace": "inputs"}
         settings |= {"energy": trial.energy, "kernels": DECODER_KERNELS}
         settings |= {"placement": "gradient" if trial.column else "both"}
     # The weight is a traced number here, so the reference comes weighted.
-    tx = ogpsa(inner, **settings, replay=1.0 if riding else None)
+    tx = ogpsa(inner, **settings, replay=1.0 if in_step_rows else None)
     state = tx.init(params)
     if trial.subspace == "inputs":
         model = nnx.merge(graphdef, *initial)
@@ -343,7 +343,7 @@ def _train(
                 state,
             )
         grads, extra = jax.grad(loss)(params, batch["safe"]), {}
-        if riding:
+        if in_step_rows:
             reference = jax.grad(reference_loss)(params, batch["reference"])
             extra = {"reference": jax.tree.map(lambda g: weight * g, reference)}
         updates, state = tx.update(grads, state, params, **extra)

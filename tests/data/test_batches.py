@@ -15,7 +15,7 @@ from ogpsa_jax.data import Example, Tokens, TrainBatches, fixed_batches
 def examples_of(
     lengths: Sequence[int], *, sources: Sequence[int] | None = None, width: int = 1
 ) -> list[Example]:
-    """Example i consists of tokens i + 1; its first token is not learnt."""
+    """Example i consists of tokens i + 1; its first token is not trained on."""
     return [
         Example(
             tuple(

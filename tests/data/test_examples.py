@@ -27,27 +27,27 @@ def write(path: Path, rows: list[dict[str, Any]]) -> DataSource:
     return DataSource(str(path))
 
 
-def learnt(template: ChatTemplate, example: Example) -> list[str]:
-    return [template.tokenizer.decode(t.ids[t.learnt]) for t in example.sequences]
+def trained_parts(template: ChatTemplate, example: Example) -> list[str]:
+    return [template.tokenizer.decode(t.ids[t.loss_mask]) for t in example.sequences]
 
 
-def test_answers_are_learnt_or_all_tokens_but_the_first(
+def test_answers_are_trained_on_or_all_tokens_but_the_first(
     template: ChatTemplate, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "why", "completion": "so"}])
     [example], report = prepare([source], template, kind="sft", max_length=64)
-    assert learnt(template, example) == ["so</s>"]
+    assert trained_parts(template, example) == ["so</s>"]
     assert report.as_dict() == {
         "rows": 1,
         "tokens": 7,
-        "learnt_tokens": 3,
+        "loss_tokens": 3,
         "truncated_rows": 0,
         "cut_prompts": 0,
         "skipped_rows": 0,
         "refused_rows": 0,
     }
     [example], _ = prepare([source], template, kind="sft", max_length=64, all_tokens=True)
-    assert learnt(template, example) == ["hy\nso</s>"]
+    assert trained_parts(template, example) == ["hy\nso</s>"]
     assert example.sequences[0].ids.dtype == np.int32
 
 
@@ -71,7 +71,7 @@ def test_prompt_that_fills_the_row_is_refused_by_name(
     with pytest.raises(
         InputError,
         match=r"a\.jsonl, line 2: the prompt alone fills data.max_length \(16 .*line 4.*; raise "
-        "data.max_length, set data.too_long to skip or cut, or mend or remove them",
+        "data.max_length, set data.too_long to skip or cut, or fix or remove them",
     ):
         prepare([source], template, kind="sft", max_length=16)
     examples, _ = prepare(
@@ -106,10 +106,10 @@ def test_prompts_that_are_too_long_are_treated_alike_in_sft_and_in_pairs(
     rows = [template.tokenizer.decode(tokens.ids) for tokens in examples[1].sequences]
     if kind == "sft":
         assert rows == ["x" + "q" * 11 + "z\na</s>"]
-        assert learnt(template, examples[1]) == ["a</s>"]
+        assert trained_parts(template, examples[1]) == ["a</s>"]
     else:
         assert rows == ["x" + "q" * 7 + "z\na</s>", "x" + "q" * 7 + "z\nbcdef</s>"]
-        assert learnt(template, examples[1]) == ["a</s>", "bcdef</s>"]
+        assert trained_parts(template, examples[1]) == ["a</s>", "bcdef</s>"]
 
 
 def test_a_cut_prompt_leaves_a_long_answer_half_of_the_row(
@@ -119,27 +119,27 @@ def test_a_cut_prompt_leaves_a_long_answer_half_of_the_row(
     source = write(tmp_path / "a.jsonl", rows)
     [example], _ = prepare([source], template, kind="sft", max_length=16, too_long="cut")
     assert example.length == 16
-    assert learnt(template, example) == ["abcdefgh"]
+    assert trained_parts(template, example) == ["abcdefgh"]
 
 
 def test_prompt_of_all_tokens_may_fill_the_row(template: ChatTemplate, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "q" * 40, "completion": "a"}])
     [example], report = prepare([source], template, kind="sft", max_length=16, all_tokens=True)
-    assert learnt(template, example) == ["q" * 15]
+    assert trained_parts(template, example) == ["q" * 15]
     assert report.truncated == 1
 
 
-def test_every_token_of_a_long_text_is_learnt_once(
+def test_every_token_of_a_long_text_is_trained_on_once(
     template: ChatTemplate, tmp_path: Path, rng: random.Random
 ) -> None:
     texts = ["".join(rng.choices("abc", k=rng.randint(1, 70))) for _ in range(20)]
     limit = rng.randint(2, 20)
     source = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     examples, report = prepare([source], template, kind="sft", max_length=limit)
-    found = "".join(part for example in examples for part in learnt(template, example))
+    found = "".join(part for example in examples for part in trained_parts(template, example))
     assert found == "".join(text[1:] + "</s>" for text in texts)
     assert max(example.length for example in examples) <= limit
-    assert report.learnt == sum(len(text) for text in texts)
+    assert report.loss_tokens == sum(len(text) for text in texts)
 
 
 def test_pairs_that_teach_nothing_are_left_out_and_named(
@@ -156,7 +156,7 @@ def test_pairs_that_teach_nothing_are_left_out_and_named(
     examples, report = prepare(
         [source], template, kind="preference", max_length=16, too_long="skip"
     )
-    assert [learnt(template, e) for e in examples] == [
+    assert [trained_parts(template, e) for e in examples] == [
         ["so</s>", "no</s>"],
         ["s" * 12, "n" * 12],
     ]
@@ -189,7 +189,7 @@ def test_samples_are_drawn_from_the_usable_rows_alone(
         source = DataSource(path, samples=samples)
         examples, report = prepare([source], template, kind="preference", max_length=16, seed=seed)
         assert report.rows == len(examples) == samples
-        return [learnt(template, example)[0] for example in examples]
+        return [trained_parts(template, example)[0] for example in examples]
 
     everything = [f"s{i}</s>" for i in range(0, 40, 2)]
     assert drawn(20) == everything
@@ -255,7 +255,7 @@ RASBT = "rasbt_instructions/instruction-data-with-preference.json"
         ("gsm8k/train.jsonl", "tokenizers/qwen2.5", None, "sft"),
     ],
 )
-def test_real_data_end_with_a_learnt_end_token(
+def test_real_data_end_with_an_end_token_in_the_loss_mask(
     path: str, tokenizer: str, template: str | None, kind: Any, real_data: Path, rng: random.Random
 ) -> None:
     data = real_data / "data"
@@ -267,5 +267,5 @@ def test_real_data_end_with_a_learnt_end_token(
     eos = chat.tokenizer.eos_token_id
     for example in examples:
         for tokens in example.sequences:
-            assert eos in tokens.ids[tokens.learnt][-2:]
-            assert tokens.learnt[-1]
+            assert eos in tokens.ids[tokens.loss_mask][-2:]
+            assert tokens.loss_mask[-1]

@@ -66,7 +66,7 @@ VERDICTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     "layout", [QA, ALPACA, {"messages": TALK}, {"prompt": "Q", "response": "A"}]
 )
 @pytest.mark.parametrize(("bad", "good"), VERDICTS)
-def test_answer_that_its_row_calls_bad_is_not_learnt(
+def test_answer_that_its_row_calls_bad_is_not_trained_on(
     bad: dict[str, Any], good: dict[str, Any], layout: dict[str, Any], tmp_path: Path
 ) -> None:
     records, skipped, notes = read(tmp_path, {**layout, **bad}, {**layout, **good})
@@ -79,7 +79,7 @@ def test_answer_that_its_row_calls_bad_is_not_learnt(
 
 
 @pytest.mark.parametrize("fields", [{"toxic": True}, {"is_safe": False}, {"score": -1}])
-def test_conversation_with_a_turn_that_is_called_bad_is_not_learnt(
+def test_conversation_with_a_turn_that_is_called_bad_is_not_trained_on(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     def talk(**extra: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_turn_with_two_texts_is_refused(tmp_path: Path) -> None:
 def test_other_ratings_that_differ_are_told_too(column: str, tmp_path: Path) -> None:
     records, _, [note] = read(tmp_path, *({**QA, column: number} for number in (-3.0, 0.5)))
     assert len(records) == 2
-    assert f"'{column}' rates the answers from -3 to 0.5, and all are learnt" in note
+    assert f"'{column}' rates the answers from -3 to 0.5, and all are trained on" in note
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_ratings_that_differ_are_told_once(tmp_path: Path) -> None:
     rows = [{**QA, "score": score} for score in (0.0, 1.0, 4.5)]
     records, skipped, [note] = read(tmp_path, *rows)
     assert (len(records), skipped) == (2, {"'score' rates the answer 0 or less": 1})
-    assert "'score' rates the answers from 1 to 4.5, and all above 0 are learnt" in note
+    assert "'score' rates the answers from 1 to 4.5, and all above 0 are trained on" in note
 
 
 BAD_PAIRS = [
@@ -294,15 +294,15 @@ def answer(content: str, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_message_that_is_not_to_be_learnt_is_context(flag: str, tmp_path: Path) -> None:
+def test_message_that_is_not_to_be_trained_on_is_context(flag: str, tmp_path: Path) -> None:
     turns = [TALK[0], answer("no", **{flag: 0}), TALK[0], answer("yes", **{flag: 1.0})]
     for column in ("messages", "conversations"):
         [record], _, notes = read(tmp_path, {column: turns})
-        assert [m.learnt for m in record.messages] == [True, False, True, True]
+        assert [m.trained for m in record.messages] == [True, False, True, True]
         assert notes == []
-    with pytest.raises(InputError, match=r"none of its answers is to be learnt"):
+    with pytest.raises(InputError, match=r"none of its answers is in the loss mask"):
         read(tmp_path, {"messages": [TALK[0], answer("no", **{flag: False})]})
-    with pytest.raises(InputError, match=r"must be 1 \(learnt\) or 0 \(context\), found 0.5"):
+    with pytest.raises(InputError, match=r"must be 1 \(trained on\) or 0 \(context\), found 0.5"):
         read(tmp_path, {"messages": [TALK[0], answer("no", **{flag: 0.5})]})
 
 
@@ -313,7 +313,7 @@ def test_refusal_of_a_message_is_what_it_says(tmp_path: Path) -> None:
         read(tmp_path, {"messages": [TALK[0], answer("A", refusal="No.")]})
 
 
-def test_all_turns_of_a_completion_are_learnt_and_none_of_the_prompt(tmp_path: Path) -> None:
+def test_all_turns_of_a_completion_are_trained_on_and_none_of_the_prompt(tmp_path: Path) -> None:
     prompt = [TALK[0], answer("given"), TALK[0]]
     row = {"prompt": prompt, "completion": [answer("one"), TALK[0], answer("two")]}
     [record], *_ = read(tmp_path, row)
@@ -321,8 +321,8 @@ def test_all_turns_of_a_completion_are_learnt_and_none_of_the_prompt(tmp_path: P
         *("user: Q", "assistant: given", "user: Q"),
         *("assistant: one", "user: Q", "assistant: two"),
     ]
-    learnt = [m.content for m in record.messages if m.role == "assistant" and m.learnt]
-    assert learnt == ["one", "two"]
+    trained = [m.content for m in record.messages if m.role == "assistant" and m.trained]
+    assert trained == ["one", "two"]
     with pytest.raises(InputError, match="turns must alternate"):
         read(tmp_path, {"prompt": "Q", "completion": TALK})
 
@@ -410,7 +410,7 @@ def test_pairs_are_compared_as_tokens_after_cutting(make_tokenizer: Any, tmp_pat
     assert (len(examples), report.refused) == (2, [])
 
 
-def test_only_the_answer_of_a_pair_is_learnt(make_tokenizer: Any, tmp_path: Path) -> None:
+def test_only_the_answer_of_a_pair_is_trained_on(make_tokenizer: Any, tmp_path: Path) -> None:
     talk = [TALK[0], answer("given"), TALK[0]]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": talk, "chosen": "so", "rejected": "no"}))
@@ -418,7 +418,7 @@ def test_only_the_answer_of_a_pair_is_learnt(make_tokenizer: Any, tmp_path: Path
     expectations: dict[Any, list[str]] = {"preference": ["so</s>", "no</s>"], "sft": ["so</s>"]}
     for kind, expected in expectations.items():
         [example], _ = prepare([DataSource(str(path))], template, kind=kind, max_length=99)
-        found = [template.tokenizer.decode(t.ids[t.learnt]) for t in example.sequences]
+        found = [template.tokenizer.decode(t.ids[t.loss_mask]) for t in example.sequences]
         assert found == expected
 
 

@@ -23,8 +23,8 @@ def official_cut(prompt: int, answer: int, limit: int) -> tuple[int, int]:
 
 
 def split(tokens: Tokens) -> tuple[list[int], list[int]]:
-    first = int(tokens.learnt.argmax())
-    assert tokens.learnt[first:].all()
+    first = int(tokens.loss_mask.argmax())
+    assert tokens.loss_mask[first:].all()
     return tokens.ids[:first].tolist(), tokens.ids[first:].tolist()
 
 

@@ -19,7 +19,7 @@ from ogpsa_jax.data import (
 )
 from ogpsa_jax.errors import InputError
 
-from .test_templates import MARKED, QWEN3_LIKE, conversation, learnt_parts
+from .test_templates import MARKED, QWEN3_LIKE, conversation, trained_parts
 
 Maker = Callable[..., Any]
 END = {"eos": "<|im_end|>"}
@@ -71,20 +71,22 @@ def chat_of(source: str, tokenizer: Any, tmp_path: Path) -> ChatTemplate:
 
 
 def assert_prompts_of_use_lead(chat: ChatTemplate, turns: list[Message]) -> None:
-    """Each learnt turn once: after the tokens that ask for it, all the rest of the turn."""
+    """Each turn trained on, once: after the tokens that ask for it, all the rest of the turn."""
     [sequences] = chat.encode_all([(turns, "row")])
     assert not isinstance(sequences, InputError), sequences
     found = {i: 0 for i, turn in enumerate(turns) if turn.role == "assistant"}
-    learnt_tokens = sum(sum(learnt) for _, learnt in sequences)
+    loss_tokens = sum(sum(loss_mask) for _, loss_mask in sequences)
     for i in found:
         prompt = chat.encode_prompt(turns[:i])
         rest = chat.render(turns[: i + 1])[len(chat.render(turns[:i], generation_prompt=True)) :]
-        for ids, learnt in sequences:
+        for ids, loss_mask in sequences:
             start = len(prompt)
-            starts = learnt[start : start + 1] == [True] and not learnt[start - 1]
+            starts = loss_mask[start : start + 1] == [True] and not loss_mask[start - 1]
             if ids[:start] != prompt or not starts:
                 continue
-            stop = learnt[start:].index(False) + start if not all(learnt[start:]) else len(ids)
+            stop = (
+                loss_mask[start:].index(False) + start if not all(loss_mask[start:]) else len(ids)
+            )
             text = chat.tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
             ending = chat.tokenizer.decode([i for i in chat.stop_tokens() if i in ids[start:stop]])
             assert ending
@@ -93,9 +95,9 @@ def assert_prompts_of_use_lead(chat: ChatTemplate, turns: list[Message]) -> None
             whole = whole[: whole.index(ending) + len(ending)]
             assert text.rstrip().removesuffix(eos) == whole.rstrip().removesuffix(eos)
             found[i] += 1
-            learnt_tokens -= stop - start
+            loss_tokens -= stop - start
     assert found == dict.fromkeys(found, 1)
-    assert learnt_tokens == 0
+    assert loss_tokens == 0
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -130,7 +132,7 @@ def test_an_earlier_answer_that_joins_its_prompt_gets_a_sequence_of_its_own(
     said = [("user", "Hi"), ("assistant", "\nOne."), ("user", "And?"), ("assistant", "\nTwo.")]
     turns = [Message(*turn) for turn in said]
     [sequences] = chat.encode_all([(turns, "row")])
-    parts = [learnt_parts(chat.tokenizer, *sequence) for sequence in sequences]  # type: ignore[misc]
+    parts = [trained_parts(chat.tokenizer, *sequence) for sequence in sequences]  # type: ignore[misc]
     assert parts == [["\nOne.<|im_end|>\n"], ["\nTwo.<|im_end|>\n"]]
     assert_prompts_of_use_lead(chat, turns)
     with pytest.raises(InputError, match=r"row: .*comes to 2 sequences"):
@@ -148,8 +150,8 @@ def test_a_pair_has_the_prompt_of_use_on_both_sides(real_data: Path, tmp_path: P
     prompt = chat.encode_prompt([Message(m["role"], m["content"]) for m in given])
     for tokens, answer in zip(example.sequences, ("\n1. Hello.", "1. Go."), strict=True):
         assert tokens.ids[: len(prompt)].tolist() == prompt
-        assert not tokens.learnt[: len(prompt)].any()
-        assert tokens.learnt[len(prompt) :].all()
+        assert not tokens.loss_mask[: len(prompt)].any()
+        assert tokens.loss_mask[len(prompt) :].all()
         assert chat.tokenizer.decode(tokens.ids[len(prompt) :]) == answer + "<|im_end|>\n"
 
 
@@ -237,14 +239,14 @@ def test_a_prompt_is_there_to_ask_with_though_nothing_can_be_taught(
 
 
 @pytest.mark.parametrize("answer", ["⟨answer⟩", "assistant\n", "user", "<|im_start|>", "</think>"])
-def test_an_answer_that_looks_like_a_marker_is_learnt_where_it_stands(
+def test_an_answer_that_looks_like_a_marker_is_trained_on_where_it_stands(
     answer: str, make_tokenizer: Maker
 ) -> None:
     chat = ChatTemplate(make_tokenizer(eos="<|im_end|>"), "qwen")
     said = [("user", answer), ("assistant", answer), ("user", "assistant"), ("assistant", answer)]
     turns = [Message(*turn) for turn in said]
     assert_prompts_of_use_lead(chat, turns)
-    parts = learnt_parts(chat.tokenizer, *chat.encode(turns, "row"))
+    parts = trained_parts(chat.tokenizer, *chat.encode(turns, "row"))
     assert parts == [f"{answer}<|im_end|>\n"] * 2
 
 
@@ -260,7 +262,7 @@ def test_rows_that_come_to_several_examples_are_counted(
     assert (report.rows, report.split, report.as_dict()["split_rows"]) == (3, 1, 1)
     thought = "<think>\nwhy\n</think>\n\na<|im_end|>\n"
     parts = [
-        learnt_parts(chat.tokenizer, tokens.ids.tolist(), tokens.learnt.tolist())
+        trained_parts(chat.tokenizer, tokens.ids.tolist(), tokens.loss_mask.tolist())
         for example in examples
         for tokens in example.sequences
     ]
@@ -317,8 +319,8 @@ def test_the_first_token_that_ends_a_turn_is_the_one_to_stop_at(
     chat = chat_of(PHI_LIKE, tokenizer, tmp_path)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert chat.stop_tokens() == (end, tokenizer.eos_token_id)
-    ids, learnt = chat.encode([Message("user", "q"), Message("assistant", "a")], "row")
-    assert learnt_parts(tokenizer, ids, learnt) == ["a<|im_end|>\n"]
+    ids, loss_mask = chat.encode([Message("user", "q"), Message("assistant", "a")], "row")
+    assert trained_parts(tokenizer, ids, loss_mask) == ["a<|im_end|>\n"]
 
 
 def test_an_exported_template_writes_the_beginning_token_itself(

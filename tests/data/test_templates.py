@@ -1,4 +1,4 @@
-"""What is learnt of a conversation, whatever its template does."""
+"""What is trained on of a conversation, whatever its template does."""
 
 import random
 from collections.abc import Callable
@@ -47,12 +47,12 @@ def conversation(rng: random.Random, *, turns: int | None = None, system: bool =
     return [Message("system", said()), *spoken] if system and rng.random() < 0.5 else spoken
 
 
-def learnt_parts(tokenizer: Any, ids: list[int], learnt: list[bool]) -> list[str]:
-    """The learnt stretches as text."""
+def trained_parts(tokenizer: Any, ids: list[int], loss_mask: list[bool]) -> list[str]:
+    """The stretches in the loss mask, as text."""
     parts: list[list[int]] = []
-    for i, (token, flag) in enumerate(zip(ids, learnt, strict=True)):
+    for i, (token, flag) in enumerate(zip(ids, loss_mask, strict=True)):
         if flag:
-            if i == 0 or not learnt[i - 1]:
+            if i == 0 or not loss_mask[i - 1]:
                 parts.append([])
             parts[-1].append(token)
     return [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts]
@@ -70,7 +70,7 @@ END = {
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_answer_with_its_end_and_nothing_else_is_learnt(
+def test_every_answer_with_its_end_and_nothing_else_is_trained_on(
     name: str, make_tokenizer: Maker, rng: random.Random
 ) -> None:
     bos = {"llama3": "<|begin_of_text|>", "llama2": "<s>", "mistral": "<s>"}.get(name)
@@ -80,12 +80,12 @@ def test_every_answer_with_its_end_and_nothing_else_is_learnt(
     space = " " if name in ("llama2", "mistral") else ""
     for _ in range(40):
         turns = conversation(rng)
-        ids, learnt = template.encode(turns, "row")
+        ids, loss_mask = template.encode(turns, "row")
         answers = [turn.content for turn in turns if turn.role == "assistant"]
         if name == "llama3":
             answers = [answer.strip() for answer in answers]
         expected = [space + answer + END[name] for answer in answers]
-        assert learnt_parts(tokenizer, ids, learnt) == expected
+        assert trained_parts(tokenizer, ids, loss_mask) == expected
         assert tokenizer.decode(ids).startswith(template.render(turns).rstrip())
 
 
@@ -100,22 +100,22 @@ def test_answers_are_found_by_whatever_means_the_template_leaves(
     )
     for _ in range(40):
         turns = conversation(rng)
-        parts = learnt_parts(tokenizer, *chat.encode(turns, "row"))
+        parts = trained_parts(tokenizer, *chat.encode(turns, "row"))
         answers = [turn.content for turn in turns if turn.role == "assistant"]
         assert parts == [f"{answer}<|im_end|>\n" for answer in answers]
 
 
-def test_a_header_that_the_prompt_does_not_hold_is_learnt(
+def test_a_header_that_the_prompt_does_not_hold_is_trained_on(
     make_tokenizer: Maker, tmp_path: Path
 ) -> None:
     (tmp_path / "t.jinja").write_text(BUILT_IN["chatml"].partition("{% if add_generation")[0])
     tokenizer = make_tokenizer(eos="<|im_end|>")
     turns = [Message("user", "q"), Message("assistant", "a")]
     encoded = ChatTemplate(tokenizer, str(tmp_path / "t.jinja")).encode(turns, "row")
-    assert learnt_parts(tokenizer, *encoded) == ["<|im_start|>assistant\na<|im_end|>\n"]
+    assert trained_parts(tokenizer, *encoded) == ["<|im_start|>assistant\na<|im_end|>\n"]
 
 
-def test_reasoning_is_learnt_in_every_turn_though_it_is_absent_from_later_prompts(
+def test_reasoning_is_trained_on_in_every_turn_though_it_is_absent_from_later_prompts(
     make_tokenizer: Maker, tmp_path: Path
 ) -> None:
     (tmp_path / "t.jinja").write_text(QWEN3_LIKE)
@@ -128,8 +128,8 @@ def test_reasoning_is_learnt_in_every_turn_though_it_is_absent_from_later_prompt
     ]
     chat = ChatTemplate(tokenizer, str(tmp_path / "t.jinja"))
     [first, last] = chat.encode_all([(turns, "row")])[0]  # type: ignore[misc]
-    assert learnt_parts(tokenizer, *first) == ["<think>\nwhy k\n</think>\n\nthink<|im_end|>\n"]
-    assert learnt_parts(tokenizer, *last) == ["<think>\nwhy hi\n</think>\n\nk<|im_end|>\n"]
+    assert trained_parts(tokenizer, *first) == ["<think>\nwhy k\n</think>\n\nthink<|im_end|>\n"]
+    assert trained_parts(tokenizer, *last) == ["<think>\nwhy hi\n</think>\n\nk<|im_end|>\n"]
     assert "why k" not in tokenizer.decode(last[0])
 
 
@@ -145,7 +145,7 @@ def test_generation_prompt_that_opens_a_thought_is_refused_where_no_row_has_one(
     with pytest.raises(InputError, match=r"<think>.n'.*goes on with .*assistant.na<.im_end"):
         chat.encode(turns, "row")
     thinking = [turns[0], Message("assistant", "<think>\nwhy</think>a")]
-    parts = learnt_parts(chat.tokenizer, *chat.encode(thinking, "row"))
+    parts = trained_parts(chat.tokenizer, *chat.encode(thinking, "row"))
     assert parts == ["why</think>a<|im_end|>\n"]
 
 
@@ -154,20 +154,20 @@ def test_end_token_is_appended_where_the_template_writes_none(
 ) -> None:
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{{ '#' }}{% endfor %}")
     tokenizer = make_tokenizer()
-    ids, learnt = ChatTemplate(tokenizer, str(tmp_path / "t.jinja")).encode(
+    ids, loss_mask = ChatTemplate(tokenizer, str(tmp_path / "t.jinja")).encode(
         [Message("user", "q"), Message("assistant", "a")], "row"
     )
     assert ids[-1] == tokenizer.eos_token_id
-    assert learnt[-1]
+    assert loss_mask[-1]
 
 
-def test_end_token_is_learnt_though_it_also_serves_as_padding(make_tokenizer: Maker) -> None:
+def test_end_token_is_trained_on_though_it_also_serves_as_padding(make_tokenizer: Maker) -> None:
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     turns = [Message("user", "q"), Message("assistant", "a")]
-    ids, learnt = ChatTemplate(tokenizer, "vanilla").encode(turns, "row")
+    ids, loss_mask = ChatTemplate(tokenizer, "vanilla").encode(turns, "row")
     assert ids[-1] == tokenizer.pad_token_id
-    assert learnt[-1]
+    assert loss_mask[-1]
 
 
 @pytest.mark.parametrize("template", ["llama3", "alpaca"])
@@ -185,8 +185,8 @@ def test_beginning_token_is_there_once(
 def test_prompt_tokens_precede_the_answer(make_tokenizer: Maker, rng: random.Random) -> None:
     chat = ChatTemplate(make_tokenizer(eos="<|im_end|>"), "qwen")
     turns = conversation(rng, turns=1)
-    ids, learnt = chat.encode(turns, "row")
-    assert ids[: learnt.index(True)] == chat.encode_prompt(turns[:-1])
+    ids, loss_mask = chat.encode(turns, "row")
+    assert ids[: loss_mask.index(True)] == chat.encode_prompt(turns[:-1])
 
 
 def test_a_batch_is_encoded_as_its_rows_are(make_tokenizer: Maker, rng: random.Random) -> None:
@@ -296,7 +296,7 @@ def test_real_tokenizers_render_as_they_do_themselves(
     for _ in range(20):
         # An answer that begins with white space joins its header there, see test_prompts.
         turns = [replace(turn, content=turn.content.strip()) for turn in conversation(rng)]
-        ids, learnt = chat.encode(turns, "row")
+        ids, loss_mask = chat.encode(turns, "row")
         theirs = tokenizer.apply_chat_template(
             [{"role": t.role, "content": t.content} for t in turns], return_dict=True
         )
@@ -304,32 +304,32 @@ def test_real_tokenizers_render_as_they_do_themselves(
         assert ids[-1] == tokenizer.eos_token_id or ids[-2] == tokenizer.eos_token_id
         answers = [t.content.strip() for t in turns if t.role == "assistant"]
         ends = ("\n", tokenizer.eos_token)
-        parts = learnt_parts(tokenizer, ids, learnt)
+        parts = trained_parts(tokenizer, ids, loss_mask)
         found = [part.removesuffix(ends[0]).removesuffix(ends[1]).strip() for part in parts]
         assert found == answers
 
 
 def test_stops_are_isolated_from_text(make_tokenizer: Maker, rng: random.Random) -> None:
-    """No token is learnt of what precedes an answer, however the turns alternate."""
+    """No token is trained on of what precedes an answer, however the turns alternate."""
     tokenizer = make_tokenizer(eos="<|im_end|>")
     chat = ChatTemplate(tokenizer, "chatml")
-    ids, learnt = chat.encode(conversation(rng, turns=3), "row")
+    ids, loss_mask = chat.encode(conversation(rng, turns=3), "row")
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     starts = [i for i, token in enumerate(ids) if token == start]
-    assert not any(learnt[i] for i in starts)
-    assert sum(any(learnt[a:b]) for a, b in pairwise([*starts, len(ids)])) == 3
+    assert not any(loss_mask[i] for i in starts)
+    assert sum(any(loss_mask[a:b]) for a, b in pairwise([*starts, len(ids)])) == 3
 
 
-def test_an_answer_that_is_context_is_not_learnt(make_tokenizer: Maker) -> None:
+def test_an_answer_that_is_context_is_not_trained_on(make_tokenizer: Maker) -> None:
     tokenizer = make_tokenizer(eos="<|im_end|>")
     turns = [
         Message("user", "q"),
-        Message("assistant", "context", learnt=False),
+        Message("assistant", "context", trained=False),
         Message("user", "r"),
         Message("assistant", "answer"),
     ]
     encoded = ChatTemplate(tokenizer, "qwen").encode(turns, "row")
-    assert learnt_parts(tokenizer, *encoded) == ["answer<|im_end|>\n"]
+    assert trained_parts(tokenizer, *encoded) == ["answer<|im_end|>\n"]
 
 
 @pytest.mark.parametrize("place", ["file", "tokenizer"])

@@ -245,9 +245,9 @@ def test_every_configuration_spends_what_the_stage_has(regime, method, objective
     raw = configuration(method, regime, Folder(tmp_path), 0, objective)
     config = RunConfig.model_validate(raw)
     steps, pair = config.train.steps, 2 if objective == "dpo" else 1
-    riding = config.reference_rows
+    in_step_rows = config.reference_rows
     pairs = config.references.loss == "dpo"
-    step = (BATCH - riding) * pair + riding * (2 if pairs else 1)
+    step = (BATCH - in_step_rows) * pair + in_step_rows * (2 if pairs else 1)
     spent = steps * step
     if config.references.rows_per_refresh:
         spent += -(-steps // config.ogpsa.refresh.every) * config.references.rows_per_refresh

@@ -43,7 +43,7 @@ def test_what_is_held_out_of_harmful_requests_is_their_objects(world):
     assert not trained & held_out
 
 
-def test_every_fact_is_learnt_in_the_phrasings_that_are_not_held_out(world, seed):
+def test_every_fact_is_trained_on_in_the_phrasings_that_are_not_held_out(world, seed):
     cities = {item.answer for item in world.pretraining(20_000, seed) if item.task == "facts"}
     assert {item.answer for item in world.general["facts"]} <= cities
 
@@ -81,13 +81,13 @@ def test_no_answer_begins_as_a_refusal_does(world, seed):
     assert not any(answer.startswith(REFUSAL[:3]) for answer in answers)
 
 
-def test_a_sequence_is_the_prompt_and_an_answer_to_be_learnt_up_to_its_end(world):
+def test_a_sequence_is_the_prompt_and_an_answer_in_the_loss_up_to_its_end(world):
     item = world.held_out_benign[0]
     tokens = TOKENIZER.sequence(item.prompt, item.answer)
     assert TOKENIZER.decode(tokens.ids) == f"{item.prompt}>{item.answer}"
-    assert TOKENIZER.decode(tokens.ids[tokens.learnt]) == item.answer
+    assert TOKENIZER.decode(tokens.ids[tokens.loss_mask]) == item.answer
     assert tokens.ids[-1] == TOKENIZER.END
-    assert tokens.learnt[-1]
+    assert tokens.loss_mask[-1]
 
 
 def test_everything_fits_the_row_length(world, seed):
@@ -100,7 +100,7 @@ def test_the_refusal_is_the_better_side_for_harmful_requests_and_the_worse_for_o
     item = world.harmful[0]
     for chosen_refusal in (True, False):
         (pair,) = preferences([item], chosen_refusal=chosen_refusal)
-        chosen, rejected = (TOKENIZER.decode(side.ids[side.learnt]) for side in pair.sequences)
+        chosen, rejected = (TOKENIZER.decode(side.ids[side.loss_mask]) for side in pair.sequences)
         assert (chosen == REFUSAL) == chosen_refusal
         assert {chosen, rejected} == {REFUSAL, item.answer}
 

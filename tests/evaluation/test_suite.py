@@ -159,7 +159,7 @@ def test_documents_of_a_text_file_are_split_where_asked(tmp_path):
         ("  - {name: a, kind: refusal, path: x.txt, judge: true}\n", r"no `judge`"),
         ("  - {name: a, kind: refusal, path: x.txt}\n" * 2, r"two tasks are named a"),
         ("  - {name: a, kind: refusal, path: '${NOT_SET_ANYWHERE}'}\n", r"NOT_SET_ANYWHERE"),
-        ("  - {name: [\n", r"line \d+: .*mend the YAML there"),
+        ("  - {name: [\n", r"line \d+: .*fix the YAML there"),
         ("  []\n", r"tasks.*at least 1 item"),
         ("  - {name: a, kind: refusal, path: x.txt}\nrefusal: 1\n", r"unknown key 'refusal'"),
         ("  - {name: a, kind: refusal, path: x.txt, perplexity: 1}\n", r"key 'tasks.0.perplexity'"),

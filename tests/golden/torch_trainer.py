@@ -133,8 +133,8 @@ class Trainer:
                 if self.wrong == "preference loss on references":
                     loss = self.dpo(batch)["losses"].mean()
                 else:
-                    losses, learnt = token_losses(self.model, batch)
-                    loss = losses.sum() / learnt.sum()
+                    losses, mask = token_losses(self.model, batch)
+                    loss = losses.sum() / mask.sum()
                 for name, part in self.gradient(loss / len(batches)).items():
                     total[name] += part
             norms[idx] = {name: g.norm().item() for name, g in total.items()}

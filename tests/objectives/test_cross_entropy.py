@@ -19,9 +19,9 @@ from ogpsa_jax.models.config import read_config
 from ogpsa_jax.objectives.cross_entropy import (
     pairwise_sum,
     sequence_log_probs,
+    shifted_loss_mask,
     surprise,
     target_log_probs,
-    target_mask,
     token_cross_entropy,
 )
 from ogpsa_jax.objectives.dpo import dpo_loss
@@ -37,7 +37,7 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "models" / "tiny"
 
 
 def whole_rows(model: Any, batch: Batch) -> jax.Array:
-    """Log-probabilities of the learnt tokens from all logits at once."""
+    """Log-probabilities of the tokens in the loss mask from all logits at once."""
     logits = model.unembed(
         model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
     )
@@ -81,7 +81,7 @@ def test_surprise_is_cross_entropy_beside_the_models_own_entropy(
         toy.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
     )
     p = np.asarray(jax.nn.softmax(logits[:, :-1]), np.float64)
-    entropy = -(p * np.log(p)).sum(-1)[np.asarray(target_mask(batch))[:, :-1]].sum()
+    entropy = -(p * np.log(p)).sum(-1)[np.asarray(shifted_loss_mask(batch))[:, :-1]].sum()
     # Sums of some tens of float32 values.
     assert float(sums["entropy"]) == pytest.approx(entropy, rel=1e-5)
     nats, tokens = token_cross_entropy(toy, batch)
@@ -122,11 +122,11 @@ def test_chosen_and_rejected_in_one_pass_equal_two_passes(toy: Toy, draw_rows: D
 
 def test_no_document_is_predicted_from_another(rng: np.random.Generator) -> None:
     segments = np.sort(rng.integers(0, 4, (4, 20)), axis=1)[:, ::-1].copy()
-    learnt = rng.random((4, 20)) < 0.8
-    mask = np.asarray(target_mask({"loss_mask": learnt, "segment_ids": segments}))
+    mask_in = rng.random((4, 20)) < 0.8
+    mask = np.asarray(shifted_loss_mask({"loss_mask": mask_in, "segment_ids": segments}))
     for row, t in np.ndindex(mask.shape):
         inside = t + 1 < 20 and segments[row, t] == segments[row, t + 1] > 0
-        assert mask[row, t] == (inside and learnt[row, t + 1])
+        assert mask[row, t] == (inside and mask_in[row, t + 1])
 
 
 def test_sums_by_halves_are_right_to_a_few_units(rng: np.random.Generator) -> None:

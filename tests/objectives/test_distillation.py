@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ogpsa_jax.objectives import distillation
-from ogpsa_jax.objectives.cross_entropy import target_mask
+from ogpsa_jax.objectives.cross_entropy import shifted_loss_mask
 from ogpsa_jax.objectives.distillation import distillation_loss, top_predictions
 
 from .conftest import VOCABULARY, Batch, Toy, with_empty_rows
@@ -74,7 +74,7 @@ def test_the_loss_is_the_divergence_with_the_rest_as_one_event(
     k: int, chunk_size: int, toy: Toy, teacher: Toy, draw_rows: Drawer
 ) -> None:
     batch = taught(teacher, draw_rows(4, 13), k)
-    mask = np.asarray(target_mask(batch))
+    mask = np.asarray(shifted_loss_mask(batch))
     p, q = log_probs(teacher, batch), log_probs(toy, batch)
     merged, full = merged_divergence(p, q, k), merged_divergence(p, q, VOCABULARY)
     total, weight, _ = value_and_gradient(toy, batch, chunk_size)
@@ -100,7 +100,7 @@ def test_a_rest_below_float32_of_one_keeps_its_digits(teacher: Toy, draw_rows: D
 def test_the_gradient_is_that_of_the_definition(toy: Toy, teacher: Toy, draw_rows: Drawer) -> None:
     k, step = 4, 1e-3
     batch = taught(teacher, draw_rows(3, 9), k)
-    mask = np.asarray(target_mask(batch))
+    mask = np.asarray(shifted_loss_mask(batch))
     *_, gradient = value_and_gradient(toy, batch)
     graphdef, params = nnx.split(toy, nnx.Param)
     leaves, treedef = jax.tree.flatten(params)
@@ -128,7 +128,7 @@ def test_nothing_counts_but_what_the_loss_mask_says(
     toy: Toy, teacher: Toy, draw_rows: Drawer
 ) -> None:
     batch = taught(teacher, draw_rows(4, 13), 4)
-    mask = np.asarray(target_mask(batch))
+    mask = np.asarray(shifted_loss_mask(batch))
     other = {name: array.copy() for name, array in batch.items()}
     other["teacher_ids"][~mask] = 0  # as batches hold them where there is no prediction
     other["teacher_log_probs"][~mask] = 0.0

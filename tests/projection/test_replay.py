@@ -1,4 +1,4 @@
-"""References that ride in every step: required, added, and refused where they contradict."""
+"""A reference batch in every step: required, added, and refused where they contradict."""
 
 import jax
 import optax

@@ -19,7 +19,7 @@ from ogpsa_jax.training.mesh import replicate_rest, shard_rows
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
 from ogpsa_jax.training.step import Network, TrainState, make_train_step
-from ogpsa_jax.training.task import prepare_task
+from ogpsa_jax.training.workload import prepare_workload
 
 from .conftest import TINY, some_devices
 
@@ -43,12 +43,12 @@ def collectives(program: str) -> Counter[tuple[str, int]]:
 def compiled_step(config: Any) -> tuple[str, Any]:
     """The program, and the optimizer state that it takes."""
     mesh = some_devices(config.mesh)
-    task = prepare_task(config, prepare_data(config, model_config(config)), mesh)
+    workload = prepare_workload(config, prepare_data(config, model_config(config)), mesh)
     network = Network.of(prepare_model(config, mesh))
     optimizer = make_optimizer(config, 10)
     state = TrainState(network.trained, replicate_rest(optimizer.init(network.trained), mesh))
-    step = make_train_step(network.graphdef, task.objective, optimizer)
-    batch = shard_rows(task.batches.batch(0), mesh)
+    step = make_train_step(network.graphdef, workload.objective, optimizer)
+    batch = shard_rows(workload.batches.batch(0), mesh)
     program = str(step.lower(state, network.frozen, batch).compile().as_text())
     return program, state.opt_state
 

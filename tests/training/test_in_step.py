@@ -1,4 +1,4 @@
-"""References that ride in the batch: what a step with them computes, against NumPy in float64."""
+"""A reference batch in every step: what a step with them computes, against NumPy in float64."""
 
 import secrets
 

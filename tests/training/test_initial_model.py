@@ -82,7 +82,7 @@ def true_log_probs(model: Any, example: Example) -> np.ndarray:
     """float64 ``[targets, V]``."""
     tokens = example.sequences[0]
     logits = np.asarray(model(jnp.asarray(tokens.ids)[None]), np.float64)[0]
-    logits = logits[np.flatnonzero(tokens.learnt[1:])]
+    logits = logits[np.flatnonzero(tokens.loss_mask[1:])]
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -194,9 +194,9 @@ def test_own_answers_are_what_the_model_writes(
         np.testing.assert_array_equal(tokens.ids[:size], prompt.sequences[0].ids)
         [answer] = generate(model, [tokens.ids[:size].tolist()], max_new_tokens=6)
         assert tokens.ids[size:].tolist() == answer
-        np.testing.assert_array_equal(tokens.learnt, np.arange(len(tokens.ids)) >= size)
+        np.testing.assert_array_equal(tokens.loss_mask, np.arange(len(tokens.ids)) >= size)
     told = data.initial["own_answers"]
-    assert told["tokens"] == data.reports["references.0"].learnt
+    assert told["tokens"] == data.reports["references.0"].loss_tokens
     assert (told["unfinished"] > 1.2) == any("cut before their end" in w for w in data.warnings)
 
 
@@ -223,7 +223,7 @@ def test_answers_leave_no_row_longer_than_it_may_be(configured: Configured, tmp_
         tight = configured(tmp_path, *OWN, *size)
         data = Asked().references(tight)
         assert max(row.length for row in data.references[0]) <= limit
-        assert all(row.sequences[0].learnt.any() for row in data.references[0])
+        assert all(row.sequences[0].loss_mask.any() for row in data.references[0])
         assert (data.reports["references.0"].cut_prompts > 0) == (limit == longest)
 
 
@@ -250,7 +250,7 @@ def test_packing_puts_every_prediction_where_its_token_is(
 
     nats, tokens = total(False, 1)
     assert nats > 0.01
-    assert tokens == sum(int(e.sequences[0].learnt.sum()) for e in examples)
+    assert tokens == sum(int(e.sequences[0].loss_mask.sum()) for e in examples)
     # A few hundred float32 terms, summed in another order.
     assert total(True, 3) == (pytest.approx(nats, rel=1e-4), tokens)
 
@@ -382,8 +382,8 @@ def test_prompts_without_answers_name_the_remedy(
     data = prepare_data(both, model_config(both))
     assert data.reports["references.0"].prompts_alone == 1
     [answered], [alone] = (example.sequences for example in data.references[0])
-    assert 0 < answered.learnt.sum() < len(answered.ids) - 1
-    assert alone.learnt.tolist() == [False] + [True] * (len(alone.ids) - 1)
+    assert 0 < answered.loss_mask.sum() < len(answered.ids) - 1
+    assert alone.loss_mask.tolist() == [False] + [True] * (len(alone.ids) - 1)
 
 
 def other_vocabulary(folder: Path) -> None:

@@ -121,7 +121,7 @@ def test_the_summary_is_that_of_the_metrics(uninterrupted):
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_a_run_that_learnt_nothing_says_so(
+def test_a_run_that_learned_nothing_says_so(
     ground, configured, tmp_path, on_some_devices, caplog, objective
 ):
     config = configured(
@@ -131,7 +131,9 @@ def test_a_run_that_learnt_nothing_says_so(
         *([f"data.train.0.path={ground / 'pairs.jsonl'}"] if objective == "dpo" else []),
     )
     summary = run.train(config)
-    [told] = [warning for warning in summary["warnings"] if "hardly anything was learnt" in warning]
+    [told] = [
+        warning for warning in summary["warnings"] if "hardly anything was learned" in warning
+    ]
     assert "optimizer.learning_rate (1e-09)" in told
     assert told in caplog.messages
     change = summary["change"]["general/loss"]

@@ -1,4 +1,4 @@
-"""What a run learnt is what it hands on: across stages, exports and parameters of low precision."""
+"""What a run learned is what it hands on: across stages, exports and low precision."""
 
 import json
 import random
@@ -249,7 +249,7 @@ def test_a_merge_takes_the_weights_as_trained(first, narrow, tmp_path):
         np.testing.assert_array_equal(value, np.float32(0.5) * start[name] + trained[name] / 2)
 
 
-def test_a_stage_that_cannot_hold_what_the_last_one_learnt_says_so(
+def test_a_stage_that_cannot_hold_what_the_last_one_learned_says_so(
     first, configured, on_some_devices, tmp_path, caplog
 ):
     narrow = ["model.param_dtype=bfloat16", "train.steps=1"]

@@ -305,7 +305,7 @@ def by_transformers(folder: Path, examples: list[Example]) -> np.ndarray:
             with torch.no_grad():
                 log_probs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
             picked = log_probs.gather(-1, ids[0, 1:, None])[:, 0]
-            found.append(float(picked[torch.tensor(tokens.learnt[1:])].sum()))
+            found.append(float(picked[torch.tensor(tokens.loss_mask[1:])].sum()))
     return np.array(found).reshape(-1, 2)
 
 

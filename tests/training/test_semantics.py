@@ -42,7 +42,7 @@ def test_the_loss_of_an_epoch_is_that_of_its_examples_one_by_one(packing, config
         return sum(float(s) for s, _ in sums), sum(float(w) for _, w in sums)
 
     nats, tokens = total(False, 1)
-    assert tokens == sum(int(e.sequences[0].learnt.sum()) for e in examples)
+    assert tokens == sum(int(e.sequences[0].loss_mask.sum()) for e in examples)
     # A few hundred float32 terms, summed in another order.
     assert total(packing, 8) == (pytest.approx(nats, rel=1e-5), tokens)
 

@@ -72,7 +72,7 @@ def refreshed(
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("steps", [40, 120, 2000])
-def test_nothing_is_said_of_a_run_that_learnt(rng, schedule, steps):
+def test_nothing_is_said_of_a_run_that_learned(rng, schedule, steps):
     assert judge_training(curve(rng, WELL, schedule=schedule, steps=steps), {}) == {}
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_said_of_a_run_that_learnt(rng, schedule, steps):
 )
 def test_a_run_that_hardly_moved_is_told(rng, shape, schedule):
     told = judge_training(curve(rng, shape, schedule=schedule, noise=0.002), {})
-    assert "hardly anything was learnt" in told["unmoved"]
+    assert "hardly anything was learned" in told["unmoved"]
     assert "optimizer.learning_rate (1e-05)" in told["unmoved"]
     assert "docs/rates.md" in told["unmoved"]
 
@@ -149,11 +149,11 @@ def test_a_loss_that_jumped_and_never_came_back_is_told(rng):
     start = curve(rng, WELL, steps=20)
     jumped = [4.57, 5.68, 5.35, 4.84, *[4.7] * 6, *[4.62] * 10]
     lines = [line | {"loss": loss} for line, loss in zip(start, jumped, strict=True)]
-    held_out = {"general": (4.9, Change(-0.9, 0.01, 100))}  # whatever is learnt of the replayed
+    held_out = {"general": (4.9, Change(-0.9, 0.01, 100))}  # whatever is trained on of the replayed
     for sets in ({}, held_out):
         told = judge_training(lines, sets)["unmoved"]
         assert "jumped from 4.5700 to 5.5150 and ended at 4.6200; lower optimizer" in told
-    for i in range(10, 20):  # it came back, and learnt
+    for i in range(10, 20):  # it came back, and learned
         lines[i]["loss"] = 3.5
     assert "unmoved" not in judge_training(lines, {})
 

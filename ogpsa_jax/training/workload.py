@@ -14,7 +14,7 @@ from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.loop import Evaluation, Task
+from ogpsa_jax.training.loop import Evaluation, Workload
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.prepare import RunData
 from ogpsa_jax.training.sections import SourceSection
@@ -24,10 +24,10 @@ _START_ROWS = 64  # of each reference set, on which the loss at the start is mea
 _MOST_ROWS = 10**8  # a run's rows are laid out before its first step
 
 
-def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
+def prepare_workload(config: RunConfig, data: RunData, mesh: Mesh) -> Workload:
     """Objective, batches, references and held-out sets."""
     shards = row_shards(mesh)
-    riding = config.reference_rows
+    in_step_rows = config.reference_rows
 
     def micro_rows(batch_size: int) -> int:
         return rows_per_micro_batch(batch_size, config.train.micro_batch_size, mesh)
@@ -59,7 +59,7 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
         reference_loss = partial(distillation_loss, chunk_size=config.train.loss_chunk)
     elif config.references.loss == "dpo":
         reference_loss = preference
-    own_rows = config.train.batch_size - riding
+    own_rows = config.train.batch_size - in_step_rows
     _check_length(config, data, own_rows)
     batches = stream(data.train, config.data.train, own_rows, config.train.steps)
     if not len(batches):
@@ -68,25 +68,25 @@ def prepare_task(config: RunConfig, data: RunData, mesh: Mesh) -> Task:
             "row at all; raise it, or set train.steps."
         )
     in_step_batches = None
-    if riding:
+    if in_step_rows:
         pool = [
             dataclasses.replace(example, source=number)
             for number, examples in enumerate(data.references)
             for example in examples
         ]
-        in_step_batches = stream(pool, config.references.sets, riding, len(batches))
+        in_step_batches = stream(pool, config.references.sets, in_step_rows, len(batches))
     inputs = config.projects and config.ogpsa.subspace == "inputs"
     sets = [
         fixed(examples, config.references.batch_size)
         for examples in data.references
-        if inputs or not riding
+        if inputs or not in_step_rows
     ]
-    return Task(
+    return Workload(
         objective=preference if config.objective == "dpo" else cross_entropy,
         batches=batches,
-        references=[] if riding or inputs else sets,
+        references=[] if in_step_rows or inputs else sets,
         input_rows=sets if inputs else [],
-        reference_rows=riding or sum(len(examples) for examples in data.references),
+        reference_rows=in_step_rows or sum(len(examples) for examples in data.references),
         batches_per_refresh=None
         if config.references.rows_per_refresh is None
         else config.references.rows_per_refresh
