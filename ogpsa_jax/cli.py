@@ -271,7 +271,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from ogpsa_jax.evaluation import report, text_table, to_mind
+    from ogpsa_jax.reporting import report, text_table, to_mind
 
     records = report(parsed.runs, parsed.out, parsed.matched_safety)
     print(text_table(records, parsed.matched_safety))

@@ -11,8 +11,9 @@ from pathlib import Path
 from ogpsa_jax.demo.page import demo_figure
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import Record, markdown_table, read_records
+from ogpsa_jax.evaluation import Record, read_records
 from ogpsa_jax.files import read_json
+from ogpsa_jax.reporting import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

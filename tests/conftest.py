@@ -6,6 +6,7 @@ documents tell people to export is not seen; and nobody beyond this machine is a
 """
 
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -135,3 +136,11 @@ def real_data() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data: {folder}/data does not exist (set OGPSA_DATA)")
     return folder
+
+
+@pytest.fixture
+def drawn() -> random.Random:
+    """Random inputs, from a seed drawn afresh and printed."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)

@@ -9,8 +9,8 @@ from typing import Final
 from ogpsa_jax.demo.methods import METHODS
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
-from ogpsa_jax.evaluation import Record, aggregate
-from ogpsa_jax.evaluation.tables import Row, heading, with_spread
+from ogpsa_jax.evaluation import Record
+from ogpsa_jax.reporting.tables import Row, aggregate, heading, with_spread
 
 _TAX_REMOVED: Final = 0.85
 _MOST_OVER_REFUSAL: Final = 0.05

@@ -8,8 +8,8 @@ from ogpsa_jax.demo.findings import COMPARED
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.demo.scoring import SAFETY
 from ogpsa_jax.demo.world import REFUSAL
-from ogpsa_jax.evaluation import (
-    Record,
+from ogpsa_jax.evaluation import Record
+from ogpsa_jax.reporting import (
     cells_html,
     explanation_html,
     figure_html,

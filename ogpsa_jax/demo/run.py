@@ -24,10 +24,11 @@ from ogpsa_jax.demo.pretraining import one_device, pretrain
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Mode, Recipe, key
 from ogpsa_jax.demo.scoring import definitions
 from ogpsa_jax.demo.world import World
-from ogpsa_jax.evaluation import Record, evaluate, text_table, write_records
+from ogpsa_jax.evaluation import Record, evaluate, write_records
 from ogpsa_jax.evaluation.records import BASE
 from ogpsa_jax.files import make_folder, write_whole
 from ogpsa_jax.models.merge import merge_pretrained
+from ogpsa_jax.reporting import text_table
 from ogpsa_jax.training.metrics import read_metrics
 from ogpsa_jax.training.run import train_stages
 

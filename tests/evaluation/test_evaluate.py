@@ -12,12 +12,12 @@ from ogpsa_jax.evaluation.items import read_items
 from ogpsa_jax.evaluation.language_model import model_folder
 from ogpsa_jax.evaluation.provenance import Provenance, provenance
 from ogpsa_jax.evaluation.records import Cost, read_records
-from ogpsa_jax.evaluation.report import report
 from ogpsa_jax.evaluation.scoring import LogLikelihood
 from ogpsa_jax.evaluation.suite import load_suite
-from ogpsa_jax.evaluation.tables import text_table
 from ogpsa_jax.evaluation.tasks import normalised
 from ogpsa_jax.files import only_writer
+from ogpsa_jax.reporting.report import report
+from ogpsa_jax.reporting.tables import text_table
 from tests.evaluation.fakes import EchoModel
 from tests.evaluation.trial import SUITE, item_lines, run_trial
 

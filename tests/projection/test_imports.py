@@ -15,6 +15,7 @@ ROOMS = {
     "models": set(),
     "data": set(),
     "evaluation": {"models", "data"},
+    "reporting": {"evaluation"},
     "objectives": {"projection", "models", "data"},
     "training": {"projection", "objectives", "models", "data", "evaluation"},
 }

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.asking import to_mind
-from ogpsa_jax.evaluation.figure import pareto_figure
-from ogpsa_jax.evaluation.page import figure_html, html_page, table_html
 from ogpsa_jax.evaluation.records import Record, check_definitions, read_records
-from ogpsa_jax.evaluation.tables import (
+from ogpsa_jax.files import make_folder, write_whole
+from ogpsa_jax.reporting.comparability import to_mind
+from ogpsa_jax.reporting.figure import pareto_figure
+from ogpsa_jax.reporting.page import figure_html, html_page, table_html
+from ogpsa_jax.reporting.tables import (
     SAFETY_TOLERANCE,
     csv_table,
     heading,
     markdown_table,
     safety_score,
 )
-from ogpsa_jax.files import make_folder, write_whole
 
 
 def report(

@@ -7,20 +7,17 @@ import pytest
 
 from ogpsa_jax.cli import main
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import (
-    Cost,
-    Record,
+from ogpsa_jax.evaluation import Cost, Record, read_records, write_records
+from ogpsa_jax.reporting import (
     aggregate,
     csv_table,
     html_page,
     markdown_table,
     pareto_figure,
-    read_records,
     report,
     table_html,
     text_table,
     to_mind,
-    write_records,
 )
 
 _SAFE = {"base": 0.03, "naive": 0.98, "ogpsa": 0.97, "merge": 0.5}

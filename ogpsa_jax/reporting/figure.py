@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ogpsa_jax.evaluation.records import BASE, NAIVE, Record
-from ogpsa_jax.evaluation.tables import Row, aggregate, safety_score
+from ogpsa_jax.reporting.tables import Row, aggregate, safety_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

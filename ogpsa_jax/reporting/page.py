@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ogpsa_jax.evaluation.records import Record
-from ogpsa_jax.evaluation.tables import SPREAD_NOTE, table_cells
+from ogpsa_jax.reporting.tables import SPREAD_NOTE, table_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
