@@ -13,8 +13,8 @@ from itertools import islice
 import grain
 import numpy as np
 
-from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data.examples import Example, Tokens
+from ogpsa_jax.progress import quick_bar
 
 Batch = dict[str, np.ndarray]
 _OPEN_ROWS = 64  # rows that packing tries to fill at a time
@@ -219,10 +219,10 @@ def _order(
     exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     total = None if epochs is None else round(epochs * len(members[0]) / float(shares[0]))
-    countdown = Countdown("laying out the run", total or 0, "rows")
+    bar = quick_bar("laying out the run", total or 0, "rows")
     for count in range(1, total + 1) if total is not None else itertools.count(1):
         if total is not None:
-            countdown.at(count)
+            bar.at(count)
         number = _next_source(shares, [share * count for share in shares], taken)
         yield int(streams[number][taken[number]])
         taken[number] += 1

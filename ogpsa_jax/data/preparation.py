@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 
-from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data.examples import DataReport, Example
 from ogpsa_jax.data.outcomes import Outcome, outcomes_of
 from ogpsa_jax.data.reading import and_others, read_records
@@ -19,6 +18,7 @@ from ogpsa_jax.data.records import (
 )
 from ogpsa_jax.data.templates import ChatTemplate
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.progress import quick_bar
 
 TooLong = Literal["refuse", "skip", "cut"]
 Answers = Literal["required", "optional", "left out"]
@@ -166,12 +166,12 @@ def _drawn(
         wanted = source.samples
     outcomes: dict[int, Outcome] = {}
     made = 0
-    countdown = Countdown(f"tokenising {source.path}", wanted, "rows")
+    bar = quick_bar(f"tokenising {source.path}", wanted, "rows")
     while made < wanted and len(outcomes) < len(records):
         chunk = order[len(outcomes) :][: min(_CHUNK, wanted - made)].tolist()
         found = tokenise([records[i] for i in chunk])
         outcomes.update(zip(chunk, found, strict=True))
         # A record that gives nothing counts all the same where no other takes its place.
         made += sum(source.samples is None or not outcome.problem for outcome in found)
-        countdown.at(made)
+        bar.at(made)
     return [outcomes[index] for index in sorted(outcomes)]

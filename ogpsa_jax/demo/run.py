@@ -5,7 +5,6 @@ files: ``train``, ``merge`` and ``evaluate`` are called on them.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from ogpsa_jax.evaluation import Record, evaluate, write_records
 from ogpsa_jax.evaluation.records import BASE
 from ogpsa_jax.files import make_folder, write_whole
 from ogpsa_jax.models.merge import merge_pretrained
+from ogpsa_jax.progress import Progress
 from ogpsa_jax.reporting import text_table
 from ogpsa_jax.training.metrics import read_metrics
 from ogpsa_jax.training.run import train_stages
@@ -70,10 +70,20 @@ class _Demo:
         self.curves: dict[str, dict[str, Any]] = {}
         self.answers: dict[str, Any] = {"asked": [], "given": {}}
         self.started = time.perf_counter()
-        self.done = 0
-        self.total = recipe.worlds * (1 + sum(len(each.methods) for each in recipe.comparisons))
+        models = recipe.worlds * (1 + sum(len(each.methods) for each in recipe.comparisons))
+        self.progress = Progress("demo")
+        self.bar = self.progress.bar("", models, "models")
 
     def run(self) -> dict[str, Any]:
+        with self.progress:
+            found = self._run()
+        for comparison, records in zip(self.recipe.comparisons, self._tables(), strict=True):
+            print(f"{comparison.regime.title}\n\n{text_table(records, MATCHED_SAFETY)}\n")
+            print(f"{findings_text(findings(records))}\n")
+        print(f"{self.out}: report.html, pareto.png, results.json")
+        return found
+
+    def _run(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for seed in self.seeds:
             world = World(seed, self.recipe.pretraining.tasks, self.recipe.pretraining.facts)
@@ -86,16 +96,12 @@ class _Demo:
                     self._method(method, number, folder, seed, shown=first)
                 # After each, so that there is something to look at early.
                 found = self._write()
-        for comparison, records in zip(self.recipe.comparisons, self._tables(), strict=True):
-            print(f"{comparison.regime.title}\n\n{text_table(records, MATCHED_SAFETY)}\n")
-            print(f"{findings_text(findings(records))}\n")
-        print(f"{self.out}: report.html, pareto.png, results.json")
         return found
 
     def _written(self, world: World) -> Folder:
         """The files of a world, the model among them."""
         recipe = self.recipe.pretraining
-        self._tell(
+        self.progress.doing(
             f"pre-training a decoder on world {world.seed}: {', '.join(world.general)}, and "
             "requests, all of which it learns to answer"
         )
@@ -107,6 +113,7 @@ class _Demo:
         if not self.answers["asked"]:
             self.answers["asked"] = [dataclasses.asdict(item) for item in shown(world)]
             self._answers(BEFORE, folder.model, folder)
+        self.bar.more(1)
         return folder
 
     def _method(self, name: str, number: int, folder: Folder, seed: int, *, shown: bool) -> None:
@@ -114,7 +121,7 @@ class _Demo:
         method, comparison = METHODS[name], self.recipe.comparisons[number]
         regime = f", {comparison.regime.name}" if method.uses_rows else ""
         label = method.label + regime
-        self._tell(f"{label}, world {seed}: {method.why}")
+        self.progress.doing(f"{label}, world {seed}: {method.why}")
         runs = train(name, comparison, folder, seed)
         stage = ""
         for stage, run in zip(("sft", "sft+dpo"), runs, strict=False):
@@ -125,6 +132,7 @@ class _Demo:
         if shown:
             self._answers(label, runs[-1], folder)
             self.curves[label] = _curves(runs[0])
+        self.bar.more(1)
 
     def _merge(self, naive: Path, folder: Folder, stage: str, seed: int) -> None:
         """Weights between the model before alignment and the naive one: in the picture alone."""
@@ -178,11 +186,6 @@ class _Demo:
         place = _beside(model, folder.answers)
         evaluate(model, folder.answers, place, **_SMALL)
         self.answers["given"][label] = read_answers(place)
-
-    def _tell(self, what: str) -> None:
-        self.done += 1
-        passed = time.perf_counter() - self.started
-        print(f"[{self.done}/{self.total}, {passed:.0f} s] {what}", file=sys.stderr, flush=True)
 
     def _tables(self) -> list[list[Record]]:
         """The records of each comparison."""

@@ -17,7 +17,6 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.items import Item, read_items
 from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
 from ogpsa_jax.evaluation.model_card import write_model_card
-from ogpsa_jax.evaluation.progress import Progress
 from ogpsa_jax.evaluation.provenance import Provenance, find_run, provenance
 from ogpsa_jax.evaluation.records import write_records
 from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
@@ -31,6 +30,7 @@ from ogpsa_jax.evaluation.suite import (
 )
 from ogpsa_jax.evaluation.tasks import UNJUDGED, Outcome, TaskResult, run_items, summarise
 from ogpsa_jax.files import make_folder, only_writer, read_json
+from ogpsa_jax.progress import Progress
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.judge import Judge
@@ -151,10 +151,10 @@ def run_suite(
     started = time.perf_counter()
     results: dict[str, TaskResult] = {}
     reused = 0
-    with ItemLog(output_dir / "items.jsonl") as log, Progress(progress) as bars:
+    with ItemLog(output_dir / "items.jsonl") as log, Progress(shown=progress) as bars:
         for task in suite.tasks:
             own = items[task.name]
-            bar = bars.task(task.name, len(own))
+            bar = bars.bar(task.name, len(own), "items")
             keys = _keys(model, suite, task, own, batch_size)
             reused += sum(key in log.outcomes for key in keys)
             for batch in _batches(task, keys, log, batch_size):
@@ -320,7 +320,7 @@ def _judge_items(
     ]
     if not waiting:
         return
-    bar = bars.task(f"{task.name}, judge", len(keys))
+    bar = bars.bar(f"{task.name}, judge", len(keys), "answers")
     bar.at(len(keys) - len(waiting))
 
     def done(number: int, verdict: str) -> None:

@@ -28,9 +28,9 @@ from lm_eval.models.utils import (
 )
 
 from ogpsa_jax.evaluation.language_model import JaxModel, open_model
-from ogpsa_jax.evaluation.progress import Progress
 from ogpsa_jax.evaluation.scoring import score_continuations
 from ogpsa_jax.models import generate
+from ogpsa_jax.progress import Progress
 
 _SAMPLING = {"temperature", "top_k", "top_p"}
 
@@ -148,8 +148,8 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to a stop sequence."""
         results = [""] * len(requests)
-        with Progress(not disable_tqdm) as bars:
-            bar = bars.task("generate_until", len(requests))
+        with Progress(shown=not disable_tqdm) as bars:
+            bar = bars.bar("generate_until", len(requests), "requests")
             for settings, numbers in _grouped(requests):
                 kwargs = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
                 eos = self.tokenizer.decode([self.eot_token_id])
@@ -190,13 +190,13 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
-        with Progress(not disable_tqdm) as bars:
+        with Progress(shown=not disable_tqdm) as bars:
             scored = score_continuations(
                 self.opened.model,
                 pairs,
                 batch_size=self.batch_size,
                 max_length=self.max_length,
-                done=bars.task("log-likelihood", len(pairs)).more,
+                done=bars.bar("log-likelihood", len(pairs), "requests").more,
             )
         return [(one.total, one.greedy) for one in scored]
 

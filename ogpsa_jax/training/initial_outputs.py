@@ -17,11 +17,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data import Example, Predictions, Tokens, digest, fixed_batches
 from ogpsa_jax.models import generate
 from ogpsa_jax.objectives.cross_entropy import shifted_loss_mask
 from ogpsa_jax.objectives.distillation import top_predictions
+from ogpsa_jax.progress import quick_bar
 from ogpsa_jax.training.array_cache import Arrays, cache_folder, read_arrays, write_arrays
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.initial_model import InitialModel
@@ -95,7 +95,7 @@ def _answers(
 ) -> list[list[int]]:
     settings = config.references.own_answers
     answers: list[list[int]] = []
-    countdown = Countdown("the initial model's answers", len(prompts), "rows")
+    bar = quick_bar("the initial model's answers", len(prompts), "rows")
     shortest = min(example.length for example in prompts)
     most_new = min(settings.max_new_tokens, config.data.max_length - shortest)
     for first in range(0, len(prompts), _ANSWERED_AT_ONCE):
@@ -112,7 +112,7 @@ def _answers(
             stop_tokens=stop_tokens,
         )
         answers += [ids[:most] for ids, most in zip(added, room, strict=True)]
-        countdown.at(len(answers))
+        bar.at(len(answers))
     return answers
 
 
@@ -194,11 +194,11 @@ def _batches(examples: list[Example], config: RunConfig, mesh: Mesh, title: str)
         max_length=config.data.max_length,
         multiple=row_shards(mesh),
     )
-    countdown = Countdown(title, len(examples), "rows")
+    bar = quick_bar(title, len(examples), "rows")
     for i in range(len(batches["input_ids"])):
         placed = shard_rows({name: array[i : i + 1] for name, array in batches.items()}, mesh)
         yield {name: array[0] for name, array in placed.items()}, examples[i * rows :][:rows]
-        countdown.at(min((i + 1) * rows, len(examples)))
+        bar.at(min((i + 1) * rows, len(examples)))
 
 
 def _on_all_devices(mesh: Mesh, arrays: Any) -> Any:

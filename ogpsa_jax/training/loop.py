@@ -32,7 +32,7 @@ from ogpsa_jax.training.metrics import (
     find_problems,
 )
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
-from ogpsa_jax.training.progress import Progress
+from ogpsa_jax.training.progress import RunProgress
 from ogpsa_jax.training.sections import RefreshSection
 from ogpsa_jax.training.step import (
     Network,
@@ -115,7 +115,7 @@ def fit(
     config: RunConfig,
     mesh: Mesh,
     run_dir: Path,
-    progress: Progress | None = None,
+    progress: RunProgress | None = None,
 ) -> tuple[Network, list[Line]]:
     """Train `network`, resuming from the newest checkpoint in `run_dir` if there is one.
 
@@ -256,9 +256,9 @@ def fit(
     return network._replace(trained=state.params), log.lines
 
 
-def progress_of(config: RunConfig) -> Progress:
+def progress_of(config: RunConfig) -> RunProgress:
     """What a person sees of a run: a preference loss is counted in pairs."""
-    return Progress(config.name, "pairs" if config.objective == "dpo" else "targets")
+    return RunProgress(config.name, "pairs" if config.objective == "dpo" else "targets")
 
 
 def is_due(state: TrainState, step: int, section: RefreshSection) -> bool:

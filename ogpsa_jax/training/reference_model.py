@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data import Example, digest, fixed_batches
 from ogpsa_jax.models import load_pretrained
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
+from ogpsa_jax.progress import quick_bar
 from ogpsa_jax.training.array_cache import Arrays, cache_folder, read_arrays, write_arrays
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import row_shards, shard_rows
@@ -105,12 +105,12 @@ def _compute(model: Any, examples: list[Example], config: RunConfig, mesh: Mesh)
 
     count = len(batches["input_ids"])
     parts = []
-    countdown = Countdown("reference log-probabilities", len(examples), "pairs")
+    bar = quick_bar("reference log-probabilities", len(examples), "pairs")
     for i in range(count):
         placed = shard_rows({name: array[i : i + 1] for name, array in batches.items()}, mesh)
         batch = {name: array[0] for name, array in placed.items()}
         parts.append(np.asarray(log_probs(state, batch)))
-        countdown.at(min((i + 1) * rows, len(examples)))
+        bar.at(min((i + 1) * rows, len(examples)))
     return np.concatenate(parts)[: len(examples)].astype(np.float32)
 
 

@@ -38,7 +38,7 @@ from ogpsa_jax.training.prepare import (
     prepare_reference_log_probs,
     trained_parameters,
 )
-from ogpsa_jax.training.progress import Progress
+from ogpsa_jax.training.progress import RunProgress
 from ogpsa_jax.training.references import prepare_references
 from ogpsa_jax.training.rounding import (
     loading_warning,
@@ -162,7 +162,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
         return _carry_out(config, run_dir, progress)
 
 
-def _carry_out(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]:
+def _carry_out(config: RunConfig, run_dir: Path, progress: RunProgress) -> dict[str, Any]:
     """Run a stage that is not finished."""
     finished = run_dir / "summary.json"
     started = time.perf_counter()

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ogpsa_jax.countdown import Countdown
 from ogpsa_jax.data import Example, Tokens, TrainBatches, fixed_batches
 
 
@@ -313,18 +312,3 @@ def test_no_source_is_ever_a_row_ahead_or_behind(
     taken = np.cumsum(np.eye(count)[seen], axis=0)
     due = np.arange(1, 501)[:, None] * np.asarray(weights) / sum(weights)
     assert np.abs(taken - due).max() < 1
-
-
-def test_slow_work_is_told_every_ten_seconds_with_the_time_left(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clock = iter([0.0, 4.0, 11.0, 12.0, 40.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    with caplog.at_level("INFO", "ogpsa_jax"):
-        countdown = Countdown("tokenising a.jsonl", 4000, "rows")
-        for done in (400, 1000, 1100, 3200):
-            countdown.at(done)
-    assert caplog.messages == [
-        "tokenising a.jsonl: 1,000 of 4,000 rows, 33 s left",
-        "tokenising a.jsonl: 3,200 of 4,000 rows, 10 s left",
-    ]
