@@ -312,7 +312,7 @@ def test_progress_is_shown_on_stderr_alone(suite_path, tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "harmless" in shown.err
-    assert "5/5" in shown.err
+    assert "harmless: 5 of 5 items" in shown.err
 
 
 def test_importing_the_room_imports_no_torch_and_no_harness():
