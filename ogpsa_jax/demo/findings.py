@@ -10,7 +10,8 @@ from ogpsa_jax.demo.methods import METHODS
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 from ogpsa_jax.evaluation import Record
-from ogpsa_jax.reporting.tables import Row, aggregate, heading, with_spread
+from ogpsa_jax.reporting.rows import ScoreRow, aggregate
+from ogpsa_jax.reporting.tables import heading, with_spread
 
 _TAX_REMOVED: Final = 0.85
 _MOST_OVER_REFUSAL: Final = 0.05
@@ -73,7 +74,7 @@ def findings_text(found: Sequence[Finding]) -> str:
     return "\n".join([*lines, COMPARED] if found else [])
 
 
-def _own(ours: Row) -> list[Finding]:
+def _own(ours: ScoreRow) -> list[Finding]:
     safety = ours.mean[SAFETY]
     removed = ours.tax_removed
     return [
@@ -98,7 +99,7 @@ def _own(ours: Row) -> list[Finding]:
     ]
 
 
-def _ahead(records: Sequence[Record], ours: Row, theirs: Row) -> list[Finding]:
+def _ahead(records: Sequence[Record], ours: ScoreRow, theirs: ScoreRow) -> list[Finding]:
     """Whether a method is ahead of another in the scores that safety costs.
 
     In each world both begin with the same model and answer the same items: what worlds differ in
@@ -131,7 +132,7 @@ def _ahead(records: Sequence[Record], ours: Row, theirs: Row) -> list[Finding]:
     return found
 
 
-def _value(row: Row, name: str) -> str:
+def _value(row: ScoreRow, name: str) -> str:
     return with_spread(row.mean[name], row.spread.get(name))
 
 

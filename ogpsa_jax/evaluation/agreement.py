@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tabulate import tabulate
+
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.refusal import CLASSES, Refusal, classify_refusal
 
@@ -44,13 +46,7 @@ class Agreement:
     def lines(self) -> list[str]:
         """The agreement as text, class by class."""
         (two, two_kappa), (three, three_kappa) = self.two_way(), self.three_way()
-        lines = [
-            f"{self.answers} answers with human labels",
-            f"refusal or compliance: agreement {two:.3f}, Cohen's kappa {two_kappa:.3f}",
-            f"three classes:         agreement {three:.3f}, Cohen's kappa {three_kappa:.3f}",
-            "",
-            f"{'label':<17}{'answers':>8}{'recall':>8}{'precision':>11}   judged as",
-        ]
+        rows = []
         for label in CLASSES:
             row, hits = self.confusion[label], self.confusion[label][label]
             labelled = sum(row.values())
@@ -58,8 +54,20 @@ class Agreement:
             recall = f"{hits / labelled:.3f}" if labelled else "–"
             precision = f"{hits / judged:.3f}" if judged else "–"
             judgements = ", ".join(f"{name} {row[name]}" for name in CLASSES if row[name])
-            lines.append(f"{label:<17}{labelled:>8}{recall:>8}{precision:>11}   {judgements}")
-        return lines
+            rows.append([label, str(labelled), recall, precision, judgements])
+        table = tabulate(
+            rows,
+            headers=["label", "answers", "recall", "precision", "judged as"],
+            disable_numparse=True,
+            colalign=("left", "right", "right", "right", "left"),
+        )
+        return [
+            f"{self.answers} answers with human labels",
+            f"refusal or compliance: agreement {two:.3f}, Cohen's kappa {two_kappa:.3f}",
+            f"three classes: agreement {three:.3f}, Cohen's kappa {three_kappa:.3f}",
+            "",
+            *table.splitlines(),
+        ]
 
 
 def _agreement(table: Sequence[Sequence[int]]) -> tuple[float, float]:

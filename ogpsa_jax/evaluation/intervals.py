@@ -1,10 +1,12 @@
 """Confidence intervals: Wilson's for rates, the bootstrap's for means."""
 
-import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from typing import Any
 
 import numpy as np
+from scipy import stats
+
+_AT_ONCE = 2**20  # drawn items held in memory at a time
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -25,14 +27,9 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
         raise ValueError(f"trials must be at least 1, got {trials}")
     if not 0 <= successes <= trials:
         raise ValueError(f"successes must be in [0, {trials}], got {successes}")
-    z = _quantile(confidence)
-    rate = successes / trials
-    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
-    # Exact at the ends, where round-off would leave 1e-17 of it.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == trials else centre + half
-    return low, high
+    _check(confidence)
+    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def wilson_error(successes: int, trials: int) -> float:
@@ -41,7 +38,7 @@ def wilson_error(successes: int, trials: int) -> float:
     ``sqrt(p (1 - p) / n)`` would claim certainty where no trial succeeds, or every one.
     """
     low, high = wilson_interval(successes, trials)
-    return (high - low) / (2 * _quantile(0.95))
+    return (high - low) / (2 * float(stats.norm.ppf(0.975)))
 
 
 def bootstrap_interval(
@@ -66,11 +63,13 @@ def bootstrap_interval(
     Raises:
       ValueError: no item, or not one weight for each.
     """
-    means = bootstrap_means(sums, weights, resamples, seed)
-    _quantile(confidence)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    values, parts = _items(sums, weights)
+    _check(confidence)
+    if values.size == 1:
+        mean = float(values[0] / parts[0])
+        return mean, mean
+    interval = _bootstrap(values, parts, confidence, resamples, seed).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_means(
@@ -80,21 +79,38 @@ def bootstrap_means(
     seed: int = 0,
 ) -> np.ndarray:
     """Weighted means of resampled items, float64 [resamples]; see :func:`bootstrap_interval`."""
+    values, parts = _items(sums, weights)
+    if values.size == 1:
+        return np.full(resamples, values[0] / parts[0])
+    return _bootstrap(values, parts, 0.95, resamples, seed).bootstrap_distribution
+
+
+def _bootstrap(
+    values: np.ndarray, parts: np.ndarray, confidence: float, resamples: int, seed: int
+) -> Any:
+    return stats.bootstrap(
+        (values, parts),
+        lambda sums, weights, axis: sums.sum(axis=axis) / weights.sum(axis=axis),
+        paired=True,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        batch=max(1, _AT_ONCE // values.size),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+
+
+def _items(sums: Sequence[float], weights: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and weights as arrays, one of each per item."""
     values = np.asarray(sums, np.float64)
     parts = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"sums must hold at least one item, got shape {values.shape}")
     if parts.shape != values.shape:
         raise ValueError(f"weights must have the shape {values.shape} of sums, got {parts.shape}")
-    draw = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):  # a row at a time: all at once would not fit for many items
-        chosen = draw.integers(values.size, size=values.size)
-        means[i] = values[chosen].sum() / parts[chosen].sum()
-    return means
+    return values, parts
 
 
-def _quantile(confidence: float) -> float:
+def _check(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
-    return NormalDist().inv_cdf(0.5 + confidence / 2)

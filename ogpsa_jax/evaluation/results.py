@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tabulate import tabulate
+
 from ogpsa_jax.evaluation.asking import asking
 from ogpsa_jax.evaluation.items import Item
 from ogpsa_jax.evaluation.language_model import LanguageModel
@@ -85,8 +87,7 @@ def summary(
 
 def results_text(results: dict[str, Any]) -> str:
     """Results for a terminal: a line per task, then the scores, then what to mind."""
-    lines = [f"{results['model']}, suite {results['suite']}"]
-    width = max(len(name) for name in [*results["tasks"], *results["scores"]])
+    rows = []
     for name, task in results["tasks"].items():
         shown = f"{task['value']:.3f}"
         if task["interval"] is not None:
@@ -95,10 +96,16 @@ def results_text(results: dict[str, Any]) -> str:
         if task["kind"] == "perplexity":
             shown += f" = 1 / perplexity ({task['details']['perplexity']:.3f})"
         kind, count = task["kind"].replace("_", " "), task["items"]
-        lines.append(f"  {name:<{width}}  {shown}  {kind}, {count} item{'s' * (count != 1)}")
-    for name, value in results["scores"].items():
-        lines.append(f"{name:<{width + 2}}  {value:.3f}")
-    return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
+        rows.append([f"  {name}", shown, f"{kind}, {count} item{'s' * (count != 1)}"])
+    rows += [[name, f"{value:.3f}", ""] for name, value in results["scores"].items()]
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True)
+    return "\n".join(
+        [
+            f"{results['model']}, suite {results['suite']}",
+            *(line.rstrip() for line in table.splitlines()),
+            *(f"warning: {text}" for text in results["warnings"]),
+        ]
+    )
 
 
 def _scores(

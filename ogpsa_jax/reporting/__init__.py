@@ -4,7 +4,8 @@ from ogpsa_jax.reporting.comparability import to_mind
 from ogpsa_jax.reporting.figure import pareto_figure
 from ogpsa_jax.reporting.page import cells_html, figure_html, html_page, table_html
 from ogpsa_jax.reporting.report import explanation_html, report
-from ogpsa_jax.reporting.tables import aggregate, csv_table, markdown_table, text_table
+from ogpsa_jax.reporting.rows import aggregate
+from ogpsa_jax.reporting.tables import csv_table, markdown_table, text_table
 
 __all__ = [
     "aggregate",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ogpsa_jax.evaluation.asking import PLAIN
 from ogpsa_jax.evaluation.records import Record
-from ogpsa_jax.reporting.tables import HEADLINE
+from ogpsa_jax.reporting.rows import HEADLINE
 
 _WORDS = {"template": "chat templates", "stop_tokens": "stop tokens"}
 

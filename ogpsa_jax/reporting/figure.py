@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ogpsa_jax.evaluation.records import BASE, NAIVE, Record
-from ogpsa_jax.reporting.tables import Row, aggregate, safety_score
+from ogpsa_jax.reporting.rows import ScoreRow, aggregate, safety_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ def pareto_figure(
     return figure
 
 
-def axis_limits(rows: Sequence[Row], score: str) -> tuple[float, float]:
+def axis_limits(rows: Sequence[ScoreRow], score: str) -> tuple[float, float]:
     """Ends of an axis on which noise does not look like a gap.
 
     Args:
@@ -128,7 +128,7 @@ def axis_limits(rows: Sequence[Row], score: str) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def _colours(rows: list[Row]) -> dict[str, str]:
+def _colours(rows: list[ScoreRow]) -> dict[str, str]:
     methods = list(dict.fromkeys(row.method for row in rows))
     free = [method for method in methods if method not in _FIXED_COLOURS]
     others = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(free)}
@@ -136,7 +136,7 @@ def _colours(rows: list[Row]) -> dict[str, str]:
 
 
 def _draw(  # type: ignore[no-untyped-def]
-    axes, series: list[Row], score: str, colour: str, marker: str, above: bool
+    axes, series: list[ScoreRow], score: str, colour: str, marker: str, above: bool
 ) -> None:
     """A score of one method and stage; `above`: the labels stand above the points."""
     series = sorted(series, key=lambda row: row.mean["general"])
@@ -187,7 +187,7 @@ def _shared_words(labels: list[str]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _legend(axes, rows: list[Row], stages: list[str]) -> None:  # type: ignore[no-untyped-def]
+def _legend(axes, rows: list[ScoreRow], stages: list[str]) -> None:  # type: ignore[no-untyped-def]
     from matplotlib.lines import Line2D
 
     handles = []

@@ -11,13 +11,8 @@ from ogpsa_jax.files import make_folder, write_whole
 from ogpsa_jax.reporting.comparability import to_mind
 from ogpsa_jax.reporting.figure import pareto_figure
 from ogpsa_jax.reporting.page import figure_html, html_page, table_html
-from ogpsa_jax.reporting.tables import (
-    SAFETY_TOLERANCE,
-    csv_table,
-    heading,
-    markdown_table,
-    safety_score,
-)
+from ogpsa_jax.reporting.rows import SAFETY_TOLERANCE, safety_score
+from ogpsa_jax.reporting.tables import csv_table, heading, markdown_table
 
 
 def report(
