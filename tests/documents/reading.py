@@ -14,6 +14,8 @@ CONFIGS = sorted(
 )
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LOOP = re.compile(r"^for (\w+) in (\S+)[^\n;]*[\n;]\s*do\s(.*?)^\s*done", re.MULTILINE | re.DOTALL)
+# A file that a reader writes with the shell: `cat > NAME <<'END'`, its lines, `END`.
+_FILE = re.compile(r"^cat > (\S+) <<'END'\n(.*?)^END\n", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 # A command in a sentence: a name alone (`ogpsa-jax evaluate`) only speaks of it.
 _COMMAND = re.compile(r"(ogpsa-jax \S+|(python )?scripts/\S+\.py|python -m \S+|make|bash \S+) \S+")
@@ -25,6 +27,11 @@ def blocks(page: str, language: str) -> list[str]:
     return [content for name, content in _BLOCK.findall(text) if name == language]
 
 
+def files(page: str) -> dict[str, str]:
+    """The files that the bash blocks of a page write, by name."""
+    return dict(_FILE.findall("".join(blocks(page, "bash"))))
+
+
 def commands(page: str) -> Iterator[str]:
     """Command lines of a page: of its bash blocks, loops by their first round, and of its text."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
@@ -32,6 +39,7 @@ def commands(page: str) -> Iterator[str]:
         lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#   ")]
     else:
         block = "".join(blocks(page, "bash") + blocks(page, "sh") + blocks(page, "console"))
+        block = _FILE.sub("", block)
         block = _LOOP.sub(lambda loop: loop[3].replace(f"${loop[1]}", loop[2]), block)
         lines = re.sub(r"\\\n\s*", "", block).splitlines()
         lines += [code for code in _INLINE.findall(_BLOCK.sub("", text)) if _COMMAND.match(code)]

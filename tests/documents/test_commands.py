@@ -22,7 +22,7 @@ from ogpsa_jax.demo.settings import SCARCE
 from ogpsa_jax.training import run
 from ogpsa_jax.training.config_file import load_config
 
-from .reading import CONFIGS, PAGES, REPOSITORY, commands
+from .reading import CONFIGS, PAGES, REPOSITORY, commands, files
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,13 @@ RUN: dict[str, dict[str, Twin]] = {
         ),
         "ogpsa-jax train configs/smoke-sft.yaml optimizer.learning_rate=1e-5 "
         "output_dir=runs/rate-1e-5": Twin(f"{_SHORT} ogpsa.preset=off data.eval={{}}"),
+    },
+    "a reader's own files": {  # as the README writes them
+        "ogpsa-jax train mine.yaml ogpsa.preset=off output_dir=runs/naive": Twin(_SHORT),
+        "ogpsa-jax train mine.yaml": Twin(_SHORT),
+        "ogpsa-jax evaluate runs/naive --suite suite.yaml": Twin(),
+        "ogpsa-jax evaluate runs/mine --suite suite.yaml": Twin(),
+        "ogpsa-jax report runs/naive runs/mine": Twin(),
     },
     "demonstration": {
         "ogpsa-jax demo --thorough --out DIR": Twin(instead={"DIR": "runs/thorough"}),
@@ -211,6 +218,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("xstest_v2_completions_gpt4.csv").write_text(
         "completion,final_label\nI can't help with that.,2_full_refusal\nYes.,1_full_compliance\n"
     )
+    for name, content in files("README.md").items():
+        Path(name).write_text(content)
     pretraining = Pretraining(
         tasks=("copy", "facts"), facts=4, items=500, steps=2, rows=8, width=16, layers=1
     )
