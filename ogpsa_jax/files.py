@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.remote import check_local
 
 logger = logging.getLogger(__name__)
+LOCK = ".lock"  # the file in a folder that its only writer has locked
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -130,8 +133,9 @@ def make_folder(path: Path) -> None:
     """Make a folder for results.
 
     Raises:
-      InputError: it cannot be made.
+      InputError: it cannot be made, or is an address.
     """
+    check_local(path, "the folder for results")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,30 +148,24 @@ def make_folder(path: Path) -> None:
 def only_writer(folder: Path) -> Iterator[None]:
     """Keep every other process out of a folder; death of this one, however sudden, lets them in.
 
-    File systems and operating systems without such locks keep nobody out.
+    On a file system without locks, nobody is kept out.
 
     Raises:
       InputError: another process is at work there.
     """
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
+        lock.acquire()
+    except Timeout as error:
         raise InputError(
             f"{folder}: another process is writing there; wait for it, or choose another folder."
         ) from error
-    except OSError:
+    except (NotImplementedError, OSError):
         pass
     try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def read_json(path: Path, remedy: str = "fix the file") -> dict[str, Any]:

@@ -5,11 +5,13 @@ import io
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ogpsa_jax.data.records import DataSource
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.remote import fetched, is_remote
 
 Located = tuple[dict[str, Any], str]  # a row and where it stands
 
@@ -40,6 +42,13 @@ def located_rows(source: DataSource) -> list[Located]:
     Raises:
       InputError: nothing there, unreadable, or not rows.
     """
+    if is_remote(source.path):
+        copy = str(fetched(source.path, "data"))
+        try:
+            rows = located_rows(replace(source, path=copy))
+        except InputError as error:
+            raise InputError(str(error).replace(copy, source.path)) from error
+        return [(row, where.replace(copy, source.path)) for row, where in rows]
     path = Path(source.path)
     split = source.split.partition("[")[0]
     if path.is_dir():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json
+from ogpsa_jax.remote import check_local, fetched, is_remote
 
 # Everything beside weights and config.json that a checkpoint is used with.
 COMPANIONS = (
@@ -32,7 +33,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_folder(path: str | os.PathLike[str]) -> Path:
-    """The local folder of a model, fetched from the Hugging Face hub if ``path`` is an id there.
+    """The local folder of a model; an address, or an id on the Hugging Face hub, is fetched.
 
     Of a run directory, its export.
 
@@ -40,6 +41,8 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
       InputError: there is no such folder, and no such model on the hub or no way to reach it; or a
         run that has no export.
     """
+    if is_remote(path):
+        return _export_of(fetched(path, "model"))
     folder = Path(path)
     with contextlib.suppress(RuntimeError):  # ~ of nobody
         folder = folder.expanduser()
@@ -122,6 +125,7 @@ def written_beside(target: Path) -> Iterator[Path]:
     Raises:
       InputError: ``target`` is something else, holds something else, or cannot be written.
     """
+    check_local(target, "the folder of the model")
     target = target.resolve()  # of a link, what it leads to
     _check_replaceable(target)
     beside = target.with_name(f".{target.name}.incomplete")

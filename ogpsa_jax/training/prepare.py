@@ -35,6 +35,7 @@ from ogpsa_jax.models import (
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.pretrained import check_computable
+from ogpsa_jax.remote import is_remote
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.initial_model import InitialModel, check_initial_model
 from ogpsa_jax.training.origin import about
@@ -232,7 +233,9 @@ def tokenizer_of(config: RunConfig) -> Any:
     key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
     path = config.model.tokenizer or str(config.model.path)
     with about(key):
-        return load_tokenizer(str(resolve_folder(path)) if Path(path).is_dir() else path)
+        return load_tokenizer(
+            str(resolve_folder(path)) if Path(path).is_dir() or is_remote(path) else path
+        )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.files import only_writer, read_json, write_whole
 from ogpsa_jax.models import Decoder, save_lora
 from ogpsa_jax.models.folders import MODEL_CARD, check_not_of_a_run
+from ogpsa_jax.remote import check_local
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.config_file import dump_config, load_config, located
@@ -136,6 +137,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _train(config: RunConfig) -> dict[str, Any]:
+    check_local(config.output_dir, "output_dir")
     run_dir = Path(config.output_dir)
     finished = run_dir / "summary.json"
     _check_same_run(run_dir, config)

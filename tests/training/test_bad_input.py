@@ -271,6 +271,11 @@ def test_what_changed_while_a_run_was_stopped_is_told(refused, ground, interrupt
     assert f"inputs.json: what {key[name[0]]} names has changed since this run began" in sentence
 
 
+def test_results_at_an_address_are_refused(refused):
+    sentence = refused(output_dir="gs://bucket/run")
+    assert "output_dir: gs://bucket/run is an address" in sentence
+
+
 def test_a_directory_in_which_another_process_trains_is_refused(refused, interrupted):
     with only_writer(interrupted):
         sentence = refused("mesh.fsdp=8", output_dir=interrupted)
