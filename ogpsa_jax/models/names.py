@@ -90,7 +90,7 @@ def to_huggingface(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
     """Parameters, or anything shaped like them, as tensors of a Hugging Face checkpoint.
 
     One tensor at a time is brought to the host. Where arrays are spread over several processes,
-    all of them must run through the iteration together.
+    all of them must consume the iterator together.
 
     Args:
       state: parameters, gradients, or another ``nnx.State`` of the same structure (or a part of

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -101,6 +102,18 @@ def test_formats_losses_kinds_and_settings_are_those_of_the_code():
     assert names("docs/training.md", "axis |") == {f"mesh.{a}" for a in MeshSection.model_fields}
     settings = set(inspect.signature(ogpsa_project).parameters)
     assert names("docs/core.md", "setting |") <= settings
+
+
+def test_the_first_page_and_the_menu_name_every_page():
+    pages = {Path(page).name for page in PAGES if page != "README.md"}
+    first = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\(([\w-]+\.md)", first)) == pages - {"index.md"}
+    menu = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert pages == {
+        page
+        for entry in menu
+        for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))
+    }
 
 
 def test_the_templates_that_the_page_names_are_built_in():
