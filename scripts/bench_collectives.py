@@ -1,10 +1,10 @@
-"""What projecting costs in memory and between devices: the real step of a 7B model, compiled.
+"""What projection costs in memory and communication: the step of a 7B model, compiled, not run.
 
     pip install '.[plan]'                  # the compiler for TPUs, libtpu; no TPU is needed
     python scripts/bench_collectives.py ogpsa.preset=recommended
 
 Compiles the trainer's step for described devices, with the projection and with `ogpsa.preset=off`,
-from shapes alone: no weights, no data, minutes. A body of a loop counts as often as the loop runs.
+from shapes alone, without weights or data, in minutes. A loop's body counts as often as it runs.
 
     python scripts/bench_collectives.py --on cpu --model configs/models/tiny         # quick
 """
@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/qwen2.5-7b-sft-recommended.yaml")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, as for ogpsa-jax train")
-    parser.add_argument("--model", default="configs/models/qwen2.5-7b", help="holds a config.json")
+    parser.add_argument("--model", default="configs/models/qwen2.5-7b", help="with a config.json")
     parser.add_argument("--on", default="v5p:2x2x2", help="TPU topology, or cpu: host devices")
     return parser.parse_intermixed_args()  # overrides may stand anywhere
 
@@ -58,7 +58,7 @@ def described_mesh(section: Any, on: str) -> Any:
 
 
 def placed(tree: Any, mesh: Any) -> Any:
-    """The same shapes, split in the same way, on this mesh; what is not split is whole."""
+    """The same shapes and shardings on this mesh; arrays without a sharding are replicated."""
 
     def place(leaf: Any) -> Any:
         spec = getattr(leaf.sharding, "spec", PartitionSpec())
@@ -81,7 +81,7 @@ def replaying(config: Any) -> Any:
 
 
 def abstract_step(config: Any, optimizer: Any, model_folder: str, mesh: Any) -> Any:
-    """The trainer's step for a configuration, and shapes and places of its arguments."""
+    """The trainer's step for a configuration, and the shapes and shardings of its arguments."""
     architecture = read_config(Path(model_folder))
     model = nnx.eval_shape(
         lambda: Decoder(

@@ -2,7 +2,7 @@
 
     python scripts/bench_compile.py
 
-Nothing is allocated or run: shapes alone, on host devices that exist in name only. Prints wall and
+Compiles from shapes alone, for simulated host devices; allocates and runs nothing. Prints wall and
 processor time, and what the compiled programs send between devices.
 """
 

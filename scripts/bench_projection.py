@@ -1,10 +1,10 @@
-"""What the projection adds to an AdamW step, against the least that it must move through memory.
+"""What the projection adds to an AdamW step, beside the least traffic to memory that it needs.
 
     python scripts/bench_projection.py --sizes 50e6,400e6 --one-thread
     python scripts/bench_projection.py --sizes 4e6 --rounds 3         # in seconds
 
-For each rank and basis dtype, AdamW and chain(ogpsa_project, AdamW) take turns, both with donated
-buffers; a round is one step of each, and what is added is the difference within the round. The
+For each rank and basis dtype, AdamW and chain(ogpsa_project, AdamW) alternate, both with donated
+buffers. A round is one step of each; the added time is the difference within the round. The
 floor: the gradient and the basis are read for the coefficients, the basis again for the update, at
 the rate at which AdamW itself (4 arrays read, 3 written) gets through memory here.
 """
@@ -60,7 +60,7 @@ def available_bytes() -> float:
 
 def measure(size: int, rank: int, dtype: str, scope: str, rounds: int) -> None:
     width = jnp.dtype(dtype).itemsize
-    # AdamW and the chain each hold parameters and moments; beside them one gradient, one reference.
+    # AdamW and the chain each own parameters and moments; beside them one gradient, one reference.
     needed = size * (2 * 12 + 8 + rank * width)
     if jax.default_backend() == "cpu" and needed > 0.95 * available_bytes():
         room = available_bytes() / 2**30

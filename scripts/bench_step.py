@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """Its name, as far as the system tells."""
+    """The processor's name, if the system gives one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,13 +1,13 @@
 """One configuration, several methods, one table: naive, paper and recommended, side by side.
 
-Each method is a run of its own with the same seed (finished runs are not run again). Losses are in
-nats per token, before and after.
+Each method is a run of its own with the same seed; finished runs are not repeated. The table shows
+losses in nats per token, before and after.
 
     python scripts/compare_methods.py CONFIG [CONFIG...] [--out runs] [key.sub=value ...]
     python scripts/compare_methods.py CONFIG --methods naive@0.33,replay@0.33,recommended
 
-METHOD@FACTOR multiplies the configuration's learning rate: what fits one method does not fit all,
-and `recommended` takes about three times what others do. Try several for each before you compare.
+METHOD@FACTOR multiplies the configuration's learning rate. Each method needs its own rate, and
+`recommended` about three times that of the others. Try several for each before you compare.
 
 Several configurations are the stages of one pipeline, each starting from the one before.
 
@@ -18,7 +18,7 @@ Several configurations are the stages of one pipeline, each starting from the on
     lora         naive, adapters instead of full fine-tuning
     mixing       naive, half of the training rows from the reference sets (SFT; naive in DPO)
     a-gem        only what conflicts with the references of the batch is removed
-    replay       every step takes a reference batch and are trained on; nothing is projected
+    replay       every step also trains on a reference batch; nothing is projected
 """
 
 import argparse
@@ -88,7 +88,7 @@ def rate(path: Path, overrides: list[str], factor: float) -> list[str]:
 
 
 def known(method: str) -> bool:
-    """Whether a word of ``--methods`` is a method, perhaps with a factor."""
+    """Whether a word of ``--methods`` names a method, with or without a factor."""
     name, at, factor = method.partition("@")
     number = re.fullmatch(r"\d+\.?\d*|\.\d+", factor) and float(factor) > 0
     return name in METHODS and bool(number if at else True)

@@ -1,6 +1,6 @@
 """What a compiled program sends between devices, read from its text.
 
-A body of a loop stands in the text once; here it counts as often as the loop runs.
+The text contains a loop's body once; here it counts as often as the loop runs.
 """
 
 import math
@@ -35,7 +35,7 @@ class Collective(NamedTuple):
     """A collective, and how often a step runs it."""
 
     kind: str
-    size: int  # bytes on one device: of what goes in or of what comes out, whichever is more
+    size: int  # bytes on one device, of the input or the output, whichever is larger
     array: str  # as the program prints its result's type
     scope: str  # names of the code that it is from
     times: int

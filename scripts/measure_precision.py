@@ -1,13 +1,13 @@
 """What a bfloat16 checkpoint keeps of a stage at a small learning rate, by type of the parameters.
 
 stories260k is cast to bfloat16 and trained on safety rows three times: with float32 parameters,
-with bfloat16 parameters, and with those rounded at random. Each is followed by a stage of one step,
-to see where that starts. Losses are those of held-out safety rows, in nats per token. Few rows a
-step, because the size of Adam's steps depends on the rate and not on the batch.
+with bfloat16 parameters, and with these and stochastic rounding. A stage of one step follows each,
+to measure the loss at which it starts. Losses are of held-out safety rows, in nats per token. Each
+step takes few rows, because the size of Adam's steps depends on the rate and not on the batch.
 
     python scripts/measure_precision.py [--rate 1e-6] [--steps 120] [--seeds 1] [--out DIR]
 
-OGPSA_DATA names the folder that holds data/; default ../shared.
+OGPSA_DATA names the folder that contains data/; default ../shared.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def data() -> Path:
 
 
 def narrow_model(target: Path) -> Path:
-    """stories260k in bfloat16, made where it is missing."""
+    """stories260k in bfloat16; created if it is missing."""
     if not target.exists():
         beside = target.with_suffix(".tmp")
         shutil.rmtree(beside, ignore_errors=True)

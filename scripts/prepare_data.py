@@ -34,7 +34,7 @@ from ogpsa_jax.files import make_folder
 
 
 def read(source: DataSource, kind: Kind) -> list[Record]:
-    """The records of a source that teach something, each answer once."""
+    """The records of a source that can be trained on, without duplicates."""
     records = read_records(source, kind).records
     distinct = {
         (record.messages, record.chosen, record.rejected): record
@@ -50,8 +50,8 @@ def draw(records: Sequence[Record], rows: int | None, seed: int, what: str) -> l
         return list(records)
     if rows > len(records):
         raise InputError(
-            f"{what}: {rows} rows asked for, but there are {len(records)} usable ones; ask for "
-            f"at most {len(records)}."
+            f"{what}: {rows} rows were requested, but only {len(records)} are usable; request at "
+            f"most {len(records)}."
         )
     drawn = np.random.default_rng(seed).permutation(len(records))[:rows]
     return [records[i] for i in sorted(drawn)]
@@ -86,7 +86,7 @@ def write(path: Path, records: Sequence[Record]) -> dict[str, Any]:
 
 def describe(source: DataSource) -> dict[str, Any]:
     """What the manifest says of a source."""
-    told = {"path": source.path, "split": source.split}
+    described = {"path": source.path, "split": source.split}
     path = Path(source.path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     hashes = {
@@ -96,7 +96,7 @@ def describe(source: DataSource) -> dict[str, Any]:
         for file in files
         if file.is_file()
     }
-    return {**told, "sha256": hashes} if hashes else told
+    return {**described, "sha256": hashes} if hashes else described
 
 
 def prepare_data(
@@ -114,7 +114,7 @@ def prepare_data(
     """Build all files in `out`; returns the manifest.
 
     Raises:
-      InputError: a source that cannot be read, or that holds fewer rows than asked for.
+      InputError: a source cannot be read, or contains too few rows.
     """
     pairs = read(saferlhf, "preference")
     answers = read(saferlhf, "sft")
@@ -211,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
-    for name, told in manifest["files"].items():
-        print(f"{name:<26} {told['rows']:>7} rows {told['prompts']:>7} prompts")
+    for name, file in manifest["files"].items():
+        print(f"{name:<26} {file['rows']:>7} rows {file['prompts']:>7} prompts")
     return 0
 
 

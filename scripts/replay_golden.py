@@ -2,7 +2,7 @@
 
     python scripts/replay_golden.py --golden DIR --run NAME
 
-DIR holds ``runs/NAME.json``, ``runs/NAME.npz`` and the model folder that the run names. The
+DIR contains ``runs/NAME.json``, ``runs/NAME.npz`` and the model folder that the run names. The
 recorded micro-batches and reference batches go through the package's own decoder, objectives,
 transformation, optimizer and compiled step; for each recorded quantity the largest deviation is
 printed beside its tolerance. Exit code 0 when all are within, 1 when one is not, 2 for bad input.
@@ -50,7 +50,7 @@ TOLERANCES = {
     "projected micro-gradients, of the largest entry": 5e-5,
     "losses": 1e-5,
     "log-probabilities": 1e-3,
-    # A reward is β times the difference of two log-probabilities that the recording holds as
+    # A reward is β times the difference of two log-probabilities that the recording contains as
     # float32: what remains of a deviation after two units of each.
     "rewards, beyond float32 units": 1e-5,
     "learning rate, relative": 1e-5,
@@ -229,7 +229,7 @@ def replay(recording: Recording, compare: Comparison) -> None:
     optimizer = make_optimizer(config, recording.json["scheduler"]["max_steps"])
     train_step = make_train_step(graphdef, objective, optimizer)
     # The official hooks project every micro-batch's gradient. That is the same as projecting their
-    # sum, but for `threshold`, which decides anew each time: there their sum is the gradient.
+    # sum, but for `threshold`, which decides each time again: there their sum is the gradient.
     decides = config.projects and config.ogpsa.rule == "conflict"
     off = config.model_copy(update={"ogpsa": config.ogpsa.model_copy(update={"preset": "off"})})
     plain = make_optimizer(off, recording.json["scheduler"]["max_steps"])

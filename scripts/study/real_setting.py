@@ -2,7 +2,7 @@
 
 stories260k, a Llama that writes stories, learns the beginnings of safe answers to harmful requests.
 References are stories that it wrote itself (its own words), or general questions with ChatGPT's
-answers (foreign ones). OGPSA_DATA names the folder that holds data/; default ../shared.
+answers (foreign ones). OGPSA_DATA names the folder that contains data/; default ../shared.
 """
 
 import os

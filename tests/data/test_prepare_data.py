@@ -139,8 +139,8 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (["--reference-rows", "41"], "41 rows asked for, but there are 40 usable ones"),
-        (["--sft-rows", "100000"], "100000 rows asked for"),
+        (["--reference-rows", "41"], "41 rows were requested, but only 40 are usable"),
+        (["--sft-rows", "100000"], "100000 rows were requested"),
         (["--held-out", "1"], "--held-out must lie between 0 and 1"),
         (["--saferlhf", "absent.jsonl"], "no such file"),
         (["--halueval", "nobody/no-such-data:general"], "neither a local file"),

@@ -8,7 +8,7 @@ import pytest
 from .reading import REPOSITORY
 
 GLOSSARY = "docs/glossary.md"
-_SEARCHED = ("README.md", "docs", "ogpsa_jax", "configs", "scripts")
+_SEARCHED = ("README.md", "CHANGELOG.md", "docs", "ogpsa_jax", "configs", "scripts")
 _TEXT = {".md", ".py", ".yaml", ".yml"}
 
 # Where such a word means something else, or is somebody else's: the file, and why.
