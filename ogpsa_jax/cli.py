@@ -73,6 +73,25 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--keys", action="store_true", help="list every configuration key and stop")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan",
+        help="what a run needs of machines that need not be here",
+        description="Compile the programs of a run for described devices, from shapes alone: no "
+        "weights, no data, no accelerator. Prints bytes on each device, operations, what is sent, "
+        "the least time, and whether it fits. For TPUs, the package libtpu is the real compiler "
+        "(pip install 'ogpsa-jax[plan]'); without it, and for GPUs, memory is an estimate by the "
+        "compiler for CPUs.",
+    )
+    plan.add_argument("config", nargs="+", help="a YAML file, then key.sub=value overrides")
+    plan.add_argument(
+        "--on",
+        required=True,
+        metavar="DEVICES",
+        help="v5p:2x2x2, 2*v5e:16x16 (two slices), h100:8, ...",
+    )
+    plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    plan.set_defaults(run=_plan)
+
     demo = commands.add_parser(
         "demo",
         help="what safety costs by each method: a small world on this machine",
@@ -241,6 +260,21 @@ def _train(parsed: argparse.Namespace) -> None:
         print(f"  export: {summary['export']}")
         for line in rounding_lines(summary["rounding"]) if "rounding" in summary else ():
             print(f"    {line}")
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    import json
+
+    from ogpsa_jax.planning.devices import parse_target, prepare_compiler
+
+    target = parse_target(parsed.on)
+    prepare_compiler(target)
+    from ogpsa_jax.planning.plan import plan, plan_text
+    from ogpsa_jax.training.config_file import load_config
+
+    path, *overrides = parsed.config
+    found = plan(load_config(path, overrides), target, progress=True)
+    print(json.dumps(found.as_dict(), indent=1) if parsed.json else plan_text(found))
 
 
 def _demo(parsed: argparse.Namespace) -> None:

@@ -225,7 +225,9 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             keys: Any = None
             if dropout_keys is not None:
                 keys = split_keys(dropout_keys, self.config.num_layers)
-            x, found = jax.lax.scan(step, self.embed(input_ids), (stacked, keys))
+            x = self.embed(input_ids)
+            with jax.named_scope("layers"):
+                x, found = jax.lax.scan(step, x, (stacked, keys))
             return self.norm(x), found
 
     def rope(
@@ -240,6 +242,10 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Embeddings of tokens: int32 [batch, length] -> [batch, length, hidden]."""
+        with jax.named_scope("embed_tokens"):
+            return self._embed(input_ids)
+
+    def _embed(self, input_ids: jax.Array) -> jax.Array:
         table = self.placement.value(self.embed_tokens.embedding)
         # Gather whole rows: rows in pieces would be brought together again after the look-up.
         table = self.placement.constrain(table, "vocab", "features")
@@ -252,7 +258,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             kernel = self.placement.value(self.lm_head.kernel)
         else:
             kernel = self.placement.value(self.embed_tokens.embedding).T
-        with self.matmul_precision():
+        with self.matmul_precision(), jax.named_scope("lm_head"):
             return jnp.matmul(
                 hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
             )

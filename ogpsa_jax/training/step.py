@@ -74,7 +74,10 @@ def first_state(
       refreshes: whether the basis is refreshed at intervals.
     """
     opt_state = replicate_rest(optimizer.init(params), mesh)
-    return TrainState(params, opt_state, _copied(params) if refreshes else None)
+    if not refreshes:
+        return TrainState(params, opt_state)
+    where = jax.tree.map(lambda param: param.sharding, params)
+    return TrainState(params, opt_state, jax.jit(_copied, out_shardings=where)(params))
 
 
 @jax.jit
@@ -85,7 +88,6 @@ def distance_moved(params: Params, at_refresh: Params) -> jax.Array:
     return global_norm(optax.tree.sub(now, then)) / jnp.where(whole > 0, whole, 1.0)
 
 
-@jax.jit
 def _copied(params: Params) -> Params:
     """The same in buffers of their own, so that both can be donated."""
     return jax.tree.map(jnp.copy, params)

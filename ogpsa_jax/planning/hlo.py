@@ -105,13 +105,14 @@ def _trips(loop: Instruction, own: Computation, computations: dict[str, Computat
     """
     if known := _KNOWN.search(loop.rest):
         return int(known[1])
-    names = {key: re.search(rf"{key}=%?([\w.\-]+)", loop.rest) for key in ("condition", "body")}
-    condition, body = (computations[names[key][1]] for key in ("condition", "body"))
+    condition, body = (
+        computations[_first(rf"{key}=%?([\w.\-]+)", loop.rest)] for key in ("condition", "body")
+    )
     test = _root(condition)
     if test.operation != "compare" or "direction=LT" not in test.rest:
         raise ValueError(f"a loop whose end is no bound of a counter: {test.rest[:200]}")
     counter, bound = test.operands
-    place = int(re.search(r"index=(\d+)", condition[counter].rest)[1])
+    place = int(_first(r"index=(\d+)", condition[counter].rest))
     after = body[_root(body).operands[place]]
     steps = [_constant(x, body) for x in after.operands] if after.operation == "add" else []
     start = _constant(own[loop.operands[0]].operands[place], own)
@@ -120,6 +121,13 @@ def _trips(loop: Instruction, own: Computation, computations: dict[str, Computat
     if start is None or step is None or end is None:
         raise ValueError(f"a loop whose counter is not plain: {start}, {step}, {end}: {after}")
     return -(-(end - start) // step)
+
+
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"a loop that is printed in an unknown way: {text[:200]}")
+    return match[1]
 
 
 def _root(computation: Computation) -> Instruction:

@@ -1,13 +1,10 @@
-"""scripts/hlo.py counts what a program sends: kinds, bytes, and loops as often as they run."""
-
-import runpy
-from pathlib import Path
+"""What a program sends: kinds, bytes, and loops counted as often as they run."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-hlo = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts/hlo.py"))
+from ogpsa_jax.planning import hlo
 
 
 def test_a_gather_in_a_loop_counts_as_often_as_the_loop_runs():
@@ -23,9 +20,9 @@ def test_a_gather_in_a_loop_counts_as_often_as_the_loop_runs():
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     layers = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32, sharding=split)
     text = jax.jit(step).lower(x, layers).compile().as_text()
-    found = [one for one in hlo["collectives"](text) if one.kind == "all-gather"]
+    found = [one for one in hlo.collectives(text) if one.kind == "all-gather"]
     assert [(one.size, one.times) for one in found] == [(16 * 16 * 4, 5)]
     # TPU programs do not say how often a loop runs: it is read from its counter.
-    untold = hlo["_KNOWN"].sub("", text)
+    untold = hlo._KNOWN.sub("", text)
     assert untold != text
-    assert hlo["collectives"](untold) == hlo["collectives"](text)
+    assert hlo.collectives(untold) == hlo.collectives(text)

@@ -1,0 +1,190 @@
+"""Devices that need not be here: what they can do, and meshes of them for the compiler.
+
+Figures are those that the makers publish, for dense bfloat16: Google's Cloud TPU pages "TPU v4",
+"TPU v5e", "TPU v5p" and "TPU v6e"; NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and
+B200. Network is what one device sends and receives in all to its neighbours.
+"""
+
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from ogpsa_jax.errors import InputError
+
+_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of accelerator.
+
+    Attributes:
+      name: as in ``--on``.
+      memory: bytes.
+      flops: bfloat16 operations a second.
+      memory_bandwidth: bytes a second.
+      network_bandwidth: bytes a second, to all neighbours in the slice or the machine.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    network_bandwidth: float
+
+
+_GIB = 2.0**30
+DEVICES = {
+    each.name: each
+    for each in (
+        Device("v4", 32 * _GIB, 275e12, 1228e9, 300e9),
+        Device("v5e", 16 * _GIB, 197e12, 819e9, 200e9),
+        Device("v5p", 95 * _GIB, 459e12, 2765e9, 600e9),
+        Device("v6e", 32 * _GIB, 918e12, 1640e9, 448e9),
+        Device("a100", 80e9, 312e12, 2039e9, 600e9),
+        Device("h100", 80e9, 989e12, 3350e9, 900e9),
+        Device("h200", 141e9, 989e12, 4800e9, 900e9),
+        Device("b200", 180e9, 2250e12, 7700e9, 1800e9),
+    )
+}
+TPUS = ("v4", "v5e", "v5p", "v6e")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run is planned for.
+
+    Attributes:
+      device: what each device can do.
+      topology: of TPUs, such as ``2x2x2``; None for other devices.
+      count: devices in all.
+      slices: how many slices of that topology there are.
+      compiled_for: what the program is really compiled for: ``tpu`` or ``cpu``.
+    """
+
+    device: Device
+    topology: str | None
+    count: int
+    slices: int
+    compiled_for: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        where = f"{self.device.name}:{self.topology or self.count}"
+        return f"{self.slices} x {where}" if self.slices > 1 else where
+
+
+def parse_target(text: str) -> Target:
+    """Read ``v5p:2x2x2``, ``2*v5e:16x16`` (two slices) or ``h100:8``.
+
+    Raises:
+      InputError: an unknown device, or sizes that are none.
+    """
+    slices, _, rest = text.rpartition("*")
+    kind, _, size = rest.partition(":")
+    device = DEVICES.get(kind.lower())
+    if device is None:
+        raise InputError(f"--on: {text}: unknown device {kind!r}; choose {', '.join(DEVICES)}.")
+    try:
+        sizes = [int(part) for part in size.split("x")]
+        several = int(slices or 1)
+    except ValueError:
+        sizes, several = [0], 1
+    dimensions = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(device.name, 1)
+    if min(*sizes, several, 1) < 1 or len(sizes) != dimensions:
+        example = {3: "2x2x2", 2: "4x4", 1: "8"}[dimensions]
+        raise InputError(
+            f"--on: {text}: give {dimensions} sizes of {device.name}, such as "
+            f"{device.name}:{example}."
+        )
+    tpu = device.name in TPUS and importlib.util.find_spec("libtpu") is not None
+    return Target(
+        device,
+        size if device.name in TPUS else None,
+        math.prod(sizes) * several,
+        several,
+        "tpu" if tpu else "cpu",
+    )
+
+
+def prepare_compiler(target: Target) -> None:
+    """Set the environment so that JAX compiles for the target. Must come before JAX finds devices.
+
+    Raises:
+      InputError: JAX has found its devices already, and they are too few.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if target.compiled_for == "tpu":
+        # The compiler asks neither a device nor, for what it compiles, the network.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{target.device.name}-8")
+        return
+    flag = f"--xla_force_host_platform_device_count={target.count}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    os.environ.setdefault("PJRT_NPROC", "64")
+    jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+    if jax.device_count() < target.count:
+        raise InputError(
+            f"--on: {target.name} needs {target.count} virtual devices, and JAX has begun with "
+            f"{jax.device_count()}; call this before anything else uses JAX."
+        )
+
+
+def planned_mesh(sizes: tuple[int, int, int], target: Target) -> Mesh:
+    """The mesh of a configuration, over described devices.
+
+    Args:
+      sizes: of the axes data, fsdp and tensor; one may be -1.
+      target: the devices.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices, or the compiler knows no such
+        topology.
+    """
+    known = math.prod(size for size in sizes if size != -1)
+    whole = tuple(target.count // known if size == -1 else size for size in sizes)
+    if math.prod(whole) != target.count:
+        raise InputError(
+            f"mesh: data x fsdp x tensor = {whole[0]} x {whole[1]} x {whole[2]} does not make the "
+            f"{target.count} devices of {target.name}; change mesh, or let one axis be -1."
+        )
+    kinds = (AxisType.Auto,) * 3
+    if target.compiled_for == "cpu":
+        devices = jax.devices()[: target.count]
+        return jax.make_mesh(whole, _AXES, axis_types=kinds, devices=devices)
+    return Mesh(_tpu_devices(target, whole), _AXES, axis_types=kinds)
+
+
+def _tpu_devices(target: Target, sizes: tuple[int, ...]) -> Any:
+    from jax.experimental import mesh_utils, topologies
+
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{target.device.name}:{target.topology}",
+            num_slices=target.slices,
+        )
+    except Exception as error:  # of libtpu, whose errors have no common type
+        raise InputError(
+            f"--on: the compiler knows no {target.name} ({str(error).splitlines()[0]})."
+        ) from error
+    devices = described.devices
+    if target.slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % target.slices:
+        raise InputError(
+            f"mesh.data: {sizes[0]} is no multiple of the {target.slices} slices; the axis data "
+            "goes over slices."
+        )
+    inside = (sizes[0] // target.slices, *sizes[1:])
+    across = (target.slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )

@@ -1,0 +1,346 @@
+"""``ogpsa-jax plan``: what a run needs of machines that need not be here."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from tabulate import tabulate
+
+from ogpsa_jax.files import write_whole
+from ogpsa_jax.planning.abstract import AbstractRun, Program, abstract_run
+from ogpsa_jax.planning.devices import Target, planned_mesh
+from ogpsa_jax.planning.flops import count_flops
+from ogpsa_jax.planning.hlo import collectives
+from ogpsa_jax.progress import Progress
+from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.training.mesh import row_shards
+
+_VERSION = 1  # of what is kept of a compilation
+# What the names of operations say of why a collective is there; the first that fits counts.
+_CAUSES = (
+    ("projection", ("ogpsa_projection",)),
+    ("head", ("lm_head",)),
+    ("embedding", ("embed_tokens",)),
+    ("parameters", ("rematted_computation",)),
+    ("gradients", ("transpose(",)),
+    ("parameters", ("layers",)),
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program, on each device.
+
+    Attributes:
+      flops: operations in matrix products, loops counted as often as they run.
+      arguments: bytes of what it takes.
+      temporaries: bytes of what it needs in between.
+      peak: bytes at the worst moment.
+      sent: bytes that go over the network, by kind of collective and cause.
+      seconds: lower bound of its time, see :func:`roofline`.
+    """
+
+    flops: float
+    arguments: int
+    temporaries: int
+    peak: int
+    sent: dict[str, dict[str, int]]
+    seconds: float
+
+    @property
+    def bytes_sent(self) -> int:
+        """Over the network, in all."""
+        return sum(size for by_cause in self.sent.values() for size in by_cause.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+      target: where.
+      devices: how many.
+      compiled_for: ``tpu``: these are the real compiler's figures; ``cpu``: estimates.
+      mesh: sizes of the axes.
+      memory: bytes of one device.
+      held: bytes on each device between steps, by kind.
+      programs: by name: ``train step``, ``refresh``, ...
+      activations: bytes of temporaries that grow with the micro-batch.
+      fits: whether the worst program fits into memory.
+      micro_batch_size: the largest that is predicted to fit; None where not even one row does.
+      steps: of the whole run; None where the data were not there to be counted.
+      seconds: lower bound of the whole run.
+      advice: what to change, where it does not fit.
+    """
+
+    target: str
+    devices: int
+    compiled_for: str
+    mesh: dict[str, int]
+    memory: float
+    held: dict[str, int]
+    programs: dict[str, Compiled]
+    activations: int
+    fits: bool
+    micro_batch_size: int | None
+    steps: int | None
+    seconds: float | None
+    advice: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return dataclasses.asdict(self)
+
+
+def plan(
+    config: RunConfig, target: Target, *, progress: bool = False, cache: Path | None = None
+) -> Plan:
+    """Compile what a run will run, from shapes alone, and add it up.
+
+    :func:`ogpsa_jax.planning.devices.prepare_compiler` must have been called before anything else
+    used JAX.
+
+    Args:
+      config: the run's settings; of ``model.path`` only ``config.json`` is read.
+      target: the devices.
+      progress: show it on stderr.
+      cache: folder of what compilations gave; by default ``~/.cache/ogpsa_jax/plan``.
+
+    Raises:
+      InputError: the mesh does not fit the devices, or the batch the mesh.
+    """
+    mesh = planned_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), target)
+    run = abstract_run(config, mesh)
+    share = (config.train.batch_size - config.reference_rows) // row_shards(mesh)
+    micro = min(config.train.micro_batch_size, max(share, 1))
+    other = max(micro // 2, 1) if micro > 1 else 2
+    varied = _with_micro_batch(run, other)
+    wanted: dict[str, Program | None] = {
+        "train step": run.train_step(),
+        f"train step, micro-batch {other}": varied.train_step() if other <= share else None,
+        "refresh": run.refresh(),
+        "span of inputs": run.span_inputs(),
+        "evaluation batch": run.evaluation(),
+        "reference model batch": run.reference_model_pass(),
+    }
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ogpsa_jax"
+    programs = {}
+    with Progress("plan", shown=progress) as shown:
+        bar = shown.bar("", sum(program is not None for program in wanted.values()), "programs")
+        for name, program in wanted.items():
+            if program is not None:
+                shown.doing(f"compiling the {name}")
+                programs[name] = _compiled(program, target, folder / "plan")
+                bar.more(1)
+    step = programs["train step"]
+    second = programs.pop(f"train step, micro-batch {other}", None)
+    row = 0.0
+    if second is not None:
+        row = max((step.temporaries - second.temporaries) / (micro - other), 0.0)
+    held = bytes_by_kind(run)
+    largest = _largest_micro_batch(step, row, micro, share, target)
+    peak = max(program.peak for program in programs.values())
+    steps = config.train.steps
+    return Plan(
+        target=target.name,
+        devices=target.count,
+        compiled_for=target.compiled_for,
+        mesh=dict(mesh.shape),
+        memory=target.device.memory,
+        held=held,
+        programs=programs,
+        activations=round(row * micro),
+        fits=peak <= target.device.memory,
+        micro_batch_size=largest,
+        steps=steps,
+        seconds=None if steps is None else _whole_run(config, programs, steps),
+        advice=_advice(config, held, programs, largest, target),
+    )
+
+
+def _with_micro_batch(run: AbstractRun, rows: int) -> AbstractRun:
+    train = run.config.train.model_copy(update={"micro_batch_size": rows})
+    return dataclasses.replace(run, config=run.config.model_copy(update={"train": train}))
+
+
+def bytes_by_kind(run: AbstractRun) -> dict[str, int]:
+    """Bytes on each device between steps: parameters, moments, basis, others."""
+    found = {"parameters": 0, "moments": 0, "basis": 0, "others": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path((run.state, run.network.frozen)):
+        name = jax.tree_util.keystr(path)
+        kind = "others"
+        if ".opt_state" not in name and ".at_refresh" not in name:
+            kind = "parameters"
+        elif ".basis" in name or ".metric" in name:
+            kind = "basis"
+        elif ".mu" in name or ".nu" in name:
+            kind = "moments"
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        found[kind] += math.prod(shard) * leaf.dtype.itemsize
+    return found
+
+
+def _compiled(program: Program, target: Target, cache: Path) -> Compiled:
+    """The figures of a program, kept under a digest of it and of the compiler."""
+    lowered = program.call.lower(*program.args)
+    compiler = importlib.metadata.version("libtpu") if target.compiled_for == "tpu" else "cpu"
+    key = [_VERSION, target.name, target.count, compiler, jax.__version__, lowered.as_text()]
+    kept = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    if kept.exists():
+        return Compiled(**json.loads(kept.read_text(encoding="utf-8")))
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    sent: dict[str, dict[str, int]] = {}
+    for one in collectives(compiled.as_text()):
+        by_cause = sent.setdefault(one.kind, {})
+        cause = cause_of(one.scope)
+        by_cause[cause] = by_cause.get(cause, 0) + one.size * one.times
+    flops = count_flops(program.call, *program.args) / target.count
+    found = Compiled(
+        flops=flops,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=held - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        sent=sent,
+        seconds=0.0,
+    )
+    found = dataclasses.replace(found, seconds=roofline(found, target))
+    write_whole(kept, json.dumps(dataclasses.asdict(found)))
+    return found
+
+
+def cause_of(scope: str) -> str:
+    """Why a collective is there, by the names of the code that it is from."""
+    return next((cause for cause, words in _CAUSES if any(w in scope for w in words)), "other")
+
+
+def roofline(program: Compiled, target: Target) -> float:
+    """Seconds that a program takes at least.
+
+    The longest of three, as if they overlapped wholly: its operations at the device's published
+    rate for bfloat16, what it takes and leaves read once from memory, and what it sends at the
+    published rate of the network. Real programs reach a half of it, or two thirds.
+    """
+    device = target.device
+    return max(
+        program.flops / device.flops,
+        program.arguments / device.memory_bandwidth,
+        program.bytes_sent / device.network_bandwidth,
+    )
+
+
+def _largest_micro_batch(
+    step: Compiled, row: float, micro: int, share: int, target: Target
+) -> int | None:
+    fixed = step.peak - row * micro
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    fitting = [size for size in sizes if fixed + row * size <= target.device.memory]
+    return max(fitting, default=None)
+
+
+def _whole_run(config: RunConfig, programs: dict[str, Compiled], steps: int) -> float:
+    seconds = steps * programs["train step"].seconds
+    interval = config.ogpsa.refresh.every if config.refreshes and config.ogpsa.refresh else None
+    if "refresh" in programs and interval:
+        seconds += math.ceil(steps / interval) * programs["refresh"].seconds
+    if "span of inputs" in programs:
+        seconds += programs["span of inputs"].seconds
+    return seconds
+
+
+def _advice(
+    config: RunConfig,
+    held: dict[str, int],
+    programs: dict[str, Compiled],
+    micro: int | None,
+    target: Target,
+) -> list[str]:
+    if all(program.peak <= target.device.memory for program in programs.values()):
+        return []
+    found = []
+    if micro is not None and micro < config.train.micro_batch_size:
+        found.append(f"train.micro_batch_size: {micro}")
+    if config.train.remat != "full":
+        found.append("train.remat: full")
+    if config.projects and held["basis"] > held["parameters"] / 4:
+        if config.ogpsa.basis_dtype is None and config.model.param_dtype == "float32":
+            found.append("ogpsa.basis_dtype: bfloat16")
+        found.append(f"ogpsa.rank below {config.ogpsa.rank}")
+    if target.count > config.mesh.tensor * config.mesh.fsdp > 0:
+        found.append("a larger mesh.fsdp")
+    return [*found, "more devices"]
+
+
+def plan_text(found: Plan) -> str:
+    """The plan for a terminal."""
+    parts = [
+        f"{found.target}: {found.devices} devices, mesh "
+        + ", ".join(f"{axis} {size}" for axis, size in found.mesh.items()),
+        _table("on each device", [(kind, _gib(size)) for kind, size in found.held.items()]),
+        tabulate(
+            [
+                (
+                    name,
+                    _gib(program.temporaries),
+                    _gib(program.peak),
+                    f"{program.flops / 1e12:,.2f}",
+                    _gib(program.bytes_sent),
+                    f"{program.seconds:,.3g}",
+                )
+                for name, program in found.programs.items()
+            ],
+            ["each device", "temporaries", "peak", "TFLOP", "sent", "seconds, at least"],
+            disable_numparse=True,
+            colalign=("left", *("right",) * 5),
+        ),
+        _table("a step sends for", [(cause, _gib(size)) for cause, size in _causes(found)]),
+    ]
+    largest = found.micro_batch_size or "none"
+    lines = [
+        f"activations of the micro-batch: {_gib(found.activations)}; the largest "
+        f"train.micro_batch_size that is predicted to fit: {largest}"
+    ]
+    if found.seconds is None:
+        lines.append("the whole run: set train.steps, and its time is added up")
+    else:
+        hours = found.seconds / 3600
+        lines.append(
+            f"the whole run, {found.steps:,} steps: at least {hours:,.2f} h, "
+            f"{hours * found.devices:,.1f} device-hours"
+        )
+    lines.append(
+        "time: the longest of operations, memory and network at their published rates, wholly "
+        "overlapped; real runs take up to twice as long"
+    )
+    if found.compiled_for == "cpu":
+        lines.append(
+            "memory: an estimate by the compiler for CPUs, which holds bfloat16 in float32"
+        )
+    worst = max(program.peak for program in found.programs.values())
+    fits = "fits" if found.fits else f"does not fit; try {', or '.join(found.advice)}"
+    lines.append(f"{_gib(worst)} of {_gib(found.memory)}: {fits}")
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    return str(tabulate(rows, [title, ""], disable_numparse=True, colalign=("left", "right")))
+
+
+def _causes(found: Plan) -> list[tuple[str, int]]:
+    causes: dict[str, int] = {}
+    for by_cause in found.programs["train step"].sent.values():
+        for cause, size in by_cause.items():
+            causes[cause] = causes.get(cause, 0) + size
+    return sorted(causes.items(), key=lambda item: -item[1])
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
