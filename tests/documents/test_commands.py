@@ -101,7 +101,17 @@ RUN: dict[str, dict[str, Twin]] = {
         ),
         "python scripts/bench_collectives.py ogpsa.preset=recommended references.target=answers "
         '"references.in_step={share: 0.5, replay_weight: 8.0}"': Twin(
-            "--on cpu --model configs/models/tiny ogpsa.rank=8 data.max_length=64"
+            "--on h100:8 --model configs/models/tiny ogpsa.rank=8 data.max_length=64"
+        ),
+        "ogpsa-jax plan configs/smoke-sft.yaml --on h100:8": Twin(),
+        "ogpsa-jax plan configs/qwen2.5-7b-sft-recommended.yaml "
+        "model.path=configs/models/qwen2.5-7b --on v5p:2x2x2": Twin(
+            instead={
+                "qwen2.5-7b-sft-recommended.yaml model.path=configs/models/qwen2.5-7b": (
+                    "smoke-sft.yaml"
+                ),
+                "v5p:2x2x2": "h100:8",
+            }
         ),
         "python scripts/bench_step.py --one-thread": Twin(
             "--model configs/models/tiny --ranks 8 --rounds 1", {" --one-thread": ""}
