@@ -233,7 +233,7 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from ogpsa_jax.training.config_file import schema_lines
+    from ogpsa_jax.config.file import schema_lines
 
     if parsed.keys:
         print("\n".join(schema_lines()))
@@ -269,8 +269,8 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     target = parse_target(parsed.on)
     prepare_compiler(target)
+    from ogpsa_jax.config import load_config
     from ogpsa_jax.planning.plan import plan, plan_text
-    from ogpsa_jax.training.config_file import load_config
 
     path, *overrides = parsed.config
     found = plan(load_config(path, overrides), target, progress=True)

@@ -162,11 +162,11 @@ if __name__ == "__main__":
         import jax
         import optax
 
+        from ogpsa_jax.config import load_config
         from ogpsa_jax.planning.abstract import abstract_run
         from ogpsa_jax.planning.hlo import KINDS, collectives
         from ogpsa_jax.projection.find import find_states
         from ogpsa_jax.projection.input_state import InputState
-        from ogpsa_jax.training.config_file import load_config
         from ogpsa_jax.training.optimizer import make_optimizer
 
         main()

@@ -150,10 +150,10 @@ if __name__ == "__main__":
     import jax.numpy as jnp
     from flax import nnx
 
+    from ogpsa_jax.config import load_config
     from ogpsa_jax.models import Decoder
     from ogpsa_jax.models.config import DecoderConfig, read_config
     from ogpsa_jax.objectives.sft import sft_loss
-    from ogpsa_jax.training.config_file import load_config
     from ogpsa_jax.training.optimizer import make_optimizer
     from ogpsa_jax.training.step import Network, TrainState, make_input_subspace, make_train_step
 

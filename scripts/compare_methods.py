@@ -29,8 +29,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ogpsa_jax.config import load_config
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.run import train_stages
 
 HEADLINE = ("naive", "paper", "recommended")

@@ -23,12 +23,12 @@ import optax
 from flax import nnx
 
 from ogpsa_jax import ogpsa_project, reference_gradients
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import load_pretrained, to_huggingface
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.loop import is_due
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer, projection_settings
 from ogpsa_jax.training.step import (

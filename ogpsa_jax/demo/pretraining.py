@@ -7,12 +7,12 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data import TrainBatches
 from ogpsa_jax.demo.recipe import Pretraining
 from ogpsa_jax.demo.world import World, examples
 from ogpsa_jax.models import Decoder
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.loop import Workload, fit
 from ogpsa_jax.training.step import Network
 

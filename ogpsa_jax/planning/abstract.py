@@ -15,11 +15,11 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.models import param_shardings
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import ROWS, row_shards, rows_per_micro_batch
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import prepare_model, trained_parameters

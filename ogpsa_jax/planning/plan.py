@@ -13,13 +13,13 @@ from typing import Any
 import jax
 from tabulate import tabulate
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.files import write_whole
 from ogpsa_jax.planning.abstract import AbstractRun, Program, abstract_run
 from ogpsa_jax.planning.devices import Target, planned_mesh
 from ogpsa_jax.planning.flops import count_flops
 from ogpsa_jax.planning.hlo import collectives
 from ogpsa_jax.progress import Progress
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import row_shards
 
 _VERSION = 1  # of what is kept of a compilation

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data import ChatTemplate
 from ogpsa_jax.files import read_json
 from ogpsa_jax.models import Decoder, save_pretrained
 from ogpsa_jax.models.folders import copy_companions, resolve_folder
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.prepare import tokenizer_of
 
 _TEMPLATE, _GENERATION = "chat_template.jinja", "generation_config.json"

@@ -4,17 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ogpsa_jax.config import RunConfig, load_config
+from ogpsa_jax.config.origin import about
+from ogpsa_jax.config.sections import ModelSection
 from ogpsa_jax.data import load_tokenizer
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json
 from ogpsa_jax.models import DecoderConfig
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.model_digests import weights_digest
-from ogpsa_jax.training.origin import about
-from ogpsa_jax.training.sections import ModelSection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data import Example, Predictions, Tokens, digest, fixed_batches
 from ogpsa_jax.models import generate
 from ogpsa_jax.objectives.cross_entropy import shifted_loss_mask
 from ogpsa_jax.objectives.distillation import top_predictions
 from ogpsa_jax.progress import quick_bar
 from ogpsa_jax.training.array_cache import Arrays, cache_folder, read_arrays, write_arrays
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.initial_model import InitialModel
 from ogpsa_jax.training.mesh import row_shards, shard_rows
 from ogpsa_jax.training.model_digests import model_key

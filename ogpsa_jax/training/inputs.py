@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data import DEFAULT_DATE, digest
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json, write_whole
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.model_digests import weights_digest
 from ogpsa_jax.training.prepare import RunData
 

@@ -17,10 +17,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ogpsa_jax import diagnostics
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.sections import RefreshSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.projection.find import find_states
 from ogpsa_jax.training.checkpoints import Checkpoints
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import shard_rows
 from ogpsa_jax.training.metrics import (
     Line,
@@ -33,7 +34,6 @@ from ogpsa_jax.training.metrics import (
 )
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer
 from ogpsa_jax.training.progress import RunProgress
-from ogpsa_jax.training.sections import RefreshSection
 from ogpsa_jax.training.step import (
     Network,
     Objective,

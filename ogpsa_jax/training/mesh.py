@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.sections import MeshSection
 
 logger = logging.getLogger(__name__)
 ROWS = ("data", "fsdp")

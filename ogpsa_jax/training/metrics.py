@@ -19,10 +19,10 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.sections import OgpsaSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.sections import OgpsaSection
 from ogpsa_jax.training.verdict import (
     Change,
     judge_first_basis,

@@ -2,9 +2,9 @@
 
 import hashlib
 
+from ogpsa_jax.config.origin import about
+from ogpsa_jax.config.sections import ModelSection
 from ogpsa_jax.models.folders import resolve_folder, weights_files
-from ogpsa_jax.training.origin import about
-from ogpsa_jax.training.sections import ModelSection
 
 _SAMPLE = 1 << 20  # bytes of a weights file that are read at each of three places
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from ogpsa_jax import ogpsa, scale_by_column_adam
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.sections import OgpsaSection, OptimizerSection
 from ogpsa_jax.models.decoder import DECODER_KERNELS
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.sections import OgpsaSection, OptimizerSection
 
 STACKED_LAYERS = {r"(^|\W)layers\W": 0}
 """Which parameters of the decoder stack layers, and along which axis."""

@@ -12,6 +12,9 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.origin import about
+from ogpsa_jax.config.sections import DataSection, SourceSection
 from ogpsa_jax.data import (
     DEFAULT_DATE,
     Answers,
@@ -36,11 +39,8 @@ from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.pretrained import check_computable
 from ogpsa_jax.remote import is_remote
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.initial_model import InitialModel, check_initial_model
-from ogpsa_jax.training.origin import about
 from ogpsa_jax.training.reference_model import add_reference_log_probs
-from ogpsa_jax.training.sections import DataSection, SourceSection
 from ogpsa_jax.training.verdict import judge_lengths
 
 logger = logging.getLogger(__name__)

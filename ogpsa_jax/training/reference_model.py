@@ -15,16 +15,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.origin import about
 from ogpsa_jax.data import Example, digest, fixed_batches
 from ogpsa_jax.models import load_pretrained
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 from ogpsa_jax.progress import quick_bar
 from ogpsa_jax.training.array_cache import Arrays, cache_folder, read_arrays, write_arrays
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import row_shards, shard_rows
 from ogpsa_jax.training.model_digests import model_key
-from ogpsa_jax.training.origin import about
 
 _VERSION = 1  # of the computation: raise it when the numbers would come out otherwise
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data import ChatTemplate, DataReport, Example
 from ogpsa_jax.models import Decoder
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.initial_model import check_vocabulary, find_initial_model
 from ogpsa_jax.training.initial_outputs import add_predictions, answer_prompts
 from ogpsa_jax.training.prepare import RunData, model_config, prepare_model, tokenizer_of

@@ -15,11 +15,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.evaluation.provenance import find_run
 from ogpsa_jax.models import Decoder, load_pretrained, merge_lora
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.safetensors_files import CheckpointReader, weights_reader
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.loop import Evaluation, Evaluator
 from ogpsa_jax.training.metrics import LEAST_KEPT
 from ogpsa_jax.training.prepare import prepare_model

@@ -14,6 +14,9 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.file import dump_config, load_config, located
+from ogpsa_jax.config.sections import ExportSection, MeshSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.model_card import write_model_card
 from ogpsa_jax.files import only_writer, read_json, write_whole
@@ -21,8 +24,6 @@ from ogpsa_jax.models import Decoder, save_lora
 from ogpsa_jax.models.folders import MODEL_CARD, check_not_of_a_run
 from ogpsa_jax.remote import check_local
 from ogpsa_jax.training.checkpoints import Checkpoints
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import dump_config, load_config, located
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
 from ogpsa_jax.training.loop import Evaluation, fit, progress_of
@@ -47,7 +48,6 @@ from ogpsa_jax.training.rounding import (
     rounding_lines,
     rounding_warning,
 )
-from ogpsa_jax.training.sections import ExportSection, MeshSection
 from ogpsa_jax.training.step import Network, first_state
 from ogpsa_jax.training.summary import (
     judge_curve,

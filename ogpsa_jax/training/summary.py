@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ogpsa_jax.training.config import RunConfig
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.training.loop import Workload, in_turn
 from ogpsa_jax.training.metrics import (
     Line,

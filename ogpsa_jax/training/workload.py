@@ -7,17 +7,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.sections import SourceSection
 from ogpsa_jax.data import Example, TrainBatches, fixed_batches
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.objectives.cross_entropy import surprise
 from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.loop import Evaluation, Workload
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.prepare import RunData
-from ogpsa_jax.training.sections import SourceSection
 from ogpsa_jax.training.step import Objective
 
 _START_ROWS = 64  # of each reference set, on which the loss at the start is measured

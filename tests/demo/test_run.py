@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ogpsa_jax.config import RunConfig, load_config
 from ogpsa_jax.data import load_tokenizer
 from ogpsa_jax.demo import run
 from ogpsa_jax.demo.findings import findings
@@ -28,8 +29,6 @@ from ogpsa_jax.demo.world import REFUSAL, TOKENIZER, World
 from ogpsa_jax.evaluation import Record, evaluate, read_records
 from ogpsa_jax.models import load_pretrained
 from ogpsa_jax.training import run as training
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.step import Network
 
 _PRETRAINING = Pretraining(

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from ogpsa_jax import cli
+from ogpsa_jax.config import load_config
 from ogpsa_jax.demo.methods import SEQUENCES
 from ogpsa_jax.demo.pretraining import one_device
 from ogpsa_jax.demo.recipe import RECIPES, Comparison, Pretraining, Recipe
 from ogpsa_jax.demo.run import keep_compiled
 from ogpsa_jax.demo.settings import SCARCE
 from ogpsa_jax.training import run
-from ogpsa_jax.training.config_file import load_config
 
 from .reading import CONFIGS, PAGES, REPOSITORY, commands, files
 

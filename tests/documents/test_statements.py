@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from ogpsa_jax import ogpsa_project
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.file import key_of, load_config
+from ogpsa_jax.config.presets import PRESETS
+from ogpsa_jax.config.sections import DpoSection, MeshSection, ReferencesSection
 from ogpsa_jax.data.formats import FORMATS
 from ogpsa_jax.data.templates import BUILT_IN
 from ogpsa_jax.evaluation.suite import JudgeSettings, Suite, Task
 from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 from ogpsa_jax.training import run
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import key_of, load_config
-from ogpsa_jax.training.presets import PRESETS
-from ogpsa_jax.training.sections import DpoSection, MeshSection, ReferencesSection
 
 from .reading import PAGES, REPOSITORY, blocks
 

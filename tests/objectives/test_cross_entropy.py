@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.models import Decoder
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.objectives.cross_entropy import (
@@ -26,7 +27,6 @@ from ogpsa_jax.objectives.cross_entropy import (
 )
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.step import Network, TrainState, make_train_step
 

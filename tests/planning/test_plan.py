@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from ogpsa_jax import cli
+from ogpsa_jax.config import load_config
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.planning import plan as planning
 from ogpsa_jax.planning.abstract import abstract_run
 from ogpsa_jax.planning.devices import DEVICES, parse_target, planned_mesh
 from ogpsa_jax.planning.flops import count_flops
-from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.mesh import make_mesh, shard_rows
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import (

@@ -17,7 +17,8 @@ ROOMS = {
     "evaluation": {"models", "data"},
     "reporting": {"evaluation"},
     "objectives": {"projection", "models", "data"},
-    "training": {"projection", "objectives", "models", "data", "evaluation"},
+    "config": {"objectives"},
+    "training": {"config", "projection", "objectives", "models", "data", "evaluation"},
 }
 
 

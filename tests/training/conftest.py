@@ -18,12 +18,11 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
+from ogpsa_jax.config import RunConfig, load_config
+from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.models import Decoder, save_pretrained
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import run
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import load_config
-from ogpsa_jax.training.sections import MeshSection
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "configs/models/tiny"

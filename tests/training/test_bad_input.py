@@ -10,9 +10,9 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from ogpsa_jax import cli
+from ogpsa_jax.config.origin import location_of
 from ogpsa_jax.files import only_writer
 from ogpsa_jax.training import loop
-from ogpsa_jax.training.origin import location_of
 
 Refused = Callable[..., str]
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.file import dump_config, load_config, schema_lines
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import dump_config, load_config, schema_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """\

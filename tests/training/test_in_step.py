@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ogpsa_jax.config import RunConfig, load_config
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.step import Network, TrainState, make_train_step
 

@@ -14,13 +14,12 @@ import yaml
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from ogpsa_jax.config import RunConfig, load_config
 from ogpsa_jax.data import Example, Predictions, TrainBatches
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import generate, load_pretrained
 from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.training import initial_outputs, run
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.initial_model import find_initial_model
 from ogpsa_jax.training.initial_outputs import add_predictions, answer_prompts
 from ogpsa_jax.training.inputs import check_same_inputs

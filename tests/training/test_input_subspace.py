@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from ogpsa_jax.config import load_config
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import Decoder, load_pretrained
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.decoder import DECODER_KERNELS
-from ogpsa_jax.training.config_file import load_config
 from ogpsa_jax.training.prepare import model_config, prepare_data
 from ogpsa_jax.training.run import train
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ogpsa_jax.config import RunConfig
+from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training import loop, run
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.mesh import make_mesh, rows_per_micro_batch
-from ogpsa_jax.training.sections import MeshSection
 
 from .conftest import STEPS, metrics, some_devices
 

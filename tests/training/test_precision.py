@@ -16,10 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ogpsa_jax.cli import main
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import load_pretrained, merge_pretrained
 from ogpsa_jax.training import run
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.metrics import find_lost_updates
 from ogpsa_jax.training.optimizer import apply_updates, clip_by_global_norm, global_norm
 from ogpsa_jax.training.prepare import prepare_model

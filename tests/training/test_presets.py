@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
+from ogpsa_jax.config import RunConfig, load_config
+from ogpsa_jax.config.presets import IN_DPO, PRESETS
+from ogpsa_jax.config.sections import InStepSection, OgpsaSection
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.config_file import load_config
-from ogpsa_jax.training.presets import IN_DPO, PRESETS
-from ogpsa_jax.training.sections import InStepSection, OgpsaSection
 
 OBJECTIVES = {"sft": PRESETS, "dpo": IN_DPO}
 

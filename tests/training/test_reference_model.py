@@ -14,12 +14,12 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data import Example
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import Decoder, load_pretrained, save_pretrained
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import reference_model
-from ogpsa_jax.training.config import RunConfig
 from ogpsa_jax.training.inputs import check_same_inputs
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.prepare import model_config, prepare_data

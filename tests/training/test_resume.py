@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training import run
-from ogpsa_jax.training.config import RunConfig
 
 from .conftest import STEPS, command, environment, metrics, train_in_process
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from ogpsa_jax.training.config_file import load_config
+from ogpsa_jax.config import load_config
 from ogpsa_jax.training.prepare import model_config, prepare_data
 
 

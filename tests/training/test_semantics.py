@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from ogpsa_jax import refresh
+from ogpsa_jax.config.sections import OptimizerSection
 from ogpsa_jax.data import TrainBatches
 from ogpsa_jax.models import Decoder, abstract_decoder
 from ogpsa_jax.models.config import read_config
@@ -17,7 +18,6 @@ from ogpsa_jax.models.names import tensor_names
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.optimizer import decays, learning_rate, make_optimizer
 from ogpsa_jax.training.prepare import model_config, prepare_data
-from ogpsa_jax.training.sections import OptimizerSection
 
 from .conftest import TINY
 

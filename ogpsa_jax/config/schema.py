@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from ogpsa_jax.objectives.dpo import REFERENCE_FREE
-from ogpsa_jax.training.origin import Origin
-from ogpsa_jax.training.presets import fill_in_preset
-from ogpsa_jax.training.sections import (
+from ogpsa_jax.config.origin import Origin
+from ogpsa_jax.config.presets import fill_in_preset
+from ogpsa_jax.config.sections import (
     DataSection,
     DpoSection,
     ExportSection,
@@ -24,6 +23,7 @@ from ogpsa_jax.training.sections import (
     Section,
     TrainSection,
 )
+from ogpsa_jax.objectives.dpo import REFERENCE_FREE
 
 
 class RunConfig(Section):

@@ -2,7 +2,7 @@
 
 An :class:`InputError` raised while a run is prepared begins with the key that it is about;
 :func:`about` puts it there where a room does not know the key. What stands before it, file and line
-or the override, is added by :func:`ogpsa_jax.training.config_file.located`.
+or the override, is added by :func:`ogpsa_jax.config.file.located`.
 """
 
 import contextlib

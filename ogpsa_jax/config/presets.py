@@ -1,7 +1,7 @@
 """The presets, each written out whole: what it says of the section ``ogpsa`` and of the references.
 
 A configuration may say anything else key by key; what then makes no sense together is refused
-(:mod:`ogpsa_jax.training.config`), never read as something else.
+(:mod:`ogpsa_jax.config.schema`), never read as something else.
 """
 
 from typing import Any, Final

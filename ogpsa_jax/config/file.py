@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ogpsa_jax.config.origin import Location, Origin, location_of
+from ogpsa_jax.config.schema import RunConfig
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import Yaml12Loader, expand_environment, read_yaml
-from ogpsa_jax.training.config import RunConfig
-from ogpsa_jax.training.origin import Location, Origin, location_of
 
 _RENAMED = {"ogpsa.refresh_every": "ogpsa.refresh: {every: N}"}
 _KEY = re.compile(r"[a-z_]+(\.\w+)*")
