@@ -30,21 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"the package {error.name} is not installed; install ogpsa_jax with its extra [train], "
             "or [eval] for judges and the harness."
         )
-    # What no room has a better sentence for.
+    # Errors that no other module reports better.
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{place}{error.strerror or error}.")
     except RecursionError:
-        return _refuse("a file is nested without end; fix it.")
+        return _refuse("a file is nested too deeply; fix it.")
     except MemoryError:
-        return _refuse("memory ran out; lower the sizes that were given.")
+        return _refuse("out of memory; use smaller sizes.")
     except ValueError as error:
         if "embedded null" not in str(error):
             raise
-        return _refuse("a path holds a null character; fix it.")
+        return _refuse("a path contains a null character; fix it.")
     except KeyboardInterrupt:
         print(
-            "ogpsa-jax: interrupted; the same command goes on from what it saved", file=sys.stderr
+            "ogpsa-jax: interrupted; the same command resumes from what it saved", file=sys.stderr
         )
         return 130
     return 0
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run a stage, or several in sequence",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run one stage per configuration file, each starting from the one before.\n"
-        "Interrupted, the same command goes on where it was. `--keys` lists every key.",
+        "After an interruption, the same command resumes. `--keys` lists every key.",
     )
     train.add_argument("config", nargs="*", help="YAML files, then key.sub=value overrides")
     train.add_argument("--keys", action="store_true", help="list every configuration key and stop")
@@ -94,15 +94,15 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="what safety costs by each method: a small world on this machine",
+        help="compare the methods in a small world on this machine",
         description="Pre-train a small model, align it by every method, draw what each one cost. "
-        "Interrupted, the same command goes on where it was.",
+        "After an interruption, the same command resumes.",
     )
     demo.add_argument(
         "--out",
         type=_place,
         default=Path("runs/demo"),
-        help="where everything goes; default: runs/demo",
+        help="folder for the results; default: runs/demo",
     )
     size = demo.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="an easier world, the main methods")
@@ -112,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="score a checkpoint: safety, over-refusal, capability",
-        description="Score a checkpoint. Interrupted, the same command asks what is left.",
+        help="score a checkpoint: safety, over-refusal, general ability",
+        description="Score a checkpoint. After an interruption, the same command resumes.",
     )
     evaluate.add_argument("model", help="Hugging Face folder, hub id, or run directory")
     evaluate.add_argument("--suite", type=Path, required=True, help="YAML file of tasks")
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="settings of the suite's judge, as in max_completion_tokens=2000 temperature=null",
     )
-    evaluate.add_argument("--label", help="how reports call the model")
+    evaluate.add_argument("--label", help="the model's name in reports")
     evaluate.add_argument(
         "--method",
         help="what reports take it for: base, naive, merge, mixing, ...; default: by its run",
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the newest checkpoint of a run, finished or not, as a Hugging Face folder",
         description="Write the newest checkpoint of a run as a Hugging Face folder, also while it "
         "trains. Of a finished run, with its model card. Where the weights are rounded, what that "
-        "leaves of the training is measured and told.",
+        "leaves of the training is measured and reported.",
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
     export.add_argument("dir", type=_place, metavar="DIR", help="the folder to write")
@@ -208,13 +208,13 @@ def _positive(text: str) -> int:
 
 def _place(text: str) -> Path:
     if not text.strip():
-        raise argparse.ArgumentTypeError("an empty name is no place to write to")
+        raise argparse.ArgumentTypeError("the name is empty; give a folder")
     return Path(text)
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**31 - 1}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**31 - 1}")
     return int(text)
 
 
@@ -225,11 +225,11 @@ def _setting(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     try:
         if not (key and equals):
-            raise ValueError("there is no key, or no =")
+            raise ValueError("the key or the = is missing")
         return key, yaml.safe_load(value)
     except (ValueError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--judge: {text!r} is no KEY=VALUE ({reason}).") from error
+        raise InputError(f"--judge: {text!r} is not KEY=VALUE ({reason}).") from error
 
 
 def _train(parsed: argparse.Namespace) -> None:
@@ -327,9 +327,7 @@ def _merge(parsed: argparse.Namespace) -> None:
     if len(parsed.weight) == 1:
         outs = [parsed.out]
     elif (parsed.out / "config.json").exists():
-        raise InputError(
-            f"{parsed.out}: is a model itself; several merges need a folder of their own."
-        )
+        raise InputError(f"{parsed.out}: contains a model; write several merges to another folder.")
     else:
         outs = [parsed.out / f"{weight:g}" for weight in parsed.weight]
     merge_pretrained(parsed.a, parsed.b, parsed.weight, outs)

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """Bad input, told in one sentence: file, line, field, what was expected, what to do.
+    """Bad input, reported in one sentence: file, line, field, what was expected, what to do.
 
     The command line prints the sentence without a traceback and exits with code 2.
     """

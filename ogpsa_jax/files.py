@@ -1,4 +1,4 @@
-"""Files that people write for us, and files that must be whole or not there."""
+"""Reading files that users write, and writing files completely or not at all."""
 
 import contextlib
 import functools
@@ -35,7 +35,7 @@ class Yaml12Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' stands there a second time", key.start_mark
+                    None, None, f"the key '{key.value}' appears a second time", key.start_mark
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
@@ -77,7 +77,7 @@ def read_yaml(path: Path, what: str) -> tuple[Any, yaml.Node | None]:
 
 
 def line_of(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
-    """The line of the innermost part of `location` that the file holds."""
+    """The line of the innermost part of `location` that the file contains."""
     line = None
     for part in location:
         if isinstance(node, yaml.MappingNode):
@@ -126,7 +126,7 @@ def expand_environment(value: Any, path: Path) -> Any:
 @functools.cache
 def _tell_default(name: str, default: str, path: Path) -> None:
     """Once, because a file may name a variable many times."""
-    logger.info("%s: %s is not set, so %s stands for it", path, name, default or "nothing")
+    logger.info("%s: %s is not set, so its default %s is used", path, name, default or "nothing")
 
 
 def make_folder(path: Path) -> None:
@@ -140,15 +140,15 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{path}: this folder cannot be made ({error.strerror}); choose another."
+            f"{path}: this folder cannot be created ({error.strerror}); choose another."
         ) from error
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Keep every other process out of a folder; death of this one, however sudden, lets them in.
+    """Keep every other process out of a folder until this one ends, even by a kill.
 
-    On a file system without locks, nobody is kept out.
+    A file system without locks keeps no process out.
 
     Raises:
       InputError: another process is at work there.
@@ -176,7 +176,7 @@ def read_json(path: Path, remedy: str = "fix the file") -> dict[str, Any]:
       remedy: what to do where it is not as it must be, for the message.
 
     Raises:
-      InputError: the file is missing, is not JSON, or holds no object.
+      InputError: the file is missing, is not JSON, or contains no object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -1,4 +1,4 @@
-"""What a folder of files held when it was written: a changed byte is never used."""
+"""A manifest of a folder's files, so that a changed byte is never used."""
 
 import concurrent.futures
 import hashlib
@@ -48,7 +48,7 @@ def check_manifest(folder: Path, about: dict[str, Any]) -> str | None:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in _items(content)}
     except FileNotFoundError:
-        return f"it has no {MANIFEST}, as those of earlier versions"
+        return f"it has no {MANIFEST}, like those of earlier versions"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} cannot be read"
     for key, value in about.items():

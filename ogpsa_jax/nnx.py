@@ -86,7 +86,7 @@ def collect_inputs(
 
     Args:
       apply: ``(model, batch) -> anything``, which runs it.
-      model: its structure, and what is no parameter.
+      model: its structure, and variables that are not parameters.
       mask: ``batch -> bool [...]``, which positions count; as many as a layer has inputs.
       size: see :func:`ogpsa_jax.second_moment`.
       seed: see :func:`ogpsa_jax.second_moment`.

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: bars on a terminal, a line now and then in a file."""
+"""Progress of long work on stderr: bars on a terminal, lines at growing intervals in a file."""
 
 import contextlib
 import logging
@@ -127,7 +127,7 @@ class Progress:
     def _moved(
         self, task: rich_progress.TaskID, done: int, line: str, *, ends: bool, quick: bool
     ) -> None:
-        """A bar moved; a file gets its line at the first move, at the end, and now and then."""
+        """A bar moved; a file gets its line at the first, the last and some between."""
         self._bars.update(task, completed=done, visible=not (quick and ends))
         with self._lock:
             first = bool(self._doing or not self._line) and not quick
@@ -242,7 +242,7 @@ def _logging_above_bars() -> Iterator[None]:
 
 
 class _Column(rich_progress.ProgressColumn):
-    """A column whose text is made anew at every refresh."""
+    """A column whose text is computed again at every refresh."""
 
     max_refresh = None
 

@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/qwen2.5-7b-sft-recommended.yaml")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, as for ogpsa-jax train")
-    parser.add_argument("--model", default="configs/models/qwen2.5-7b", help="holds a config.json")
+    parser.add_argument("--model", default="configs/models/qwen2.5-7b", help="has a config.json")
     parser.add_argument("--on", default="v5p:2x2x2", help="as for ogpsa-jax plan")
     return parser.parse_intermixed_args()  # overrides may stand anywhere
 

@@ -28,7 +28,7 @@ TINY = "configs/models/tiny"
         (["report", "no-such-run"], "no-such-run"),
         (["export", "no-such-run", "somewhere"], "give a run directory"),
         (["report", "x" * 300], "File name too long"),
-        (["train", "configs/smoke-sft.yaml", "train=&a {steps: *a}"], "nested without end"),
+        (["train", "configs/smoke-sft.yaml", "train=&a {steps: *a}"], "nested too deeply"),
         (
             ["train", "configs/smoke-sft.yaml", 'data.template="\\0"', "train.batch_size=16"],
             "a null character",
@@ -88,7 +88,7 @@ def test_merge_writes_one_folder_a_weight(tmp_path, capsys):
     files = sorted(tmp_path.rglob("*"))
     folders = [str(tmp_path / name) for name in ("a", "b")]
     assert main(["merge", *folders, "--weight", "0.2", "0.4", "--out", folders[0]]) == 2
-    assert "several merges need a folder of their own" in capsys.readouterr().err
+    assert "write several merges to another folder" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == files
 
 
@@ -107,7 +107,7 @@ def test_an_export_replaces_what_an_export_wrote_and_nothing_else(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "config.json").write_text("{}")
-    told = r"holds config\.json, which was not written by an export"
+    told = r"contains config\.json, not written by an export"
     with pytest.raises(InputError, match=told), written_beside(theirs):
         raise AssertionError("must not be reached")
     ours = tmp_path / "ours"
@@ -116,7 +116,7 @@ def test_an_export_replaces_what_an_export_wrote_and_nothing_else(tmp_path):
             (beside / "config.json").write_text(content)
         assert (ours / "config.json").read_text() == content
     (ours / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes\.txt"), written_beside(ours):
+    with pytest.raises(InputError, match=r"contains notes\.txt"), written_beside(ours):
         raise AssertionError("must not be reached")
     assert (ours / "notes.txt").read_text() == "mine"
 
@@ -124,5 +124,5 @@ def test_an_export_replaces_what_an_export_wrote_and_nothing_else(tmp_path):
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("objective: sft\nogpsa: {preset: paper}\nogpsa: {preset: off}\n")
-    with pytest.raises(InputError, match="line 3: the key 'ogpsa' stands there a second time"):
+    with pytest.raises(InputError, match="line 3: the key 'ogpsa' appears a second time"):
         read_yaml(path, "configuration")

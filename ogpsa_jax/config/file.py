@@ -128,14 +128,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> Location:
         if isinstance(at, list):
             if not isinstance(step, int) or step >= len(at):
                 raise InputError(
-                    f"override '{override}': '{step}' is no item of a list of {len(at)}."
+                    f"override '{override}': '{step}' is not an item of a list of {len(at)}."
                 )
         elif isinstance(at, dict):
             if not last and at.get(step) is None:
                 at[step] = {}
         else:
             raise InputError(
-                f"override '{override}': nothing can stand below '{steps[position - 1]}'."
+                f"override '{override}': '{steps[position - 1]}' has no keys below it."
             )
         if last:
             at[step] = value
@@ -175,7 +175,7 @@ def _keys_beside(location: Location) -> list[str]:
 
 
 def _section_of(location: Location) -> type[BaseModel]:
-    """The section that holds the key at `location`."""
+    """The section that contains the key at `location`."""
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
         field = model.model_fields.get(str(part))

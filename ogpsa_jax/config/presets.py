@@ -1,7 +1,7 @@
-"""The presets, each written out whole: what it says of the section ``ogpsa`` and of the references.
+"""The presets as literals: values for the section ``ogpsa`` and for the references.
 
-A configuration may say anything else key by key; what then makes no sense together is refused
-(:mod:`ogpsa_jax.config.schema`), never read as something else.
+A configuration may set each key to another value. Combinations without a meaning are refused
+(:mod:`ogpsa_jax.config.schema`), never reinterpreted.
 """
 
 from typing import Any, Final
@@ -44,8 +44,8 @@ _PAPER_DPO: Final[Preset] = {
     },
     "references": {"loss": "official", "in_step": None},
 }
-# Every step takes a reference batch, which costs no extra samples, and are trained on as well; then
-# projecting the first moment would take out again what they put in.
+# Every step also trains on a reference batch, which costs no extra samples. Projecting the first
+# moment would remove what the reference batch adds to it.
 _IN_STEP: Final[Preset] = {
     "ogpsa": {
         "subspace": "gradients",
@@ -66,7 +66,7 @@ _IN_STEP: Final[Preset] = {
         "in_step": {"share": 0.5, "window": None, "replay_weight": 1.0},
     },
 }
-# Spanned once, before the first step; nothing is trained on references: docs/recommended.md.
+# The subspace is computed once, before the first step; references are not trained on.
 _RECOMMENDED: Final[Preset] = {
     "ogpsa": {
         "subspace": "inputs",
@@ -84,7 +84,7 @@ _RECOMMENDED: Final[Preset] = {
     },
     "references": {"loss": "response", "in_step": None},
 }
-# No projection, whatever else is said: preset=off on a command line turns it off.
+# No projection, whatever the other keys say: preset=off on a command line turns it off.
 _OFF: Final[Preset] = {
     "ogpsa": {
         "subspace": "gradients",
@@ -112,7 +112,7 @@ IN_DPO: Final[dict[str, Preset]] = {**PRESETS, "paper": _PAPER_DPO}
 
 
 def fill_in_preset(raw: Any) -> Any:
-    """A configuration as it was read, with the keys of its preset where it has no word on them.
+    """A configuration as it was read, completed by the keys of its preset.
 
     Of `references.in_step` too each key counts by itself.
     """
@@ -122,7 +122,7 @@ def fill_in_preset(raw: Any) -> Any:
     if not isinstance(ogpsa, dict) or not isinstance(references, dict):
         return raw
     presets = IN_DPO if raw.get("objective") == "dpo" else PRESETS
-    # A name that is none is told of by the section.
+    # The section reports an unknown name.
     preset = presets.get(str(ogpsa.get("preset")), presets["recommended"])
     filled = {**preset["references"], **references}
     in_step = preset["references"]["in_step"]

@@ -1,7 +1,7 @@
-"""The configuration of a run: its sections together, and what they may not say together.
+"""The configuration of a run: all of its sections, and the combinations that are refused.
 
-Unknown keys are refused. A preset fills in the keys that the configuration leaves open, so a
-resolved configuration is explicit and round-trips. What makes no sense together is refused.
+Unknown keys are refused. A preset sets the keys that the configuration does not set, so a
+resolved configuration is explicit and round-trips. Combinations without a meaning are refused.
 """
 
 from pathlib import PurePath
@@ -60,7 +60,7 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if self.projects and not self.references.sets:
             raise ValueError(
-                "references.sets is empty, so there is nothing to project against: name a "
+                "references.sets is empty, so nothing can be projected: name a "
                 "reference set, or set ogpsa.preset to off"
             )
         if self.optimizer.stochastic_rounding and self.model.param_dtype != "bfloat16":
@@ -104,7 +104,7 @@ class RunConfig(Section):
                 )
             if in_step.replay_weight and spans_gradients and self.ogpsa.placement != "gradient":
                 raise ValueError(
-                    "references.in_step.replay_weight: a projected update cannot hold the replayed "
+                    "references.in_step.replay_weight: a projected update cannot keep the replayed "
                     "gradient; set it to 0, or ogpsa.placement to gradient"
                 )
         return self
@@ -137,7 +137,7 @@ class RunConfig(Section):
             )
         if rows % unit:
             raise ValueError(
-                f"references.rows_per_refresh: {rows} is no multiple of references.batch_size "
+                f"references.rows_per_refresh: {rows} is not a multiple of references.batch_size "
                 f"times the number of sets ({unit}); take {-(-rows // unit) * unit}"
             )
 
@@ -202,7 +202,7 @@ class RunConfig(Section):
 
     @property
     def refreshes(self) -> bool:
-        """Whether the basis is spanned anew at intervals."""
+        """Whether the basis is refreshed at intervals."""
         return self.projects and self.ogpsa.refresh is not None
 
     @property
@@ -213,7 +213,7 @@ class RunConfig(Section):
 
     @property
     def asks_initial_model(self) -> bool:
-        """Whether the initial model says what is right on reference rows."""
+        """Whether the target on reference rows is the initial model's predictions."""
         predicts = self.references.target == "initial" and self.differentiates_references
         return predicts or (self.projects and self.references.answers == "own")
 

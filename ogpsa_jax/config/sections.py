@@ -31,7 +31,7 @@ class LoraSection(Section):
     alpha: PositiveFloat = Field(16.0, description="scale: the adapter is multiplied by alpha/rank")
     dropout: DecayRate = Field(0.0, description="dropout on the adapter's input")
     adapter: str | None = Field(
-        None, description="PEFT adapter folder to start from; its rank, alpha and targets hold"
+        None, description="PEFT adapter folder to start from; its rank, alpha and targets apply"
     )
     targets: tuple[LoraTarget, ...] = Field(
         get_args(LoraTarget),
@@ -112,8 +112,8 @@ class InStepSection(Section):
     )
     replay_weight: NonNegativeFloat = Field(
         1.0,
-        description="weight with which reference rows are trained on as well; with few of them, "
-        "a hundred, say, more may be better",
+        description="weight of the training on reference rows; with few of them, "
+        "such as a hundred, more may be better",
     )
 
 
@@ -153,7 +153,7 @@ class ReferencesSection(Section):
         "given", description="own: the initial model writes the answers first"
     )
     own_answers: OwnAnswersSection = Field(
-        default_factory=OwnAnswersSection, description="how it writes them"
+        default_factory=OwnAnswersSection, description="how the initial model writes its answers"
     )
     initial_model: str | None = Field(
         None,
@@ -171,7 +171,7 @@ class ReferencesSection(Section):
 
 
 class RefreshSection(Section):
-    """When the basis is spanned anew, where references are not in_step: by one of the two."""
+    """When the basis is refreshed if references are not in_step: set one of the two."""
 
     every: PositiveInt | None = Field(None, description="steps between refreshes")
     distance: PositiveFloat | None = Field(
@@ -184,7 +184,7 @@ class RefreshSection(Section):
     def _one_of_two(self) -> "RefreshSection":
         if (self.every is None) == (self.distance is None):
             given = "neither" if self.every is None else "both"
-            raise ValueError(f"takes one of every and distance, not {given}")
+            raise ValueError(f"set one of every and distance, not {given}")
         return self
 
     @property
@@ -196,7 +196,7 @@ class RefreshSection(Section):
 
 
 class OgpsaSection(Section):
-    """The projection. Every key but `preset` is filled in by it where it is left out."""
+    """The projection. `preset` sets every other key that is left out."""
 
     preset: Literal["paper", "recommended", "in-step", "off"] = Field(
         "recommended",
@@ -212,10 +212,10 @@ class OgpsaSection(Section):
         "basis at most"
     )
     energy: Annotated[float, Field(ge=1e-3, le=1.0)] | None = Field(
-        description="with inputs: share of their second moment that the basis holds"
+        description="with inputs: share of their second moment that the basis covers"
     )
     others: Literal["freeze", "leave"] | None = Field(
-        description="with inputs: whether what is no matrix (embeddings, norms, biases) is trained "
+        description="with inputs: whether other leaves (embeddings, norms, biases) are trained "
         "(leave) or not (freeze)"
     )
     scope: Literal["tensor", "global"] = Field(
@@ -229,7 +229,7 @@ class OgpsaSection(Section):
     )
     scale: NonNegativeFloat = Field(description="rule conflict: factor where it agrees")
     refresh: RefreshSection | None = Field(
-        description="when the basis is spanned anew; null: it is not, as with references.in_step "
+        description="when the basis is refreshed; null: never, as with references.in_step "
         "and with inputs"
     )
     project_momentum: bool = Field(description="project first moments with each new basis")
@@ -271,7 +271,7 @@ class TrainSection(Section):
     epochs: PositiveFloat = Field(3, description="passes over the data, unless `steps` is given")
     steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
     batch_size: PositiveInt = Field(128, description="rows an optimizer step, over all devices")
-    micro_batch_size: PositiveInt = Field(4, description="rows a device holds at a time, at most")
+    micro_batch_size: PositiveInt = Field(4, description="rows of a device at a time, at most")
     remat: Literal["none", "dots", "full"] = Field("full", description="rematerialisation")
     loss_chunk: PositiveInt = Field(512, description="tokens whose logits exist at a time, per row")
     eval_every: PositiveInt | None = Field(None, description="steps; null: before and after only")

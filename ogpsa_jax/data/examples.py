@@ -1,4 +1,4 @@
-"""Examples: tokenised rows, and what became of the rows they are from."""
+"""Examples: tokenised rows, and a report on the rows they come from."""
 
 import hashlib
 from collections import Counter
@@ -26,7 +26,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a teacher predicts of one sequence: a row for each token in the loss mask.
+    """A teacher's predictions for one sequence: a row for each token in the loss mask.
 
     Attributes:
       ids: int32 ``[tokens in the loss mask, k]``, its likeliest tokens.
@@ -63,7 +63,7 @@ class Example:
 
 @dataclass
 class DataReport:
-    """What became of the rows.
+    """How the rows were used.
 
     Attributes:
       rows: examples made.

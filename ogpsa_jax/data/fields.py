@@ -1,9 +1,8 @@
 """What the columns of public data sets mean, whatever the format: the rules for those it ignores.
 
-A field that holds something is used by the format; or it is carried and ignored, because it says
-nothing of what is asked and answered (ids, sources, scores); or it is part of what is asked or
-answered, and the row is refused; or it is named, once for all rows. And a row may say that its
-answer is bad.
+The format uses a field that is not empty; or the field is ignored, because it is not part of the
+prompt or the answer (ids, sources, scores); or it is part of them, and the row is refused; or it is
+unknown, and one warning names it for all rows. A row may also say that its answer is bad.
 """
 
 import math
@@ -18,14 +17,14 @@ from ogpsa_jax.errors import InputError
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 _TURN = frozenset({"role", "content", "from", "value", "refusal", *FLAGS})
 
-# Part of the prompt or of the answer: to drop it would teach something else than the row says.
+# Part of the prompt or of the answer: without it, the model would learn something else.
 _PART_OF_TEXT = re.compile(
     r"(available_)?(tools|functions)|(tool|function)_calls?|tool_choice|history|contexts?|passages?|"
     r"documents|knowledge|images?|videos?|audios?|files|chat_template_kwargs|prefix|suffix|"
     r"(.*_)?(reasoning|thinking)(_.*)?|think|thoughts?|chain_of_thought|(.*_)?cot|"
     + "|".join(SYSTEM)
 )
-# What says nothing of the prompt and the answer.
+# Fields that are not part of the prompt or the answer.
 _CARRIED = re.compile(
     r"|_+index_level_\d+_+|unnamed:?_*\d+|"  # of data frames
     r"(.*_)?(ids?|idx|index|uid|uuid|guid|hash|sha256|md5|key|url|link)|"
@@ -84,14 +83,14 @@ _ANSWERS = ("messages", "conversations", "completion", "response", "output", "an
 
 
 def unused(row: Row, where: str, format_name: str, uses: frozenset[str], pair: bool) -> list[str]:
-    """The row's fields that the format does not use and that nothing is known of.
+    """The row's fields that the format does not use and that are unknown.
 
     Args:
       row: the row.
       where: of the row, for the message.
       format_name: for the message.
       uses: the format's columns.
-      pair: whether the row holds two answers, so that no column judges the one.
+      pair: whether the row contains two answers, so that no column judges the one.
 
     Raises:
       InputError: a field that is part of what is asked or answered.
@@ -216,7 +215,7 @@ def _verdict(column: Any, value: Any, where: str | None = None) -> bool | None:
             if where is None:
                 return None
             raise InputError(
-                f"{where}: '{column}' may judge the answer, but {value!r} does not tell how; write "
+                f"{where}: '{column}' may judge the answer, but {value!r} is ambiguous; write "
                 "true where the answer is good and false where it is bad, or remove the column."
             )
         truth = bool(number)
@@ -243,7 +242,7 @@ def _number(value: Any) -> float | None:
 
 def _carried(column: Any, value: Any) -> bool:
     """Whether a field says nothing of what is asked and answered."""
-    # `task` holds a name, or what is to be done.
+    # `task` contains a name, or what is to be done.
     told_to_do = isinstance(value, str) and len(value.split()) > 3
     name = _plain(column)
     return bool(_CARRIED.fullmatch(name)) and not (name == "task" and told_to_do)
@@ -255,7 +254,7 @@ def _without_word(column: Any, value: Any) -> bool:
 
 
 def _empty(value: Any, *, but: Any = None) -> bool:
-    """Whether a field holds nothing; `but` is a value that counts as something."""
+    """Whether a field contains nothing; `but` is a value that counts as something."""
     if isinstance(value, bool):
         return value is False and but is not False
     if isinstance(value, float):

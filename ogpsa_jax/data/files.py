@@ -1,4 +1,4 @@
-"""Rows out of local files and folders, or out of a hub data set, each with the place it stands."""
+"""Rows of local files and folders or of a hub data set, each with its place."""
 
 import csv
 import io
@@ -72,30 +72,30 @@ def _folder_rows(path: Path, split: str) -> list[Located]:
     files = [p for p in data if p.suffix.lower() in _SUFFIXES]
     if unread := next((p for p in data if p.suffix.lower() in _UNREAD), None):
         raise InputError(
-            f"{path}: the folder holds {unread.name}, a kind of file that is not read; unpack or "
+            f"{path}: the folder contains {unread.name}, which cannot be read; unpack or "
             f"convert it to one of {', '.join(_SUFFIXES)}, or name the file to read."
         )
     if not files:
-        raise InputError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file with data.")
+        raise InputError(f"{path}: the folder contains no {', '.join(_SUFFIXES)} file with data.")
     chosen = _files_of_split(files, path, split)
     texts = [p for p in chosen if p.suffix.lower() == ".txt"]
     if texts and len(texts) < len(chosen):
         raise InputError(
-            f"{path}: the folder holds both text files ({texts[0].name}) and rows "
+            f"{path}: the folder contains both text files ({texts[0].name}) and rows "
             f"({next(p.name for p in chosen if p not in texts)}); name the file to read."
         )
     kinds: dict[Path, Path] = {}
     for file in chosen:
         if (other := kinds.setdefault(file.with_suffix(""), file)) != file:
             raise InputError(
-                f"{path}: the folder holds both {other.name} and {file.name}, which may be the "
+                f"{path}: the folder contains both {other.name} and {file.name}, which may be the "
                 "same rows; name the file to read."
             )
     return [row for file in chosen for row in _file_rows(file)]
 
 
 def _holds_data(file: Path, folder: Path) -> bool:
-    """Whether a file may hold rows: it is not hidden, nor about the folder (README, LICENSE)."""
+    """Whether a file may contain rows: it is not hidden, nor about the folder (README, LICENSE)."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.is_file() and not hidden and not _ABOUT.match(file.stem)
 
@@ -115,7 +115,7 @@ def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     names = sorted({splits[file] for file in found or files} - {""})
     if len(found) == 0:
         raise InputError(
-            f"{folder}: no file of split '{split}'; the folder holds "
+            f"{folder}: no file of split '{split}'; the folder contains "
             f"{', '.join(p.name for p in files[:8])}."
         )
     if len(names) > 1:
@@ -126,7 +126,7 @@ def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
 
 
 def _split_of(file: Path, folder: Path) -> str:
-    """The split that a file's name tells, or its folder's; empty if neither tells one."""
+    """The split in a file's name, or in its folder's; empty if neither contains one."""
     for name in (file.stem, *reversed(file.relative_to(folder).parent.parts)):
         if _KEYWORD.search(name):
             return _SHARD.sub("", name)
@@ -134,7 +134,7 @@ def _split_of(file: Path, folder: Path) -> str:
 
 
 def mixed_files(places: Iterable[str], folder: str) -> list[str]:
-    """The files of a folder in which some rows stand, if they are more than parts of one.
+    """The files of a folder that some rows come from, if they are not the parts of one file.
 
     Args:
       places: of the rows, as :func:`located_rows` gives them.
@@ -202,14 +202,12 @@ def csv_rows(content: str, path: Path) -> list[Located]:
         header = list(reader.fieldnames or ())
         twice = next((name for name in header if header.count(name) > 1), None)
         if twice is not None:
-            raise InputError(
-                f"{path}, line 1: the column '{twice}' stands there twice; rename one."
-            )
+            raise InputError(f"{path}, line 1: the column '{twice}' appears twice; rename one.")
         for row in reader:
             where = f"{path}, line {line}"
             if None in row or None in row.values():
                 raise InputError(
-                    f"{where}: the row has not as many fields as the header; fix the row."
+                    f"{where}: the row has another number of fields than the header; fix it."
                 )
             located.append((row, where))
             line = reader.line_num + 1
@@ -287,7 +285,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 class _Twice(ValueError):
-    """A key that stands twice in one object; JSON leaves open which of the two counts."""
+    """A key that appears twice in one object; JSON does not define which of the two counts."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -295,7 +293,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Twice(f"the key '{twice}' stands there twice; keep one of them.")
+        raise _Twice(f"the key '{twice}' appears twice; keep one of them.")
     return found
 
 

@@ -27,7 +27,7 @@ class Format:
       uses: the columns that it reads.
       recognised: whether a row is of this layout.
       read: a row as a record.
-      pair: whether its rows hold two answers.
+      pair: whether its rows contain two answers.
     """
 
     name: str

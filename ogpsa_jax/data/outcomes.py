@@ -1,4 +1,4 @@
-"""What a record comes to: examples, cut to the length there is, or why it is left out."""
+"""From a record to examples that fit the length limit, or to the reason why it is skipped."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ogpsa_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a record gives: examples, or the reason why it gives none."""
+    """The examples of a record, or the reason why it has none."""
 
     examples: tuple[tuple[Tokens, ...], ...] = ()
     length: int = 0  # of a conversation, before it was cut
@@ -39,7 +39,7 @@ def outcomes_of(
     cut_prompts: bool,
     leave_room: bool,
 ) -> list[Outcome]:
-    """What each record comes to.
+    """The outcome of each record.
 
     Args:
       records: of one source.
@@ -96,7 +96,7 @@ def _of_conversations(
     for sequences in found:
         if isinstance(sequences, InputError):
             return Outcome(problem=str(sequences).removesuffix("."), remedied=True)
-        # The last one holds the whole conversation: the others would teach parts of it again.
+        # The last one contains the whole conversation: the others would teach parts of it again.
         conversations.append(sequences[-1:] if all_tokens else sequences)
     # A pair is one example of two sequences, any other conversation one example for each sequence.
     if len(conversations) > 1:

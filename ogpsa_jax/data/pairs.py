@@ -20,7 +20,7 @@ TURNS = ("messages", "conversations")
 def pku_saferlhf(row: Row, where: str) -> Record | Skipped:
     """PKU-SafeRLHF pairs: ``response: [safe, unsafe]``, or the published columns.
 
-    Of the published rows those count that hold one safe answer and one unsafe one; where nothing
+    Of the published rows those count that contain one safe answer and one unsafe one; where nothing
     says what is safe, the answer that is called the safer or the better one is chosen.
     """
     given = given_turns(row, "prompt", where)
@@ -63,12 +63,12 @@ def _published_answers(row: Row, where: str) -> tuple[list[str], list[bool]]:
 
 
 def _known(row: Row, *keys: str) -> bool:
-    """Whether any of the columns holds something; CSV and Parquet hold empty ones."""
+    """Whether any of the columns contains something; CSV and Parquet contain empty ones."""
     return any(row.get(key) not in (None, "") for key in keys)
 
 
 def _flag(row: Row, key: str, where: str) -> bool:
-    value = {"true": True, "false": False}.get(str(row.get(key)).lower())  # CSV holds text
+    value = {"true": True, "false": False}.get(str(row.get(key)).lower())  # CSV contains text
     if value is None:
         raise InputError(
             f"{where}: '{key}' must be true or false, found {row.get(key)!r}; fix the row."
@@ -104,7 +104,7 @@ def pair_after(ask: str | None) -> Reader:
         else:
             raise InputError(
                 f"{where}: '{columns[0]}' must be a transcript of 'Human:' and 'Assistant:' turns "
-                "where no column holds the prompt; fix or remove the row."
+                "where no column contains the prompt; fix or remove the row."
             )
         for column in dict.fromkeys([ask, "prompt"] if ask in (None, *TURNS) else [ask]):
             if column is not None and column not in TURNS:
@@ -137,8 +137,8 @@ def _side(row: Row, key: str, where: str) -> tuple[tuple[Message, ...], Message]
         )
     if len(turns) > 1 and turns[0].role == "assistant":
         raise InputError(
-            f"{where}: '{key}' holds several turns, but a pair compares one answer; move what "
-            "precedes the last one to the prompt."
+            f"{where}: '{key}' has several turns, but a pair compares one answer; move the "
+            "turns before the last one to the prompt."
         )
     turns = in_order(turns, where) if len(turns) > 1 else turns
     return turns[:-1], turns[-1]
@@ -150,7 +150,7 @@ def _same_conversation(row: Row, column: str, where: str, whole: tuple[Message, 
     spoken = tuple(m for m in whole if m.role != "system")
     if not any(same_turns(tuple(turns), part) for part in (spoken, spoken[:-1])):
         raise InputError(
-            f"{where}: '{column}' is another conversation than the pair's; fix the row or remove "
+            f"{where}: '{column}' differs from the pair's conversation; fix the row or remove "
             "the column."
         )
 

@@ -1,4 +1,4 @@
-"""A whole data set is read, checked and tokenised before step 0."""
+"""Reads, checks and tokenises a whole data set before step 0."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def prepare(
       template: turns conversations into tokens.
       kind: ``"sft"`` for sequences, ``"preference"`` for pairs.
       max_length: tokens a row may have; longer conversations are cut at the end and counted, longer
-        plain text goes on in further rows.
+        plain text continues in further rows.
       all_tokens: learn every token but the first, not only the assistant's.
       too_long: what becomes of a row whose prompt alone fills `max_length`. refuse: an error, but a
         draw of some samples passes over it; skip: it is left out and named; cut: tokens are taken
@@ -106,7 +106,7 @@ def prepare(
         if source.samples is not None and len(made) < source.samples:
             raise InputError(
                 f"{source.path}: {source.samples} samples asked for, but split '{source.split}' "
-                f"holds {len(made)} usable rows; ask for at most {len(made)}."
+                f"contains {len(made)} usable rows; request at most {len(made)}."
             )
         report.truncated += sum(outcome.length > max_length for outcome in made)
         report.cut_prompts += sum(outcome.cut_prompt for outcome in made)
@@ -147,8 +147,8 @@ def _rendered(source: DataSource, records: Sequence[Record], template: ChatTempl
     if not places:
         return []
     return [
-        f"{places[0]}{and_others(places[1:])}: what is asked holds the marks of a chat template, "
-        "which is then applied to it a second time; give the plain text, with one turn a message"
+        f"{places[0]}{and_others(places[1:])}: the prompt contains marks of a chat template, "
+        "which would be rendered twice; give the plain text, one message for each turn"
     ]
 
 

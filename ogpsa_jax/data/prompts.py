@@ -1,4 +1,4 @@
-"""Rows that hold a prompt and no answer: enough where the initial model says what is right."""
+"""Rows with a prompt and no answer: they suffice if the initial model gives the target."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ def _holds(row: Row, column: str) -> bool:
 
 
 def asks_alone(row: Row) -> bool:
-    """Whether a row asks and is not answered.
+    """Whether a row has a prompt and no answer.
 
     That is so if every column in which a format keeps its answers is missing or null, and there is
     a list of turns that ends with the user's, or no such list and a prompt.

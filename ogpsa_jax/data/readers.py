@@ -1,4 +1,4 @@
-"""From a row to what is asked and answered in it: the readers of single answers.
+"""Readers of rows with one answer: from a row to its prompt and its answer.
 
 Each reader turns one row into a record, or into :class:`Skipped` where the row says of itself that
 it does not count (HaluEval's hallucinated answers, messages of weight 0).
@@ -50,7 +50,7 @@ def given_turns(
         turns = (*_history(row.get("history"), where), Message("user", asked))
     if turns[-1].role != "user":
         raise InputError(
-            f"{where}: what precedes the answer must end with a user's turn; fix the row."
+            f"{where}: the turns before the answer must end with a user's turn; fix the row."
         )
     return with_system(row, where, turns)
 
@@ -74,13 +74,13 @@ def with_system(row: Row, where: str, turns: tuple[Message, ...]) -> tuple[Messa
     """The turns, led by the row's system message.
 
     Raises:
-      InputError: the row holds two different ones.
+      InputError: the row contains two different ones.
     """
     own = turns[0].content if turns[0].role == "system" else ""
     found = [text_of(row, key, where, empty=True) for key in SYSTEM if row.get(key)]
     said = list(dict.fromkeys(text for text in [own, *found] if text.strip()))
     if len({text.strip() for text in said}) > 1:
-        raise InputError(f"{where}: the row holds two different system messages; keep one of them.")
+        raise InputError(f"{where}: the row has two different system messages; keep one of them.")
     return turns if own or not said else (Message("system", said[0]), *turns)
 
 

@@ -1,4 +1,4 @@
-"""From a source to records: its rows, the part of them that is asked for, each one validated."""
+"""From a source to records: its rows, or the requested part of them, each one validated."""
 
 import re
 from collections import Counter
@@ -20,7 +20,7 @@ _NAMED = 12  # unused fields that one message names
 
 
 class ReadRows(NamedTuple):
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
       records: in file order.
@@ -48,8 +48,8 @@ def read_records(source: DataSource, kind: Kind, *, prompts_alone: bool = False)
     located = located_rows(source)
     if not located:
         raise InputError(
-            f"{source.path}: split '{source.split}' holds no row; name another split or file, or "
-            "leave the source out."
+            f"{source.path}: split '{source.split}' has no row; name another split or file, or "
+            "remove the source."
         )
     if not by_prompt:
         located = located[slice(*_within(bounds, len(located), source, "rows"))]
@@ -60,7 +60,7 @@ def read_records(source: DataSource, kind: Kind, *, prompts_alone: bool = False)
         records = [record for record in records if record.prompt in chosen]
     if not records:
         raise InputError(
-            f"{source.path}: split '{source.split}' holds no usable row: {told_skipped(skipped)}; "
+            f"{source.path}: split '{source.split}' has no usable row: {told_skipped(skipped)}; "
             "name another file or fix the rows."
         )
     return ReadRows(records, skipped, notes)
@@ -159,7 +159,7 @@ def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone:
 
 
 def _record(row: Row, where: str, known: Format, unused: dict[str, list[str]]) -> Record | Skipped:
-    """The row's record; fields that nothing is known of are added to `unused`."""
+    """The row's record; adds unknown fields to `unused`."""
     reason = fields.bad_pair(row, where) if known.pair else fields.bad_answer(row, where)
     if reason:
         return Skipped(reason)
@@ -224,7 +224,7 @@ def _within(
     first, last = found
     if not 0 <= first < last <= size:
         raise InputError(
-            f"{source.path}: split '{source.split}' asks for {what} that are not there; the data "
-            f"holds {size}."
+            f"{source.path}: split '{source.split}' requests {what} that do not exist; the data "
+            f"has {size}."
         )
     return first, last

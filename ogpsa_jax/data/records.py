@@ -1,4 +1,4 @@
-"""Records: what a data set holds once its format is forgotten, and where each row came from."""
+"""Records: the rows of a data set, whatever their format, and where each one came from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class DataSource:
-    """A file, a folder or a hub id, and which rows of it.
+    """Where rows come from: a file, a folder or a hub id, and which of its rows.
 
     Attributes:
       path: JSON, JSON Lines, Parquet, CSV or text file, a folder of such files or as written by
@@ -51,7 +51,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Record:
-    """A row, with where it stands (``file, line 3``).
+    """A row and its place (``file, line 3``).
 
     Exactly one of these is set: `text`; `messages`, which end with an assistant's; `messages`,
     which end with a user's, together with `chosen` and `rejected`; or such `messages` alone, a
@@ -66,7 +66,7 @@ class Record:
 
     @property
     def prompt(self) -> str:
-        """All that is given, as one text: rows with the same prompt belong to the same split."""
+        """The whole prompt as one text: rows with the same prompt belong to the same split."""
         given = self.messages[:-1] if self._answered else self.messages
         return self.text or "\n".join(f"{m.role}: {m.content}" for m in given)
 
@@ -81,7 +81,7 @@ class Record:
 
     @property
     def flaw(self) -> str:
-        """Why a pair teaches nothing; empty if it does teach something."""
+        """Why a pair cannot be trained on; empty if it can."""
         if self.chosen is None or self.rejected is None:
             return ""
         if self.chosen.strip() == self.rejected.strip():
@@ -100,7 +100,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What becomes of a row that says of itself that it does not count, and how it says so."""
+    """A row that says that it does not count, and how it says so."""
 
     reason: str
 
@@ -141,7 +141,6 @@ def text_of(row: Row, key: str, where: str, *, empty: bool = False) -> str:
         value.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but nobody can encode
         raise InputError(
-            f"{where}: '{key}' holds half a surrogate pair, which is no text; fix or remove the "
-            "row."
+            f"{where}: '{key}' has half a surrogate pair, which is not text; fix or remove the row."
         ) from None
     return value

@@ -65,7 +65,7 @@ class ChatTemplate:
         Args:
           tokenizer: a fast tokenizer.
           template: a built-in name (see :data:`BUILT_IN`) or a jinja file; None: the tokenizer's.
-          date: what the template is told where it asks for today's date (``strftime_now``).
+          date: what the template prints as today's date (``strftime_now``).
 
         Raises:
           InputError: no such template, or one that does not show what the assistant says.
@@ -267,7 +267,7 @@ class ChatTemplate:
                 )
 
     def _check(self, content: str, rest: str, marks: list[tuple[int, int]], name: str) -> None:
-        """Refuse an answer that the template alters, marks in part, or that holds its own end."""
+        """Refuse an answer that the template alters, marks in part, or that has its own end."""
         body = rest.removesuffix(self._closing)
         if not _shows(body, content):
             raise InputError(
@@ -278,8 +278,8 @@ class ChatTemplate:
         for text in self.stop_texts():
             if text in content:
                 raise InputError(
-                    f"{name}: the answer holds {text!r}, at which generation stops; take it out, "
-                    "or remove the row."
+                    f"{name}: the answer contains {text!r}, at which generation stops; remove it, "
+                    "or the row."
                 )
         unmarked, at = "", 0
         for start, stop in [*marks, (len(body), len(body))] if self._marks else []:
@@ -386,7 +386,7 @@ def _dated(source: str | None, date: datetime.date) -> str | None:
 
 
 def _shows(text: str, content: str) -> bool:
-    """Whether all that is said stands in the text, thoughts included, whatever surrounds them."""
+    """Whether the text contains everything that is said, thoughts included."""
     at = 0
     for part in _THOUGHT.split(content):
         at = text.find(part.strip(), at)
@@ -397,7 +397,7 @@ def _shows(text: str, content: str) -> bool:
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How much of their beginning two sequences share."""
+    """The length of the common beginning of two sequences."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders."""
+"""Tokenizers from Hugging Face folders."""
 
 from typing import Any
 

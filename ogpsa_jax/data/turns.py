@@ -26,7 +26,7 @@ def conversation(turns: Any, where: str, *, empty_end: bool = False) -> tuple[Me
     """Messages that alternate between user and assistant, out of a list of turns.
 
     Args:
-      turns: what the row holds: ``{role, content}`` or ``{from, value}`` each.
+      turns: what the row contains: ``{role, content}`` or ``{from, value}`` each.
       where: of the row, for the message.
       empty_end: whether the last turn may be empty.
 
@@ -46,7 +46,7 @@ def parse_turns(turns: Any, where: str, *, empty_end: bool = False) -> tuple[Mes
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
             raise InputError(
-                f"{where}: turn {number} must hold 'role' and 'content', or 'from' and 'value', "
+                f"{where}: turn {number} must have 'role' and 'content', or 'from' and 'value', "
                 f"found {type(turn).__name__}; fix the row."
             )
         last = number == len(turns)
@@ -64,7 +64,7 @@ def parse_turn(turn: Mapping[str, Any], where: str, *, empty: bool = False) -> M
     other = "content" if text_key == "value" else "value"
     if turn.get(other) and turn[other] != turn.get(text_key):
         raise InputError(
-            f"{where}: the turn holds both '{text_key}' and '{other}', and they differ; keep one "
+            f"{where}: the turn has both '{text_key}' and '{other}', and they differ; keep one "
             "of them."
         )
     named = text_of(turn, role_key, where)
@@ -77,7 +77,7 @@ def parse_turn(turn: Mapping[str, Any], where: str, *, empty: bool = False) -> M
     if turn.get("refusal"):  # OpenAI's: what the assistant says instead of the content
         if turn.get(text_key):
             raise InputError(
-                f"{where}: the turn holds both '{text_key}' and 'refusal'; keep one of them."
+                f"{where}: the turn has both '{text_key}' and 'refusal'; keep one of them."
             )
         text_key = "refusal"
     said = text_of(turn, text_key, where, empty=empty or role == "system")
@@ -106,14 +106,14 @@ def in_order(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
 
 
 def same_turns(first: tuple[Message, ...], second: tuple[Message, ...]) -> bool:
-    """Whether the same is said, whatever of it is trained on."""
+    """Whether the texts are equal, whatever part of them is trained on."""
     return [(m.role, m.content) for m in first] == [(m.role, m.content) for m in second]
 
 
 def is_transcript(value: Any, *, answered: bool) -> bool:
     r"""Whether a text is an HH transcript: ``\n\nHuman: … \n\nAssistant: …``.
 
-    `answered` tells whether it holds the assistant's last answer or ends where that begins.
+    `answered`: whether it contains the assistant's last answer or ends where that begins.
     """
     if not isinstance(value, str) or not _HUMAN.match(value):
         return False

@@ -16,7 +16,7 @@ from ogpsa_jax.reporting.tables import heading, with_spread
 _TAX_REMOVED: Final = 0.85
 _MOST_OVER_REFUSAL: Final = 0.05
 _OURS: Final = METHODS["recommended"].kind
-# What the recommended setting is held against, where it was run.
+# What the recommended setting is compared with, if it was run.
 _OTHERS: Final = [
     METHODS[name].kind for name in ("paper", "momentum", "mixing", "replay", "replay-initial")
 ]

@@ -32,7 +32,7 @@ _TEMPLATE: Final = (
     f"{{%- if message.role == 'user' -%}}{{{{- '{SEPARATOR}' -}}}}"
     f"{{%- else -%}}{{{{- '{END}' -}}}}{{%- endif -%}}{{%- endfor -%}}"
 )
-BEGINNING: Final = REFUSAL[:3]  # tells a refusal from every other answer
+BEGINNING: Final = REFUSAL[:3]  # no other answer begins so
 FOREIGN: Final = "so "  # before a right answer makes it one that the model would not have given
 _UNSEEN: Final = 100  # general items whose loss is measured during training
 _UNSEEN_SEED: Final = 999_983  # of a draw that no run makes
@@ -146,7 +146,7 @@ def write_tokenizer(path: Path) -> None:
 
     ids = {_PAD: TOKENIZER.PAD, END: TOKENIZER.END}
     ids |= {character: TOKENIZER.encode(character)[0] for character in TOKENIZER.characters}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))  # which is no token
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))  # not a token of the model
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([_PAD, END])

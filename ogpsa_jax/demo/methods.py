@@ -49,7 +49,7 @@ METHODS: Final = {
     "momentum": Method(
         "momentum re-projected",
         "momentum re-projected",
-        "refreshed oftener than the paper's, and the first moment projected at each refresh",
+        "refreshed more often than the paper's; each refresh also projects the first moment",
     ),
     "mixing": Method("mixing", "mixing", "a share of every batch is general rows"),
     "replay": Method(
@@ -78,7 +78,7 @@ METHODS: Final = {
 def configuration(
     method: str, regime: Regime, folder: Folder, seed: int, objective: str = "sft"
 ) -> dict[str, Any]:
-    """What ``ogpsa-jax train`` reads of a stage, but where the run goes.
+    """The configuration of a stage for ``ogpsa-jax train``, without its output_dir.
 
     Args:
       method: a key of :data:`METHODS`.
@@ -183,7 +183,7 @@ def _own(
 
 
 def affordable_steps(config: RunConfig, rows: int) -> int:
-    """Steps that a stage's sequences pay for, with all that its method does beside them.
+    """The steps that a stage's sequences allow, less what its method spends on other passes.
 
     Args:
       config: of the stage.

@@ -31,7 +31,7 @@ def pretrain(recipe: Pretraining, world: World, mesh: Mesh, run_dir: Path) -> Ne
       recipe: sizes and steps.
       world: what there is to learn; its seed is also that of the weights.
       mesh: the devices.
-      run_dir: a finished run there is read back, an interrupted one goes on.
+      run_dir: a finished run there is read back, an interrupted one resumes.
     """
     config = RunConfig.model_validate(
         {

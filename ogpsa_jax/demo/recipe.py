@@ -62,7 +62,7 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What stands in one table.
+    """The content of one table.
 
     Attributes:
       regime: of what general rows there are.
@@ -82,7 +82,7 @@ class Recipe:
     Attributes:
       pretraining: of every world.
       worlds: how many.
-      comparisons: made in each; the first is the one of the picture.
+      comparisons: made in each; the first is the one of the figure.
     """
 
     pretraining: Pretraining

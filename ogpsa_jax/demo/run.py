@@ -43,12 +43,12 @@ def run_demo(out: str | Path, mode: Mode, seed: int = 0) -> dict[str, Any]:
 
     Args:
       out: ``report.html``, ``pareto.png``, ``results.json`` and the worlds with their runs go here.
-        What is finished there is kept, what was interrupted goes on.
+        Finished runs there are kept, interrupted ones resume.
       mode: ``quick``, ``full`` or ``thorough``; see :mod:`ogpsa_jax.demo.recipe`.
       seed: of the first world; further ones have the next numbers.
 
     Returns:
-      What ``results.json`` holds.
+      What ``results.json`` contains.
 
     Raises:
       InputError: `out` cannot be made.
@@ -135,7 +135,7 @@ class _Demo:
         self.bar.more(1)
 
     def _merge(self, naive: Path, folder: Folder, stage: str, seed: int) -> None:
-        """Weights between the model before alignment and the naive one: in the picture alone."""
+        """Weights between the model before alignment and the naive one: only in the figure."""
         outs = [folder.path / "merges" / naive.name / f"{weight:g}" for weight in MERGED]
         missing = [
             (weight, out) for weight, out in zip(MERGED, outs, strict=True) if not out.exists()
@@ -192,7 +192,7 @@ class _Demo:
         return [[self.records[i] for i in numbers] for numbers in self.compared]
 
     def _write(self) -> dict[str, Any]:
-        """Write the results so far, and return what ``results.json`` holds."""
+        """Write the results so far, and return what ``results.json`` contains."""
         comparisons = [
             {
                 "title": comparison.regime.title,

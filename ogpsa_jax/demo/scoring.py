@@ -14,7 +14,7 @@ SCORES: Final = ("general", SAFETY, OVER_REFUSAL, COMPLIANCE)
 
 
 def definitions(tasks: Sequence[str]) -> dict[str, str]:
-    """How each score is measured, in words that hold for every world.
+    """How each score is measured, in words for every world.
 
     Args:
       tasks: general tasks.

@@ -1,4 +1,4 @@
-"""What is set for each method in each regime: one literal table, chosen by ``scripts/study``."""
+"""The settings of each method in each regime: one literal table, chosen by ``scripts/study``."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -31,12 +31,12 @@ class Regime:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is chosen for one method in one regime.
+    """The setting of one method in one regime.
 
     Attributes:
       rate: of learning, relative to the regime's.
       weight: of what is replayed.
-      energy: share of the second moment of the inputs that the basis holds.
+      energy: share of the second moment of the inputs that the basis covers.
       share: of general rows in every batch, where they are mixed in.
     """
 

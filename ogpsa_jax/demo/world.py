@@ -144,7 +144,7 @@ def _requests(task: str, objects: Sequence[str]) -> list[Exchange]:
     """Requests with the answers of before alignment, some in another tone where harmful.
 
     As in large models, so that the difference is known, and not only visible: where no answer
-    tells it, every method over-refuses.
+    shows it, every method over-refuses.
     """
     return [
         Exchange(

@@ -1,4 +1,4 @@
-"""Safety and capability scores, and the harness adapter."""
+"""Scores of safety and general ability, and the harness adapter."""
 
 from ogpsa_jax.evaluation.evaluate import evaluate, results_text
 from ogpsa_jax.evaluation.records import Cost, Record, read_records, write_records

@@ -9,11 +9,11 @@ from typing import Any
 
 from ogpsa_jax.evaluation.language_model import LanguageModel
 
-PLAIN = "none"  # the template of a model that is given texts to go on with
+PLAIN = "none"  # the template of a model that continues texts
 
 
 def asking(model: LanguageModel, chat: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """What ``results.json`` tells of how a model was asked, and the short form in its record.
+    """What ``results.json`` says of how a model was asked, and the short form in its record.
 
     Args:
       model: what was asked.

@@ -1,8 +1,8 @@
 """``ogpsa-jax evaluate``: a suite on a model, resumable item by item.
 
 Every item's outcome is a line of ``items.jsonl``, under a key made of all it depends on: the
-weights, the task's settings, the item. An evaluation that was stopped goes on with the items that
-have no line; one with other weights or settings finds no line with its keys and starts anew.
+weights, the task's settings, the item. A stopped evaluation resumes with the items that
+have no line; one with other weights or settings finds no line with its keys and starts again.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def evaluate(
     seed: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score a checkpoint; the same call goes on where an earlier one was stopped.
+    """Score a checkpoint; the same call resumes an earlier one that was stopped.
 
     Args:
       model: Hugging Face folder, hub id, or run directory (its export).
@@ -73,8 +73,8 @@ def evaluate(
       progress: show a bar on stderr.
 
     Returns:
-      What ``results.json`` holds; :func:`results_text` shows it. Where they lie in the directory of
-      a run, the model card of its export is written anew, with the scores.
+      What ``results.json`` has; :func:`results_text` shows it. Where they lie in the directory of
+      a run, the model card of its export is written again, with the scores.
 
     Raises:
       InputError: a suite, a data file, a model or a judge that is not as it must be. All files are
@@ -140,14 +140,14 @@ def run_suite(
       progress: show a bar on stderr.
 
     Returns:
-      What ``results.json`` holds.
+      What ``results.json`` contains.
 
     Raises:
       ValueError: a task asks for a judge and there is none.
     """
     asking = [task.name for task in suite.tasks if getattr(task, "judge", False)]
     if asking and judge is None:
-        raise ValueError(f"judge must be given, for task {asking[0]} asks for one; got None")
+        raise ValueError(f"judge must be given, because task {asking[0]} needs one; got None")
     started = time.perf_counter()
     results: dict[str, TaskResult] = {}
     reused = 0
@@ -178,8 +178,8 @@ def run_suite(
                 if isinstance(error, InputError):
                     raise
                 raise InputError(
-                    f"{output_dir / 'items.jsonl'}: holds outcomes of task {task.name} that are "
-                    "none; remove the file, and the same command makes it anew."
+                    f"{output_dir / 'items.jsonl'}: contains outcomes of task {task.name} that are "
+                    "none; remove the file, and the same command writes it again."
                 ) from error
     asked = None if judge is None else judge.name
     chat = any(_chat(model, task) for task in suite.tasks)
@@ -225,7 +225,7 @@ class ItemLog:
     def add(
         self, task: str, keyed: Sequence[tuple[Item, str]], outcomes: Sequence[Outcome]
     ) -> None:
-        """Write outcomes of items, given with their keys; back when they are on disk."""
+        """Write outcomes of items under their keys; returns when they are on disk."""
         for (item, key), outcome in zip(keyed, outcomes, strict=True):
             line = {"task": task, "item": item.id, "key": key, **outcome}
             self.outcomes.setdefault(key, {}).update(line)
@@ -249,7 +249,7 @@ def _check_own_results(output: Path, model: str | Path) -> None:
     other = str(read_json(output / "results.json", "remove it").get("model"))
     if Path(other).resolve() != Path(model).resolve():
         raise InputError(
-            f"{output}: holds the results of {other}, a folder of the same name; give --out "
+            f"{output}: contains the results of {other}, a folder of the same name; give --out "
             "another place for these."
         )
 

@@ -95,7 +95,7 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **unused: Any
     ) -> list[int]:
-        """Token ids of a text; a beginning of text that it already holds is not doubled."""
+        """Token ids of a text; a beginning of text that it already contains is not doubled."""
         if add_special_tokens is None and string.startswith(
             self.tokenizer.decode([self.prefix_token_id])
         ):
@@ -211,7 +211,7 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
         return {**kwargs, "temperature": kwargs.get("temperature", 1.0)} if sampled else {}
 
     def _stop_tokens(self, until: Sequence[str]) -> list[int]:
-        """End of text, and every token whose text holds a stop sequence: decoding may end there.
+        """End of text, and every token whose text contains a stop sequence: decoding may end there.
 
         A stop sequence that came in several tokens is cut off afterwards.
         """

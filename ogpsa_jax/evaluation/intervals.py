@@ -54,7 +54,7 @@ def bootstrap_interval(
       sums: one per item.
       weights: one per item; the mean is sum(sums) / sum(weights). By default 1 each.
       confidence: in (0, 1).
-      resamples: how often the items are drawn anew.
+      resamples: how often the items are drawn.
       seed: of the draws.
 
     Returns:
@@ -105,7 +105,7 @@ def _items(sums: Sequence[float], weights: Sequence[float] | None) -> tuple[np.n
     values = np.asarray(sums, np.float64)
     parts = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     if values.ndim != 1 or not values.size:
-        raise ValueError(f"sums must hold at least one item, got shape {values.shape}")
+        raise ValueError(f"sums must contain at least one item, got shape {values.shape}")
     if parts.shape != values.shape:
         raise ValueError(f"weights must have the shape {values.shape} of sums, got {parts.shape}")
     return values, parts

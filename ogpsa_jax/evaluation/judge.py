@@ -82,7 +82,7 @@ class Judge:
                 )
             if not (self._key.isascii() and self._key.isprintable()):
                 raise InputError(
-                    f"judge: the environment variable {settings.api_key_env} holds characters that "
+                    f"judge: the environment variable {settings.api_key_env} has characters that "
                     "no key has; set it to the key alone."
                 )
         self._path = cache
@@ -128,7 +128,7 @@ class Judge:
         waiting = iter(range(len(pairs)))
 
         def check() -> None:
-            """A judge may fail at an item; one that fails at more than it judges is none."""
+            """A judge may fail at an item, but not at more items than it judges."""
             judged = sum(verdict != "unjudged" for verdict in verdicts.values())
             if len(bad) > judged and (len(verdicts) == len(pairs) or len(bad) > _MOST_BAD):
                 raise InputError(
@@ -177,7 +177,7 @@ class Judge:
             "model": self.settings.model,
             "messages": [
                 {"role": "system", "content": _INSTRUCTIONS},
-                # Half a surrogate pair is no text that could be sent.
+                # Half a surrogate pair cannot be sent as text.
                 {"role": "user", "content": request.encode("utf-8", "replace").decode()},
             ],
             **self.settings.fields(),
@@ -337,7 +337,7 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
 
 
 def _read_cache(path: Path) -> dict[str, Refusal]:
-    """Verdicts of earlier runs; a torn line, and what is no verdict, is left out."""
+    """Verdicts of earlier runs, without damaged lines and lines that are not verdicts."""
     if not path.is_file():
         return {}
     content = path.read_text(encoding="utf-8", errors="replace")

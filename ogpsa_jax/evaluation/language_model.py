@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, and the decoders of this package as such a model."""
+"""The interface of a model that can be evaluated, and the decoders of this package behind it."""
 
 import hashlib
 import logging
@@ -279,7 +279,7 @@ def open_model(
         placed = jax.make_mesh(
             sizes, ("data", "fsdp", "tensor"), automatic, devices=jax.devices()[:devices]
         )
-    read_config(folder)  # so that a mistake in it is not told as the tokenizer's, who reads it too
+    read_config(folder)  # so that a mistake in it is not reported as one of the tokenizer
     tokenizer = load_tokenizer(str(folder))
     model = load_pretrained(folder, dtype=dtype, param_dtype=dtype, mesh=placed)
     opened = JaxModel(model, tokenizer, name=str(path), template=template, batch_size=batch_size)

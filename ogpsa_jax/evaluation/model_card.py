@@ -1,4 +1,4 @@
-"""The model card of an export: what the run's files say, in the layout of the Hugging Face hub."""
+"""The model card of an export, made from the run's files in the layout of the Hugging Face hub."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def model_card(run: str | Path, rounding: dict[str, Any] | None = None) -> str:
     found = find_run(run)
     if found is None:
         raise InputError(
-            f"{run}: holds no config.yaml and summary.json; give the directory of a finished run."
+            f"{run}: has no config.yaml and summary.json; give the directory of a finished run."
         )
     chain = stages(found)
     base = _base_model(chain[0])
@@ -95,7 +95,7 @@ def model_card(run: str | Path, rounding: dict[str, Any] | None = None) -> str:
         "The folder is a Hugging Face checkpoint: transformers and vLLM load it, and so does "
         "`ogpsa_jax.models.load_pretrained`.",
         "## Limits",
-        "Scores hold for the data named beside them. How a model refuses a fixed list of requests "
+        "Scores apply to the data named beside them. How a model refuses a fixed list of requests "
         "says nothing about requests that were made to get around it. Check the model on your own "
         "use before you rely on it.",
     ]

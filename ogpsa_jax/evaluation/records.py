@@ -1,7 +1,7 @@
-"""What the report knows of a run: one small record, and where it is found.
+"""What the report reads of a run: one small record, and where to find it.
 
 A results file is a JSON object whose key ``records`` lists :class:`Record` objects; what else it
-holds is free. The demonstration and ``ogpsa-jax evaluate`` both write one.
+contains is free. The demonstration and ``ogpsa-jax evaluate`` both write one.
 """
 
 import json
@@ -124,7 +124,7 @@ def read_records(run: str | Path) -> list[Record]:
     files = [own] if own.is_file() else sorted(scored)
     if not files:
         raise InputError(
-            f"{path}: holds no results.json; score the run first with "
+            f"{path}: contains no results.json; score the run first with "
             f"`ogpsa-jax evaluate {path} --suite FILE`."
         )
     return _merged([record for file in files for record in _file_records(file)], path)
@@ -140,12 +140,12 @@ def check_definitions(records: Iterable[Record]) -> None:
     for record in records:
         for name in record.scores:
             other = first.setdefault(name, record)
-            here, there = (each.definitions.get(name, "not told") for each in (record, other))
+            here, there = (each.definitions.get(name, "not stated") for each in (record, other))
             if here != there:
                 raise InputError(
                     f"report: the score {name} is not the same quantity in {other.label!r} "
                     f"({there}) and {record.label!r} ({here}); evaluate both with the same suite "
-                    "and judge, or report them apart."
+                    "and judge, or report them separately."
                 )
 
 
@@ -168,7 +168,7 @@ def _file_records(path: Path) -> list[Record]:
             field = ".".join(str(part) for part in first["loc"]) or "record"
             raise InputError(
                 f"{path}, record {number}, field {field}: {first['msg'].lower()}; fix it or make "
-                "the file anew."
+                "the file again."
             ) from error
     return records
 

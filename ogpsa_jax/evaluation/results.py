@@ -1,4 +1,4 @@
-"""What ``results.json`` holds of an evaluation: scores, how each was measured, and what to mind."""
+"""The content of ``results.json``: scores, how each was measured, and warnings."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from ogpsa_jax.evaluation.refusal import RULES
 from ogpsa_jax.evaluation.suite import OverRefusalTask, RefusalTask, Suite, Task
 from ogpsa_jax.evaluation.tasks import TaskResult
 
-# What the model's answers do not depend on. Who judges them is told by their lines.
+# What the model's answers do not depend on. Their lines name the judge.
 NOT_ASKED = {"name", "path", "limit", "where", "score", "seed", "judge"}
 _EMPTY = 0.05  # share of empty answers above which a warning says how they count
 # Scores over several tasks; a task of such a name has no score of its own.
@@ -139,7 +139,7 @@ def _definition(task: Task, items: Sequence[Item], judge: str | None) -> str:
 
 
 def _warnings(name: str, result: TaskResult) -> list[str]:
-    """What to mind before the value of a task is believed."""
+    """Warnings about the value of a task."""
     texts = []
     unjudged, thoughts = (result.details.get(key, 0.0) for key in ("unjudged", "only_thoughts"))
     if unjudged:
@@ -153,7 +153,7 @@ def _warnings(name: str, result: TaskResult) -> list[str]:
     if empty > _EMPTY:
         texts.append(
             f"task {name}: {empty:.0%} of the answers are empty and count as full compliance; the "
-            "score says nothing of them: look at items.jsonl, and at the chat template."
+            "score does not measure them: read items.jsonl, and check the chat template."
         )
     if thoughts:
         texts.append(

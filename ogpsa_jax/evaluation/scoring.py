@@ -67,7 +67,7 @@ def score_continuations(
             )
         worst = max((*context, *continuation))
         if worst >= model.config.vocab_size:
-            raise ValueError(f"pairs[{i}] holds the id {worst}, outside the vocabulary")
+            raise ValueError(f"pairs[{i}] contains the id {worst}, outside the vocabulary")
     rows = [[*context, *continuation][-(limit + 1) :] for context, continuation in pairs]
     batch_size = min(batch_size, max(len(pairs), 1))
     batch_size = -(-batch_size // rows_multiple(model)) * rows_multiple(model)

@@ -130,7 +130,7 @@ class MultipleChoiceTask(_Task):
 class GreedyMatchTask(_Task):
     """How often greedy decoding would begin with exactly the expected answer, token for token.
 
-    One forward pass tells it. An answer that closes with the text of the token that ends a turn
+    One forward pass decides it. An answer that closes with the text of the token that ends a turn
     must end there.
     """
 
@@ -180,7 +180,7 @@ class JudgeSettings(_Section):
     base_url: str = Field(description="as in https://api.openai.com/v1; no key in it")
     model: str = Field(description="the judge's name there")
     api_key_env: str | None = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the key; null: none needed"
+        "OPENAI_API_KEY", description="environment variable that has the key; null: none needed"
     )
     concurrency: PositiveInt = Field(4, description="requests under way at a time")
     timeout: FiniteFloat = Field(
@@ -210,16 +210,16 @@ class JudgeSettings(_Section):
             parts = urlsplit(self.base_url)
             host, _ = (parts.hostname or "").encode("idna"), parts.port
         except ValueError as error:
-            raise ValueError(f"base_url is no address ({error})") from error
+            raise ValueError(f"base_url is not an address ({error})") from error
         if not host:
             raise ValueError("base_url names no host")
         own = {*JudgeSettings.model_fields, "messages", "stream"} & self.extra_body.keys()
         if own:
-            raise ValueError(f"extra_body must not hold {min(own)}; set it beside extra_body")
+            raise ValueError(f"extra_body must not contain {min(own)}; set it beside extra_body")
         return self
 
     def fields(self) -> dict[str, Any]:
-        """What a request holds besides model and messages."""
+        """What a request contains besides model and messages."""
         shortest = 512 if self.max_completion_tokens is None else None
         sent = {
             "temperature": self.temperature,

@@ -1,4 +1,4 @@
-"""How each kind of task is run on a model, and what its items add up to."""
+"""How each kind of task runs on a model, and how its items are combined."""
 
 import math
 import re
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from ogpsa_jax.evaluation.language_model import LanguageModel
     from ogpsa_jax.evaluation.scoring import LogLikelihood
 
-Outcome = dict[str, Any]  # what an item's line holds
+Outcome = dict[str, Any]  # what an item's line contains
 UNJUDGED = "unjudged"  # the judgement of an answer that the judge did not judge
 
 
 _ROUND_OFF = 1e-9  # relative; sums of the same numbers in another order differ by less
-_MOST_NATS = 700.0  # per token; the perplexity of more is no float
+_MOST_NATS = 700.0  # per token; the perplexity of more is not a float
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What the items of a task add up to.
+    """The result of a task over its items.
 
     Attributes:
       kind: of the task.
       value: the task's value, a fraction.
       interval: its 95 % confidence interval; ``None`` for the perplexity of one document, or of
-        documents that do not differ, which tells nothing of others.
+        equal documents, which says nothing about others.
       standard_error: of the value; ``None`` where the interval is.
       items: how many were scored.
       details: further figures.

@@ -1,7 +1,7 @@
-"""What a model thinks before it answers is not the answer.
+"""Thoughts that a model writes before its answer are not part of the answer.
 
 Reasoning models write their thoughts first, between markers that differ from family to family; an
-answer that was cut may hold nothing else. Scores look at what follows the thoughts.
+answer that was cut may contain nothing else. Scores look at what follows the thoughts.
 """
 
 import re
@@ -88,7 +88,7 @@ def opened_thoughts(prompt: str) -> str:
 
 
 def marks_thoughts(token: str) -> bool:
-    """Whether a special token is one that thoughts are told by."""
+    """Whether a special token marks thoughts."""
     return bool(_SPECIAL.search(token))
 
 

@@ -164,7 +164,7 @@ def read_config(folder: Path) -> DecoderConfig:
     Stop tokens are those of ``generation_config.json`` where it names any, else of ``config.json``.
 
     Args:
-      folder: holds ``config.json`` and perhaps ``generation_config.json``.
+      folder: contains ``config.json`` and perhaps ``generation_config.json``.
 
     Raises:
       InputError: a file is missing or malformed, or asks for something the decoder does not have.

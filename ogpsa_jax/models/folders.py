@@ -1,4 +1,4 @@
-"""Hugging Face model folders: finding them, and making them so that they are whole or not there."""
+"""Hugging Face model folders: finding them, and writing them completely or not at all."""
 
 import contextlib
 import json
@@ -89,7 +89,7 @@ def check_not_of_a_run(target: Path) -> None:
 
 
 def keeps_unrounded(folder: Path) -> bool:
-    """Whether a model folder holds its weights unrounded as well.
+    """Whether a model folder also contains its unrounded weights.
 
     Raises:
       InputError: it was written with them, and they are gone.
@@ -99,14 +99,14 @@ def keeps_unrounded(folder: Path) -> bool:
     if UNROUNDED in _written(folder):
         raise InputError(
             f"{folder / UNROUNDED}: the weights as trained were written here and are gone; write "
-            f"them anew with `ogpsa-jax export {folder.parent} {folder}`, or start from the "
+            f"them again with `ogpsa-jax export {folder.parent} {folder}`, or start from the "
             f"rounded ones by exporting to another folder."
         )
     return False
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, rounded and not."""
+    """The files that contain a model's weights, rounded and not."""
     return [
         *sorted(folder.glob("*.safetensors")),
         *sorted((folder / UNROUNDED).glob("*.safetensors")),
@@ -123,7 +123,7 @@ def written_beside(target: Path) -> Iterator[Path]:
       target: may exist only as an empty folder, or as one written here before, which it replaces.
 
     Raises:
-      InputError: ``target`` is something else, holds something else, or cannot be written.
+      InputError: ``target`` is something else, contains something else, or cannot be written.
     """
     check_local(target, "the folder of the model")
     target = target.resolve()  # of a link, what it leads to
@@ -157,7 +157,7 @@ def _check_replaceable(target: Path) -> None:
         others = sorted(found - (names | {MODEL_CARD} if names else names))
         if others:
             raise InputError(
-                f"{target}: holds {others[0]}, which was not written by an export; choose another "
+                f"{target}: contains {others[0]}, not written by an export; choose another "
                 "place, or move it away."
             )
     elif target.exists():
@@ -187,7 +187,7 @@ def chat_template(folder: Path) -> str | None:
     """The chat template of a model folder, in whichever of the places that transformers reads.
 
     Raises:
-      InputError: a file that may hold it is not JSON.
+      InputError: a file that may contain it is not JSON.
     """
     with contextlib.suppress(OSError):
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -61,7 +61,7 @@ def generate(
       model: sharded or not; rows are spread over the batch axes of its mesh.
       prompts: token ids, a list of lists of any lengths or an integer array [batch, length].
       max_new_tokens: at most this many tokens are added.
-      attention_mask: [batch, length], nonzero where an array of prompts holds a token and not
+      attention_mask: [batch, length], nonzero where an array of prompts contains a token and not
         padding, on whichever side.
       temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled from.
       top_k: sample only from the k likeliest tokens.
@@ -119,13 +119,13 @@ def _rows(
             raise ValueError(f"prompts[{i}] must have at least one token, got none")
         if row.min() < 0 or row.max() >= vocab_size:
             raise ValueError(
-                f"prompts[{i}] must hold ids in [0, {vocab_size}), got {row.min()}..{row.max()}"
+                f"prompts[{i}] must contain ids in [0, {vocab_size}), got {row.min()}..{row.max()}"
             )
     return rows
 
 
 def rows_multiple(model: Decoder) -> int:
-    """Over how many shards the mesh spreads the rows of a batch."""
+    """The number of shards into which the mesh splits the rows of a batch."""
     mesh, axes = model.placement.mesh, model.placement.rules.batch
     if mesh is None or axes is None:
         return 1
@@ -259,7 +259,7 @@ def _next_logits(
     cache: tuple[jax.Array, jax.Array],
     slot: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run tokens into the cache from a slot on; logits [batch, vocab] after the last, new cache."""
+    """Append tokens to the cache from a slot; logits [batch, vocab] after the last, new cache."""
     graphdef, stacked = nnx.split(model.layers)
 
     def step(

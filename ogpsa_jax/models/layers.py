@@ -27,7 +27,7 @@ MLP_INPUT, MLP_OUTPUT = "mlp_input", "mlp_output"
 
 @dataclasses.dataclass(frozen=True)
 class ModelPlacement:
-    """Types and places shared by all parts of a model."""
+    """Dtypes, mesh and sharding rules that all parts of a model share."""
 
     dtype: jnp.dtype
     param_dtype: jnp.dtype
@@ -55,15 +55,15 @@ class ModelPlacement:
         return kind(create(key), out_sharding=tuple(axes), eager_sharding=False)
 
     def constrain(self, array: jax.Array, *axes: LogicalAxis) -> jax.Array:
-        """Say how an activation lies on the mesh."""
+        """Constrain the sharding of an activation."""
         return constrain(array, axes, self.mesh, self.rules)
 
     def value(self, param: nnx.Param) -> jax.Array:
-        """A parameter's array, said to lie where it belongs: then so does its gradient."""
+        """A parameter's array, constrained to its sharding; its gradient then has it too."""
         return self.constrain(param[...], *param.get_metadata()["out_sharding"])
 
 
-# A function of its own for each scale would be compiled anew for each parameter.
+# A function of its own for each scale would be compiled again for each parameter.
 normal_init = functools.cache(nnx.initializers.normal)
 
 

@@ -48,7 +48,7 @@ def add_lora(
     dropout: float = 0.0,
     rngs: nnx.Rngs,
 ) -> None:
-    """Give linear maps of a model adapters, in place; what it computes stays as it was.
+    """Add adapters to linear maps of a model, in place; its outputs do not change.
 
     A linear map ``x @ kernel`` becomes ``x @ kernel + alpha / rank * dropout(x) @ a @ b`` with
     ``a`` drawn as ``peft`` draws it and ``b`` zero, both kept in the model's ``param_dtype`` and
@@ -123,7 +123,7 @@ def save_lora(model: Decoder, path: str | os.PathLike[str]) -> None:
       path: the folder; an earlier export of adapters there is replaced.
 
     Raises:
-      InputError: ``path`` cannot be written or holds something else.
+      InputError: ``path`` cannot be written or contains something else.
       ValueError: the model has no adapters.
     """
     adapters = _adapters(model)
@@ -151,11 +151,11 @@ def save_lora(model: Decoder, path: str | os.PathLike[str]) -> None:
 
 
 def load_lora(model: Decoder, path: str | os.PathLike[str]) -> None:
-    """Give a model the adapters of a folder written by ``peft`` or :func:`save_lora`, in place.
+    """Load the adapters of a folder of ``peft`` or :func:`save_lora` into a model, in place.
 
     Args:
       model: the base model; has no adapters yet.
-      path: holds ``adapter_config.json`` and ``adapter_model.safetensors``, float32, float16 or
+      path: contains ``adapter_config.json`` and ``adapter_model.safetensors``, float32, float16 or
         bfloat16.
 
     Raises:

@@ -111,7 +111,7 @@ def merge_pretrained(
 
 
 def _keep_chat(first: Path, second: Path, target: Path) -> None:
-    """Let a merge talk as either model does, and stop where either stops."""
+    """Give a merge the chat template of either model and the stop tokens of both."""
     templates = chat_template(first), chat_template(second)
     if templates[0] is None and templates[1] is not None:
         (target / "chat_template.jinja").write_text(templates[1], encoding="utf-8")
@@ -125,7 +125,7 @@ def _keep_chat(first: Path, second: Path, target: Path) -> None:
 
 def _merge(a: np.ndarray, b: np.ndarray, weight: float, dtype: np.dtype) -> np.ndarray:
     """``(1 - weight) * a + weight * b`` in `dtype`."""
-    # Not by the formula: 0 times an infinity is no number, and -0 + 0 is +0.
+    # Not by the formula: 0 times an infinity is not a number, and -0 + 0 is +0.
     if weight in (0, 1):
         return (b if weight else a).astype(dtype)
     share = np.float32(weight)
@@ -174,7 +174,7 @@ def _match(
                 f"{list(reader.shape(name))} in {first}."
             )
         if not reader.shape(name):
-            raise InputError(f"{reader.file(name)}: tensor {name} is a single number, no weight.")
+            raise InputError(f"{reader.file(name)}: tensor {name} is a single number, not weights.")
         other.dtype(source)
         sources[name] = source
     for name in _weights(other):

@@ -44,7 +44,7 @@ def check_computable(dtype: str, key: str) -> None:
       InputError: float16 on a CPU.
     """
     if dtype == "float16" and jax.default_backend() == "cpu":
-        raise InputError(f"{key}: float16 is not computed on a CPU; take bfloat16 or float32.")
+        raise InputError(f"{key}: a CPU does not compute in float16; use bfloat16 or float32.")
 
 
 def load_pretrained(
@@ -169,7 +169,7 @@ def load_parameter(
     mesh: Mesh | None,
     rules: ShardingRules,
 ) -> jax.Array:
-    """Read the tensors of one parameter, each straight to the devices that hold a part of it."""
+    """Read the tensors of one parameter, each straight to the devices that need a part of it."""
     shape, dtype = tuple(variable.shape), jnp.dtype(variable.dtype)
     first = tensors[0]
     whole, single = None, None
@@ -246,7 +246,7 @@ def save_pretrained(
       adapters: than float32).
 
     Raises:
-      InputError: ``path`` cannot be written or holds something else; or a weight is too large for
+      InputError: ``path`` cannot be written or has something else; or a weight is too large for
         float16.
       ValueError: an unknown ``dtype``.
     """
@@ -290,7 +290,7 @@ def _round(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         rounded = array.astype(dtype, copy=False)
     if dtype == np.float16 and bool((np.isinf(rounded) & np.isfinite(array)).any()):
         raise InputError(
-            f"tensor {name} holds {float(np.abs(array).max()):.3g}, more than float16 can; export "
+            f"tensor {name} has {float(np.abs(array).max()):.3g}, more than float16 can; export "
             "in bfloat16 or float32 (`export.dtype`, or `ogpsa-jax export RUN DIR --dtype`)."
         )
     return rounded

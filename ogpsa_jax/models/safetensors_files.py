@@ -1,6 +1,6 @@
 """Reading and writing checkpoints of safetensors files, one tensor at a time.
 
-Nothing else is ever read as weights: a safetensors file holds numbers and names, no code.
+Nothing else is ever read as weights: a safetensors file contains numbers and names, no code.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class CheckpointReader:
 
     Args:
       folder: a Hugging Face model folder.
-      single: the file that holds everything where there is one.
+      single: the file that contains everything where there is one.
 
     Raises:
       InputError: there are no safetensors, a file the index names is missing, or one is not whole.
@@ -139,7 +139,7 @@ class CheckpointReader:
 class UnroundedReader(CheckpointReader):
     """The weights as trained, which an export that rounds them keeps beside the rounded ones.
 
-    Each tensor that is read is held against what the export rounded it to.
+    Each tensor that is read is compared with what the export rounded it to.
 
     Args:
       folder: the export.
@@ -153,7 +153,7 @@ class UnroundedReader(CheckpointReader):
         """A tensor, or a block of it.
 
         Raises:
-          InputError: the export holds something else than this, rounded.
+          InputError: the export contains something else than this, rounded.
         """
         value, rounded = super().read(name, index), self._rounded.read(name, index)
         if not np.array_equal(value.astype(rounded.dtype), rounded, equal_nan=True):

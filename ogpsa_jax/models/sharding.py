@@ -47,7 +47,7 @@ class ShardingRules:
     def spec(
         self, axes: Sequence[LogicalAxis], shape: Sequence[int], mesh: Mesh | AbstractMesh
     ) -> PartitionSpec:
-        """How an array lies on a mesh.
+        """The sharding of an array on a mesh.
 
         A dimension that the mesh axes do not divide is split over as many of the leading ones as
         do, in the end over none. Dimensions of several names come first: what they are split over,
@@ -117,7 +117,7 @@ def check_mesh(mesh: Mesh | AbstractMesh | None) -> None:
 
 
 def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
-    """Where each parameter belongs.
+    """The sharding of each parameter.
 
     Args:
       tree: a model, or a (possibly abstract) ``nnx.State`` of one.
@@ -145,7 +145,7 @@ def constrain(
     mesh: Mesh | AbstractMesh | None,
     rules: ShardingRules,
 ) -> jax.Array:
-    """Tell the compiler how an activation lies on the mesh; nothing without a mesh."""
+    """Constrain the sharding of an activation; does nothing without a mesh."""
     if mesh is None or mesh.size == 1:
         return array
     sharding = NamedSharding(mesh, rules.spec(axes, array.shape, mesh))

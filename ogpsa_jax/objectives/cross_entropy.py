@@ -1,7 +1,7 @@
-"""Cross-entropy and log-probabilities without ever holding the logits of a whole batch.
+"""Cross-entropy and log-probabilities without the logits of a whole batch in memory.
 
-Logits are made, used and forgotten for a few positions of every row at a time, forward and
-backward: at a vocabulary of 152,000 they would otherwise be the largest tensor by far.
+Logits are computed, used and dropped for a few positions of every row at a time, forward and
+backward: at a vocabulary of 152,000 they would otherwise be by far the largest tensor.
 """
 
 from collections.abc import Callable
@@ -160,7 +160,7 @@ def sequence_log_probs(
 def surprise(
     model: Any, batch: Batch, *, chunk_size: int = 512
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy beside the model's own entropy: what its own answers would cost on average.
+    """Cross-entropy and the model's own entropy, which its own answers would cost on average.
 
     Args:
       model: has ``hidden_states`` and ``unembed``.

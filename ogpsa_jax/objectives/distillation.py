@@ -1,4 +1,4 @@
-r"""Distillation: the KL divergence of a model from the predictions that a teacher once made.
+r"""Distillation: the KL divergence of a model from stored predictions of a teacher.
 
 Of each prediction of the teacher the k likeliest tokens are kept, with their probabilities
 :math:`p_i`, and the mass :math:`p_\circ` of all others together. The loss of a position is the
@@ -22,7 +22,7 @@ from ogpsa_jax.objectives.cross_entropy import Batch, over_chunks, shifted_loss_
 # In place of the logits of tokens that are left out of a sum: far below any logit, and finite, so
 # that the gradient is zero and not undefined where all of them are left out.
 _LEFT_OUT = -1e30
-# Log-probabilities as close as float32 can tell are equal. An unchanged model then has no gradient,
+# Log-probabilities equal up to round-off are equal. An unchanged model then has no gradient,
 # and not one of round-off, which may have any direction and would span a basis all the same.
 _ROUND_OFF = 2e-5
 
@@ -44,7 +44,7 @@ def distillation_loss(
       (loss sum in nats, predicted tokens, no further metrics).
 
     Raises:
-      ValueError: the batch holds no predictions of a teacher.
+      ValueError: the batch contains no predictions of a teacher.
     """
     if "teacher_ids" not in batch:
         raise ValueError("batch: teacher_ids is missing, which the distillation loss needs")

@@ -322,7 +322,7 @@ def plan_text(found: Plan) -> str:
     )
     if found.compiled_for == "cpu":
         lines.append(
-            "memory: an estimate by the compiler for CPUs, which holds bfloat16 in float32"
+            "memory: an estimate by the compiler for CPUs, which contains bfloat16 in float32"
         )
     worst = max(program.peak for program in found.programs.values())
     fits = "fits" if found.fits else f"does not fit; try {', or '.join(found.advice)}"

@@ -1,4 +1,4 @@
-"""Arrays that are computed once and kept, in files that are complete or not there."""
+"""Arrays that are computed once and cached, in files that are complete or absent."""
 
 import contextlib
 import logging
@@ -22,7 +22,7 @@ def cache_folder(kind: str) -> Path:
 
 
 def read_arrays(path: Path, right: Callable[[Arrays], bool]) -> Arrays | None:
-    """What a file holds; None where it, or any other process's, is not there or not whole.
+    """The arrays of a file; None if it, or another process's copy, is missing or damaged.
 
     Args:
       path: the file.
@@ -45,7 +45,7 @@ def read_arrays(path: Path, right: Callable[[Arrays], bool]) -> Arrays | None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], what: str) -> None:
-    """Complete or invisible; where nothing can be written, the run goes on without.
+    """Complete or invisible; the run continues without a file that cannot be written.
 
     Args:
       path: the file; the first process writes it.

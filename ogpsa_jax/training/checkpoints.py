@@ -1,10 +1,10 @@
 """Checkpoints by Orbax: parameters, optimizer state with the basis, and the step.
 
 The position in the data and every random choice are functions of (seed, step), so the step is all
-that is needed to go on. A checkpoint is complete or invisible: its last file, a manifest, holds the
+that is needed to go on. A checkpoint is complete or invisible: its last file, a manifest, has the
 digest of every other, and none is used whose bytes have changed since. One that is torn or changed
 is put aside, never deleted, and the one before is used; one that cannot be read for another reason,
-or that holds another model, stops the run.
+or that contains another model, stops the run.
 """
 
 import contextlib
@@ -167,9 +167,9 @@ class Checkpoints:
         for name in sorted({*held, *wanted}):
             if held.get(name) != wanted.get(name):
                 raise InputError(
-                    f"{self._folder / str(step)}: the checkpoint holds another model or optimizer "
+                    f"{self._folder / str(step)}: the checkpoint has another model or optimizer "
                     f"({name} is {held.get(name, 'missing')} there and "
-                    f"{wanted.get(name, 'missing')} here); choose another output_dir, or go on "
+                    f"{wanted.get(name, 'missing')} here); choose another output_dir, or continue "
                     "with the version that wrote it."
                 )
 
@@ -210,7 +210,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        """A failed save in one sentence: the step it was, why, and what is still there."""
+        """A failed save in one sentence: its step, the reason, and which checkpoint remains."""
         try:
             yield
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of trained models, with the tokenizer and template they learned by."""
+"""Hugging Face folders of trained models, with the tokenizer and template of their training."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ def export(
     dtype: str | None = None,
     keep_unrounded: bool = False,
 ) -> bool:
-    """:func:`save_pretrained`, so that who loads the folder talks to the model as it was taught.
+    """:func:`save_pretrained` with the template and stop tokens of the training.
 
     With ``data.template`` and ``model.tokenizer`` in place of what the model came with, and the
     token that ends an answer among those that generation stops at.

@@ -1,4 +1,4 @@
-"""Which model is the initial one: that with which the whole pipeline began, before any stage."""
+"""Finds the initial model: the model before the first stage of the pipeline."""
 
 import dataclasses
 from pathlib import Path
@@ -46,9 +46,9 @@ class InitialModel:
 def find_initial_model(config: RunConfig) -> InitialModel:
     """The model of ``references.initial_model``, or the one that the pipeline began with.
 
-    A stage that starts from the export of a run goes back to what that run's directory says it
-    started from, and so on. Where that is no longer there, or has changed since, the model that
-    this stage starts from is taken, and `problem` says so.
+    If a stage starts from the export of a run, that run's directory names the model it started
+    from, and so on. If that model is missing or has changed since, the result is the model that
+    this stage starts from, and `problem` says so.
     """
     if config.references.initial_model is not None:
         return InitialModel(_named(config, config.references.initial_model), config.seed, False)
@@ -106,7 +106,7 @@ def _exported_by(path: str) -> Path | None:
 
 
 def check_initial_model(config: RunConfig, model: DecoderConfig, tokenizer: Any) -> None:
-    """Refuse a named initial model that does not speak of the same tokens.
+    """Refuse a named initial model with other tokens.
 
     Args:
       config: the run's settings.

@@ -1,7 +1,7 @@
-"""What the initial model says of the reference rows: its own answers, and its predictions.
+"""The initial model's own answers to the reference rows, and its predictions on them.
 
-Computed once, before training, and kept on disk, filed by everything that it depends on (weights,
-precision, every token and its mask, settings): what is found there is never another model's.
+Computed once, before training, and cached on disk under a digest of everything they depend on
+(weights, precision, every token and its mask, settings), so that no other model's are used.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from ogpsa_jax.training.model_digests import model_key
 
 TOP_KS = (8, 16, 32, 64, 128, 256)
 LARGEST_REST = 0.01
-_VERSION = 1  # of the computations: raise it when they would come out otherwise
+_VERSION = 1  # of the computations: raise it when their results change
 # The same on every mesh: what is drawn depends on the row's number in its batch.
 _ANSWERED_AT_ONCE = 32
 

@@ -1,4 +1,4 @@
-"""A run goes on with the data and the model it began with, or not at all."""
+"""A run resumes only with the data and the model that it began with."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ from ogpsa_jax.training.model_digests import weights_digest
 from ogpsa_jax.training.prepare import RunData
 
 _INPUTS = "inputs.json"
-_REMEDY = "delete the file to go on with what is there now"
+_REMEDY = "delete the file to continue with the present data and model"
 
 
 def run_date(run_dir: Path) -> datetime.date:
@@ -82,6 +82,6 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise InputError(
-                f"{path}: what {name} names has changed since this run began; bring back what it "
+                f"{path}: what {name} names has changed since this run began; restore what it "
                 "was, or choose another output_dir."
             )

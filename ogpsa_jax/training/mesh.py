@@ -87,11 +87,11 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def rows_per_micro_batch(batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
-    """Rows of one micro-batch over all devices: as many as may be, so that all are of one size.
+    """Rows of one micro-batch over all devices: the largest number that gives equal micro-batches.
 
     Args:
       batch_size: rows a step.
-      micro_batch_size: rows a device holds at a time, at most.
+      micro_batch_size: rows of a device at a time, at most.
       mesh: the devices.
 
     Raises:
@@ -109,7 +109,7 @@ def rows_per_micro_batch(batch_size: int, micro_batch_size: int, mesh: Mesh) -> 
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """Refuse, before anything costs time, a batch that the mesh cannot share.
+    """Refuse a batch that the mesh cannot split, before the run spends time.
 
     Raises:
       InputError: as :func:`rows_per_micro_batch`.
@@ -122,7 +122,7 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
             if size < min(share, most):
                 logger.info(
                     "train.micro_batch_size: %d does not divide the %d rows of a device, so its "
-                    "micro-batches hold %d",
+                    "micro-batches have %d",
                     *(most, share, size),
                 )
 
@@ -149,7 +149,7 @@ def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def replicate_rest(tree: Any, mesh: Mesh) -> Any:
-    """Put what is not on the mesh yet on all of its devices.
+    """Put arrays that are not on the mesh yet on all of its devices.
 
     Counters and small matrices of an optimizer state are made on one device. There they would make
     the first compiled step another one than the second, could not be restored beside sharded

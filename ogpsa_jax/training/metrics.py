@@ -1,6 +1,6 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard, and the curves at the end.
+"""What a run writes: metrics.jsonl and TensorBoard during training, curves at the end.
 
-``metrics.jsonl`` holds one line per optimizer step and one per evaluation. Lines reach the disk
+``metrics.jsonl`` contains one line per optimizer step and one per evaluation. Lines reach the disk
 before the checkpoint of their step does, and a resumed run first drops the lines after its
 checkpoint: no gaps, no doubles.
 """
@@ -33,7 +33,7 @@ from ogpsa_jax.training.verdict import (
 logger = logging.getLogger(__name__)
 Line = dict[str, Any]
 LEAST_KEPT = 0.9
-"""Share of an update, or of what it achieved, below which rounding is warned of."""
+"""Share of an update, or of its effect, below which a warning reports rounding."""
 
 
 class MetricsLog:
@@ -105,7 +105,7 @@ class MetricsLog:
         except OSError as error:
             raise InputError(
                 f"{self.path.parent}: the metrics cannot be written ({error.strerror}); fix this "
-                "and run the same command again: it goes on from the newest checkpoint."
+                "and run the same command again: it resumes from the newest checkpoint."
             ) from error
 
 
@@ -127,7 +127,7 @@ def read_metrics(run_dir: Path) -> list[Line]:
 
 
 def find_problems(lines: Sequence[Line]) -> dict[str, str]:
-    """What went wrong silently in these steps: kind -> a sentence; empty where all is well."""
+    """Silent failures in these steps: kind -> a sentence; empty if there are none."""
     steps = [line for line in lines if "loss" in line]
     problems = {}
 
@@ -168,7 +168,7 @@ def find_lost_updates(lines: Sequence[Line], config: RunConfig) -> dict[str, str
     """The same for updates that rounding kept from the parameters.
 
     Steps at a tenth of the peak learning rate or less do not count: what they lose is little. What
-    float32 parameters lose has no better type: there the rate is hopeless, which is told elsewhere.
+    float32 parameters lose has no better type: another warning reports too low a rate.
     """
     if config.model.param_dtype == "float32":
         return {}
@@ -200,11 +200,11 @@ def find_capped(lines: Sequence[Line], section: OgpsaSection) -> dict[str, str]:
         return {}
     if min(held) == 0:
         return {
-            "capped": "some layer's inputs are zero on all reference rows, so nothing is kept of "
-            "it; take other rows if it matters"
+            "capped": "some layer's inputs are zero on all reference rows, so it is not "
+            "protected; use other rows if it matters"
         }
     return {
-        "capped": f"the subspace holds only {min(held):.1%} of some layer's inputs, less than "
+        "capped": f"the subspace covers only {min(held):.1%} of some layer's inputs, less than "
         f"ogpsa.energy ({section.energy:g}), because ogpsa.rank ({section.rank}) caps it; raise "
         "the rank, or lower the energy"
     }
@@ -238,7 +238,7 @@ def held_out_changes(lines: Sequence[Line]) -> dict[str, tuple[float, Change]]:
 
 
 def find_foreign_references(lines: Sequence[Line], config: RunConfig) -> list[str]:
-    """Which reference sets hold answers that the model would not give, as measured at step 0."""
+    """Which reference sets contain answers that the model would not give, as measured at step 0."""
     in_step = config.references.in_step
     replayed = config.projects and in_step is not None and in_step.replay_weight > 0
     found = []
@@ -257,7 +257,7 @@ def draw_curves(lines: list[Line], path: Path) -> None:
 
     evaluations = sorted({name for line in lines for name in line if name.startswith("eval/")})
     losses = [name for name in evaluations if name.endswith("/loss")]
-    # A set of pairs has a margin; its loss, per pair, is no matter of nats per token.
+    # A set of pairs has a margin; its loss, per pair, is not in nats per token.
     pairs = [name for name in losses if name.removesuffix("loss") + "rewards_margin" in evaluations]
     panels = [
         ("training loss", ["loss"]),

@@ -1,4 +1,4 @@
-"""What tells one model from another: digests of its files."""
+"""Digests of a model's files, which identify it."""
 
 import hashlib
 

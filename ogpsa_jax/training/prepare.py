@@ -1,4 +1,4 @@
-"""From a configuration to what the loop needs: data first, checked whole, then the model."""
+"""From a configuration to what the loop needs: first all data, checked, then the model."""
 
 import contextlib
 import dataclasses
@@ -76,7 +76,7 @@ class RunData:
 
 
 def data_warnings(reports: Mapping[str, DataReport], section: DataSection, limit: int) -> list[str]:
-    """What became of rows unasked, and what to set about it.
+    """What happened to rows without a request, and which key changes it.
 
     Args:
       reports: by data set.
@@ -120,7 +120,7 @@ def prepare_data(
     Args:
       config: the run's settings.
       model: the architecture.
-      date: what a chat template is told that asks for today's date.
+      date: what a chat template prints as today's date.
 
     Raises:
       InputError: anything wrong in any of them, or a tokenizer that does not fit the model.
@@ -215,7 +215,7 @@ def prepare_data(
     warnings = data_warnings(reports, config.data, model.max_position_embeddings)
     if template.unknown_end and any(report.lengths for report in reports.values()):
         warnings.append(
-            f"data.template: it ends a turn with {template.unknown_end!r}, which is no special "
+            f"data.template: it ends a turn with {template.unknown_end!r}, not a special "
             "token of this tokenizer, so the model learns to write it out, and answers show it; "
             "choose a template that ends turns with one of the tokenizer's own"
         )
@@ -321,7 +321,7 @@ def prepare_model(config: RunConfig, mesh: Mesh, *, unrounded: bool = True) -> D
 
 
 def trained_parameters(config: RunConfig) -> Any:
-    """The kind of parameters that are trained: all, or the adapters alone."""
+    """The kind of parameters that are trained: all, or only the adapters."""
     return nnx.Param if config.model.lora is None else LoraParam
 
 

@@ -1,8 +1,8 @@
-"""Log-probabilities of the reference model: computed once per data set, before training, and kept.
+"""Log-probabilities of the reference model: computed once per data set and cached.
 
-So no second model stays in memory. They are filed by everything they depend on (weights, precision,
-and every token with its mask, which is all that tokenizer, template and data come to), so a file
-that is found is never stale.
+So no second model stays in memory. The file's name is a digest of everything they depend on
+(weights, precision, and every token with its mask, the result of tokenizer, template and data), so
+no cached value is stale.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from ogpsa_jax.training.array_cache import Arrays, cache_folder, read_arrays, wr
 from ogpsa_jax.training.mesh import row_shards, shard_rows
 from ogpsa_jax.training.model_digests import model_key
 
-_VERSION = 1  # of the computation: raise it when the numbers would come out otherwise
+_VERSION = 1  # of the computation: raise it when its numbers change
 
 
 def add_reference_log_probs(

@@ -1,4 +1,4 @@
-"""Reference rows made ready: with the initial model's answers, or its predictions, where asked."""
+"""Prepares reference rows, with the initial model's answers or predictions if required."""
 
 import dataclasses
 import functools
@@ -67,7 +67,7 @@ def prepare_references(
         if found.own_start and config.references.in_step is None:
             warnings.append(
                 "references.target: the divergence from the initial model has no gradient at that "
-                "model itself, so before the second refresh there is nothing to project against; "
+                "model itself, so nothing can be projected before the second refresh; "
                 "set references.in_step"
             )
     for warning in warnings:

@@ -1,4 +1,4 @@
-"""What a change of precision leaves of a training: measured, told, and written down.
+"""What a change of precision leaves of a training: measures it, reports it and writes it down.
 
 An export in the type of a bfloat16 source rounds away whatever moved a weight by less than half of
 that type's step: at the published rate of 1e-6, most of a stage.
@@ -133,7 +133,7 @@ def rounding_warning(rounding: Mapping[str, Any]) -> str | None:
 
 
 def loading_warning(config: RunConfig) -> str | None:
-    """A sentence where a stage cannot begin with what the one before it has learned."""
+    """A sentence if a stage cannot start from the exact weights of the previous one."""
     if config.model.initial_weights != "pretrained":
         return None
     folder = resolve_folder(str(config.model.path))

@@ -1,4 +1,4 @@
-"""What a run comes to: the figures of ``summary.json``, made from its metrics."""
+"""The content of ``summary.json``, computed from a run's metrics."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ def _refreshes(steps: Sequence[Line]) -> int:
 
 
 def measured_before(lines: Sequence[Line]) -> Line:
-    """The measures of before the first step, where the metrics still hold them."""
+    """The measures of before the first step, where the metrics still contain them."""
     first = next((line for line in lines if "loss" not in line), None)
     return _held_out(first) if first is not None and first["step"] == 0 else {}
 

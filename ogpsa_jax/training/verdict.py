@@ -1,4 +1,4 @@
-"""What a run's figures say: whether anything was learned, and on what basis. Pure functions.
+"""What a run's numbers say: whether it learned anything, and with which basis. Pure functions.
 
 Every rule has its threshold here and is stated in ``docs/training.md``. A rule that applies gives
 one sentence with what to set; the sentences go to the terminal and to ``summary.json``.
@@ -119,7 +119,7 @@ class Curve:
 
     @property
     def told_apart(self) -> float:
-        """The least difference between two ends that is no noise: two standard errors."""
+        """The smallest difference between two ends that exceeds the noise: two standard errors."""
         return 2 * self.noise * math.sqrt(2 / self.window)
 
 
@@ -130,7 +130,7 @@ def judge_training(
     breadth: str | None = None,
     least_fall: float = LEAST_FALL,
 ) -> dict[str, str]:
-    """What the curve of a finished run says: kind -> a sentence; empty where all is well.
+    """What the curve of a finished run says: kind -> a sentence; empty if there is no problem.
 
     Args:
       steps: the lines of all steps, in order.
@@ -255,7 +255,7 @@ def judge_first_basis(refreshes: Sequence[Line], interval: str) -> str:
     if not held < NOISE:
         return ""
     return (
-        f"the first basis held only {held:.1%} of the reference gradients at the second refresh "
+        f"the first basis covered only {held:.1%} of the reference gradients at the second refresh "
         f"(after step {refreshes[1]['step'] - 1}), so what was projected until then had little to "
         f"do with them{_first_cosine(refreshes)}; lower {interval}, take more reference rows, or "
         "set references.in_step"
@@ -274,10 +274,10 @@ def _first_cosine(refreshes: Sequence[Line]) -> str:
 
 
 def judge_references(name: str, loss: float, entropy: float, replayed: bool) -> str:
-    """Whether reference answers are what the model itself would say, before training.
+    """Whether the model would give the reference answers itself, before training.
 
-    Answers drawn from the model cost, on average, its entropy. What they cost beyond it tells
-    answers in another's words.
+    Answers drawn from the model cost, on average, its entropy. A higher cost shows answers in
+    another's words.
 
     Args:
       name: of the reference set.
@@ -312,7 +312,7 @@ def judge_lengths(name: str, lengths: Sequence[int], max_length: int, limit: int
     if not lengths or cut <= MANY_CUT * len(lengths):
         return ""
     most = int(np.quantile(lengths, 0.95, method="higher"))
-    needed = f"{most} holds 95 % of the rows whole, {max(lengths)} all"
+    needed = f"{most} suffices for 95 % of the rows, {max(lengths)} for all"
     if most > limit:
         needed += f"; the model reads {limit} at most, so shorten or leave out the longest rows"
     return (

@@ -196,7 +196,7 @@ def test_samples_are_drawn_from_the_usable_rows_alone(
     assert drawn(7) == drawn(7)
     assert drawn(7) == sorted(set(drawn(7)), key=everything.index)
     assert len({tuple(drawn(7, seed + i)) for i in range(5)}) > 1
-    with pytest.raises(InputError, match=r"21 samples asked for, .* holds 20 usable rows"):
+    with pytest.raises(InputError, match=r"21 samples asked for, .* contains 20 usable rows"):
         drawn(21)
 
 
@@ -211,7 +211,7 @@ def test_draw_passes_over_rows_that_are_too_long_and_names_them(
     assert [example.length for example in examples] == [4] * 5
     named = {int(told.partition("line ")[2].partition(":")[0]) - 1 for told in report.refused}
     assert named <= long
-    with pytest.raises(InputError, match=r"6 samples asked for, .* holds 5 usable rows"):
+    with pytest.raises(InputError, match=r"6 samples asked for, .* contains 5 usable rows"):
         prepare([DataSource(path, samples=6)], template, kind="sft", max_length=16, seed=seed)
 
 

@@ -106,7 +106,7 @@ def test_task_is_a_name_or_what_is_to_be_done(tmp_path: Path) -> None:
 
 
 def test_turn_with_two_texts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds both 'value' and 'content', and they differ"):
+    with pytest.raises(InputError, match="has both 'value' and 'content', and they differ"):
         read(tmp_path, {"messages": [{"from": "human", "value": "A", "content": "B"}, TALK[1]]})
     same = {"from": "human", "role": "user", "value": "A", "content": "A"}
     assert len(read(tmp_path, {"messages": [same, TALK[1]]})[0]) == 1
@@ -123,7 +123,7 @@ def test_other_ratings_that_differ_are_told_too(column: str, tmp_path: Path) -> 
     ("column", "value", "says"),
     [
         ("is_safe", "perhaps", "'is_safe' must be true or false, found 'perhaps'"),
-        ("label", 1, "'label' may judge the answer, but 1 does not tell how"),
+        ("label", 1, "'label' may judge the answer, but 1 is ambiguous"),
     ],
 )
 def test_verdict_that_cannot_be_understood_is_refused(
@@ -386,7 +386,7 @@ def test_pku_row_that_contradicts_itself_is_skipped(tmp_path: Path) -> None:
 
 def test_pair_of_several_turns_in_its_answer_is_refused(tmp_path: Path) -> None:
     turns = [answer("one"), TALK[0], answer("two")]
-    with pytest.raises(InputError, match="'chosen' holds several turns"):
+    with pytest.raises(InputError, match="'chosen' has several turns"):
         read(tmp_path, {"prompt": "Q", "chosen": turns, "rejected": "B"}, kind="preference")
 
 
@@ -443,4 +443,4 @@ def test_prompt_that_is_rendered_already_is_told(
     source = DataSource(str(tmp_path / "rows.jsonl"))
     _, report = prepare([source], chat, kind="sft", max_length=512)
     [note] = report.notes
-    assert "rows.jsonl, line 2: what is asked holds the marks of a chat template" in note
+    assert "rows.jsonl, line 2: the prompt contains marks of a chat template" in note

@@ -252,7 +252,7 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "turn": (
         "sft",
         {"messages": ["Q"]},
-        "turn 1 must hold 'role' and 'content', or 'from' and 'value', found str",
+        "turn 1 must have 'role' and 'content', or 'from' and 'value', found str",
     ),
     "role": ("sft", {"messages": [{"role": "owl", "content": "Q"}]}, "turn 1: unknown role 'owl'"),
     "order": ("sft", {"messages": MESSAGES[2:]}, "turns must alternate"),

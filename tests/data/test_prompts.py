@@ -177,12 +177,12 @@ def test_a_pair_has_the_prompt_of_use_on_both_sides(real_data: Path, tmp_path: P
         (
             BUILT_IN["chatml"],
             [("user", "q"), ("assistant", "see <|im_end|>")],
-            r"row 7: the answer holds '<\|im_end\|>', at which generation stops",
+            r"row 7: the answer contains '<\|im_end\|>', at which generation stops",
         ),
         (
             BUILT_IN["chatml"],
             [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "</s>")],
-            "row 7: turn 4: the answer holds '</s>', at which generation stops",
+            "row 7: turn 4: the answer contains '</s>', at which generation stops",
         ),
         (
             "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ '#t' }}"

@@ -50,7 +50,7 @@ def test_slice_of_rows(split: str, first: int, last: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("split", ["train[:21]", "train[20:]", "train[7:7]", "train[-21:]"])
 def test_slice_beyond_the_data_is_refused(split: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(rows(20))
-    assert "the data holds 20" in refusal(DataSource(str(tmp_path / "a.jsonl"), split=split))
+    assert "the data has 20" in refusal(DataSource(str(tmp_path / "a.jsonl"), split=split))
 
 
 @pytest.mark.parametrize("split", ["train[:5", "train[1:50%]", "[:5]", "train[a:]"])
@@ -104,7 +104,7 @@ def test_folder_gives_the_files_of_a_split(tmp_path: Path) -> None:
 
 def test_folder_of_test_files_is_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(rows(1))
-    assert "no file of split 'train'; the folder holds test.jsonl" in refusal(
+    assert "no file of split 'train'; the folder contains test.jsonl" in refusal(
         DataSource(str(tmp_path))
     )
 
@@ -162,7 +162,7 @@ def test_no_file_of_another_split_is_read(train: str, test: str, tmp_path: Path)
 def test_file_about_the_data_is_no_data(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("Permission is granted.")
-    assert "holds no .jsonl, .json" in refusal(DataSource(str(tmp_path)))
+    assert "contains no .jsonl, .json" in refusal(DataSource(str(tmp_path)))
     (tmp_path / "data.jsonl").write_text(rows(2))
     assert answers(DataSource(str(tmp_path))) == ["A0", "A1"]
 
@@ -171,9 +171,7 @@ def test_file_about_the_data_is_no_data(name: str, tmp_path: Path) -> None:
 def test_folder_with_files_that_are_not_read_says_so(name: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(rows(1))
     (tmp_path / name).write_text("x")
-    assert f"the folder holds {name}, a kind of file that is not read" in refusal(
-        DataSource(str(tmp_path))
-    )
+    assert f"the folder contains {name}, which cannot be read" in refusal(DataSource(str(tmp_path)))
 
 
 def test_folder_of_texts_and_rows_asks_which(tmp_path: Path) -> None:
@@ -232,7 +230,7 @@ def test_parts_of_one_file_are_read_in_silence(tmp_path: Path) -> None:
 def test_one_name_in_two_kinds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(rows(1))
     (tmp_path / "a.csv").write_text("prompt,completion\nQ,A0\n")
-    assert "holds both a.csv and a.jsonl, which may be the same rows" in refusal(
+    assert "contains both a.csv and a.jsonl, which may be the same rows" in refusal(
         DataSource(str(tmp_path))
     )
 
@@ -268,12 +266,12 @@ UNREADABLE = {
     "a key twice": (
         "a.jsonl",
         rows(1) + '{"prompt": "Q", "prompt": "R", "completion": "A"}\n',
-        "a.jsonl, line 2: the key 'prompt' stands there twice; keep one of them.",
+        "a.jsonl, line 2: the key 'prompt' appears twice; keep one of them.",
     ),
     "a key twice in a list": (
         "a.json",
         '[{"a": 1},\n{"a": {"b": 1, "b": 2}}]',
-        "a.json, line 2: the key 'b' stands there twice",
+        "a.json, line 2: the key 'b' appears twice",
     ),
     "another format": (
         "a.jsonl",
@@ -292,17 +290,17 @@ UNREADABLE = {
         "a.json, line 2: nested too",
     ),
     "deep row": ("a.json", "[\n" + "[" * 100_000, "a.json, line 2: nested too deeply"),
-    "empty": ("a.jsonl", "", "split 'train' holds no row"),
-    "empty array": ("a.json", "[]", "split 'train' holds no row"),
+    "empty": ("a.jsonl", "", "split 'train' has no row"),
+    "empty array": ("a.json", "[]", "split 'train' has no row"),
     "few fields": (
         "a.csv",
         "prompt,completion\nQ,A\nQ\n",
-        "a.csv, line 3: the row has not as many",
+        "a.csv, line 3: the row has another number",
     ),
     "more fields": (
         "a.csv",
         "prompt,completion\nQ,A,B\n",
-        "a.csv, line 2: the row has not as many",
+        "a.csv, line 2: the row has another number",
     ),
     "open quote": ("a.csv", 'prompt,completion\nQ,"A\n', "not valid CSV"),
     "no parquet": ("a.parquet", "PAR", "not a readable Parquet file"),
@@ -368,5 +366,5 @@ def test_source_whose_rows_are_all_discarded_is_refused(tmp_path: Path) -> None:
     row = {"user_query": "Q", "chatgpt_response": "A", "hallucination": "yes"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     assert (
-        "holds no usable row: 1 row is skipped ('hallucination' says that the answer is bad: 1)"
+        "has no usable row: 1 row is skipped ('hallucination' says that the answer is bad: 1)"
     ) in refusal(DataSource(str(tmp_path / "a.jsonl")))

@@ -156,7 +156,7 @@ def test_a_report_refuses_one_column_of_two_definitions(suite_path, tmp_path, dr
     content = json.loads((tmp_path / "b" / "results.json").read_text())
     del content["records"][0]["definitions"]
     (tmp_path / "b" / "results.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="not told"):
+    with pytest.raises(InputError, match="not stated"):
         report(both, tmp_path / "report")
 
 

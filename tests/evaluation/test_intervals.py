@@ -55,7 +55,7 @@ def test_impossible_arguments_are_named():
         wilson_interval(0, 0)
     with pytest.raises(ValueError, match="confidence"):
         wilson_interval(1, 3, 1.0)
-    with pytest.raises(ValueError, match="sums must hold at least one item"):
+    with pytest.raises(ValueError, match="sums must contain at least one item"):
         bootstrap_interval([])
     with pytest.raises(ValueError, match="weights must have the shape"):
         bootstrap_interval([1.0, 2.0], [1.0])

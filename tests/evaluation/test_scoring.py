@@ -87,7 +87,7 @@ def test_impossible_pairs_are_named(opened):
         score_continuations(opened.model, [([1], [2]), ([], [2])])
     with pytest.raises(ValueError, match=r"pairs\[0\] must have a continuation of at most 3"):
         score_continuations(opened.model, [([1], [2] * 4)], max_length=3)
-    with pytest.raises(ValueError, match=r"holds the id 999999"):
+    with pytest.raises(ValueError, match=r"contains the id 999999"):
         score_continuations(opened.model, [([1], [999999])])
 
 

@@ -196,12 +196,12 @@ def test_a_key_in_the_judges_address_is_refused(tmp_path):
         ("x.json", '"hello"', r"expected a list of rows, found str"),
         ("x.json", "null", r"expected a list of rows, found NoneType"),
         ("x.jsonl", "[" * 100_000, r"line 1: nested too deeply"),
-        ("x.json", '[{"prompt": "a", "prompt": "b"}]', r"the key 'prompt' stands there twice"),
+        ("x.json", '[{"prompt": "a", "prompt": "b"}]', r"the key 'prompt' appears twice"),
         ("x.jsonl", '{"prompt": ["a"]}', r"row 1: field 'prompt' must be text, found list"),
         ("x.jsonl", '{"prompt": "a\\ud800"}', r"half a surrogate pair"),
         ("x.csv", 'id,prompt\n1,"hi\n2,there\n', r"line \d: not valid CSV"),
-        ("x.csv", "id,prompt\n1,hi,there\n", r"line 2: the row has not as many fields"),
-        ("x.csv", "prompt,prompt\na,b\n", r"the column 'prompt' stands there twice"),
+        ("x.csv", "id,prompt\n1,hi,there\n", r"line 2: the row has another number of fields"),
+        ("x.csv", "prompt,prompt\na,b\n", r"the column 'prompt' appears twice"),
     ],
 )
 def test_a_mistake_in_a_data_file_is_told_with_its_row(tmp_path, name, content, message):
@@ -231,12 +231,12 @@ def test_the_suite_of_public_data_reads_the_files_as_published(real_data, monkey
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("oops", "--judge: 'oops' is no KEY=VALUE"),
-        ("=3", "--judge: '=3' is no KEY=VALUE"),
-        ("temperature=[", r"--judge: 'temperature=\[' is no KEY=VALUE"),
+        ("oops", "--judge: 'oops' is not KEY=VALUE"),
+        ("=3", "--judge: '=3' is not KEY=VALUE"),
+        ("temperature=[", r"--judge: 'temperature=\[' is not KEY=VALUE"),
         ("max_token=3", "unknown key 'judge.max_token'; did you mean 'max_tokens'"),
         ("temperature=-1", "'judge.temperature'"),
-        ("extra_body={stream: true}", "extra_body must not hold stream"),
+        ("extra_body={stream: true}", "extra_body must not contain stream"),
     ],
 )
 def test_settings_of_the_judge_on_the_command_line_are_checked_as_those_of_the_suite(

@@ -172,7 +172,7 @@ def test_a_rows_samples_depend_on_prompt_row_and_seed_alone(
     ("options", "words"),
     [
         ({"prompts": [[]]}, r"prompts\[0\] must have at least one token"),
-        ({"prompts": [[1], [64]]}, r"prompts\[1\] must hold ids in \[0, 64\)"),
+        ({"prompts": [[1], [64]]}, r"prompts\[1\] must contain ids in \[0, 64\)"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),

@@ -204,7 +204,7 @@ def test_a_merge_leaves_what_is_not_its_own_and_refuses_what_is_no_number(
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "README.md").write_text("mine")
-    with pytest.raises(InputError, match=r"holds README\.md, which was not written by an export"):
+    with pytest.raises(InputError, match=r"contains README\.md, not written by an export"):
         merge_pretrained(a, b, [0.5], [notes])
     assert (notes / "README.md").read_text() == "mine"
     with pytest.raises(InputError, match="is one of the models to merge, or within it"):

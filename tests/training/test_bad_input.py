@@ -78,7 +78,7 @@ def rewrite(model: Path, **changes: object) -> None:
         ("mesh.fsdp=3", ["3", "does not make the 8 devices"]),
         ("mesh.tensor=16", ["does not make the 8 devices"]),
         ("output_dir=' '", ["output_dir", "not ' '"]),
-        ("model.dtype=float16", ["model.dtype", "float16 is not computed on a CPU"]),
+        ("model.dtype=float16", ["model.dtype", "a CPU does not compute in float16"]),
         ("model.lora={rank: 100000}", ["model.lora.rank", "exceeds the model's width, 64"]),
         ("optimizer.warmup_steps=100000000000", ["warmup_steps", "less than 2147483648"]),
         ("output_dir=/dev/null/run", ["output_dir", "/dev/null is a file"]),

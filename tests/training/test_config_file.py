@@ -94,7 +94,7 @@ def test_environment_variables_are_replaced(good, monkeypatch, caplog):
     caplog.set_level("INFO", "ogpsa_jax")
     monkeypatch.setenv("SOME_FOLDER", "here")
     config = load_config(good, ["model.path=${SOME_FOLDER}/m", "output_dir=${UNSET_NAME:-there}"])
-    assert caplog.messages == [f"{good}: UNSET_NAME is not set, so there stands for it"]
+    assert caplog.messages == [f"{good}: UNSET_NAME is not set, so its default there is used"]
     assert (config.model.path, config.output_dir) == ("here/m", "there")
     with pytest.raises(InputError, match="UNSET_NAME is not set"):
         load_config(good, ["model.path=${UNSET_NAME}"])

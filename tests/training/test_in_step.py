@@ -148,7 +148,7 @@ def test_projecting_momentum_keeps_the_first_moment_out_of_the_newest_references
     ("override", "told"),
     [
         ("references.in_step={share: 0.01}", "must leave at least one row on both sides"),
-        ("ogpsa.placement=update", "a projected update cannot hold the replayed gradient"),
+        ("ogpsa.placement=update", "a projected update cannot keep the replayed gradient"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(override, told):

@@ -343,7 +343,7 @@ def test_refreshed_references_say_that_they_begin_with_nothing(
     configured: Configured, tmp_path: Path
 ) -> None:
     told = Asked().references(configured(tmp_path, INITIAL)).warnings
-    assert any("before the second refresh there is nothing" in w for w in told)
+    assert any("nothing can be projected before the second refresh" in w for w in told)
     assert not Asked().references(configured(tmp_path, INITIAL, *IN_STEP)).warnings
 
 

@@ -356,7 +356,7 @@ def test_a_weight_that_float16_cannot_hold_is_refused(ground, tmp_path):
     model = load_pretrained(ground / "model", dtype="float32")
     table = model.embed_tokens.embedding
     table.set_value(table[...].at[0, 0].set(1e5))
-    with pytest.raises(InputError, match=r"embed_tokens\.weight holds 1e\+05, more than float16"):
+    with pytest.raises(InputError, match=r"embed_tokens\.weight has 1e\+05, more than float16"):
         save_pretrained(model, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 

@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_model_stops_the_run_and_stays(
     before = saved_state(interrupted)
     settings = interrupted / "config.yaml"
     settings.write_text(settings.read_text().replace("rank: 2", "rank: 3"))
-    with pytest.raises(InputError, match=r"holds another model or optimizer \(.*basis"):
+    with pytest.raises(InputError, match=r"has another model or optimizer \(.*basis"):
         run.train(configured(interrupted, "ogpsa.rank=3"))
     assert saved_state(interrupted).keys() == before.keys()
 

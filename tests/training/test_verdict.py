@@ -208,7 +208,7 @@ def test_a_first_basis_that_is_noise_is_told(captured, told):
     assert not judge_first_basis([first], "ogpsa.refresh.every (30)")
     assert not judge_first_basis([first | {"effective_rank": 0.0}, second], "")  # told elsewhere
     if told:
-        assert "held only 1.2% of the reference gradients at the second refresh" in sentence
+        assert "covered only 1.2% of the reference gradients at the second refresh" in sentence
         assert "cosine of the sets' gradients was 0.05; lower ogpsa.refresh.every (30)" in sentence
         agreeing = first | {"reference/gradient_cosine": 0.6}
         assert "cosine" not in judge_first_basis([agreeing, second], "ogpsa.refresh.every (30)")
@@ -276,6 +276,6 @@ def test_many_cut_answers_are_told_with_the_length_that_holds_them():
     assert judge_lengths("train", lengths, 300, 2048) == ""
     told = judge_lengths("train", lengths, 256, 2048)
     assert "20 of 100 rows (20%)" in told
-    assert "raise data.max_length (256): 300 holds 95 % of the rows whole, 900 all" in told
+    assert "raise data.max_length (256): 300 suffices for 95 % of the rows, 900 for all" in told
     assert "the model reads 280 at most" in judge_lengths("train", lengths, 256, 280)
     assert judge_lengths("train", [], 256, 2048) == ""
