@@ -39,7 +39,7 @@ def replaced(document: str, content: str) -> str:
 
 
 def headline(demo: Path) -> tuple[str, list[Record]]:
-    """What the demonstration's picture shows: the title and the records of its first comparison."""
+    """What the demonstration's figure shows: the title and the records of its first comparison."""
     results = demo / "results.json"
     first = read_json(results, "run the demonstration again")["comparisons"][0]
     records = read_records(results)

@@ -68,7 +68,7 @@ def located_rows(source: DataSource) -> list[Located]:
 def _folder_rows(path: Path, split: str) -> list[Located]:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved_rows(path, split)
-    data = [p for p in sorted(path.rglob("*")) if _holds_data(p, path)]
+    data = [p for p in sorted(path.rglob("*")) if _may_have_rows(p, path)]
     files = [p for p in data if p.suffix.lower() in _SUFFIXES]
     if unread := next((p for p in data if p.suffix.lower() in _UNREAD), None):
         raise InputError(
@@ -94,7 +94,7 @@ def _folder_rows(path: Path, split: str) -> list[Located]:
     return [row for file in chosen for row in _file_rows(file)]
 
 
-def _holds_data(file: Path, folder: Path) -> bool:
+def _may_have_rows(file: Path, folder: Path) -> bool:
     """Whether a file may contain rows: it is not hidden, nor about the folder (README, LICENSE)."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.is_file() and not hidden and not _ABOUT.match(file.stem)

@@ -4,7 +4,7 @@ python scripts/study/trials.py tune --out runs/study          # worlds 0 to 2, t
 python scripts/study/trials.py confirm --out runs/study       # worlds 20 to 31, the chosen settings
 python scripts/study/trials.py report --out runs/study        # the tables, as Markdown
 python scripts/study/trials.py tried --out runs/study         # every setting on worlds 0 to 2
-python scripts/study/trials.py draw --out runs/study          # the picture, trials.png
+python scripts/study/trials.py draw --out runs/study          # the figure, trials.png
 
 Every method gets the same compute (1,760 sequences forward and backward in SFT; a forward pass
 alone counts a third) and the same grid of learning rates. Per regime, which is a number of general

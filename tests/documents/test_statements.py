@@ -32,6 +32,7 @@ _TOGETHER = {
     "ogpsa.subspace": ["ogpsa.preset=recommended"],
     "references.target": ["references.in_step={share: 0.5}"],
 }
+_FILE = re.compile(r"(?<![\w/])(?:ogpsa_jax|scripts|tests|configs)/[\w./-]+\.(?:py|md|yaml)\b")
 # `train.steps`, `data.train[].weight`, `references.in_step: {window: 1}` in a sentence or a table.
 _KEY = re.compile(r"`([a-z_]+(?:\.[a-z_\[\]]+)+)(: [^`\n]+)?`")
 
@@ -114,6 +115,12 @@ def test_the_first_page_and_the_menu_name_every_page():
         for entry in menu
         for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))
     }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_of_the_repository_that_a_page_names_is_there(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert not [name for name in _FILE.findall(text) if not (REPOSITORY / name).exists()]
 
 
 def test_the_templates_that_the_page_names_are_built_in():
