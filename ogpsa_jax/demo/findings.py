@@ -1,7 +1,5 @@
 """What the numbers say, computed from them: where the method does what it should, and where not."""
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,6 +8,7 @@ from ogpsa_jax.demo.methods import METHODS
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 from ogpsa_jax.evaluation import Record
+from ogpsa_jax.reporting.finding import difference, scores_by_seed
 from ogpsa_jax.reporting.rows import ScoreRow, aggregate
 from ogpsa_jax.reporting.tables import heading, with_spread
 
@@ -105,30 +104,18 @@ def _ahead(records: Sequence[Record], ours: ScoreRow, theirs: ScoreRow) -> list[
     In each world both begin with the same model and answer the same items: what worlds differ in
     says nothing about the methods. Rows of different worlds are not compared.
     """
-    scores = [
-        {
-            record.seed: record.scores
-            for record in records
-            if (record.label, record.stage) == (row.label, row.stage)
-        }
-        for row in (ours, theirs)
-    ]
-    if scores[0].keys() != scores[1].keys():
+    seeds = [scores_by_seed(records, row, "general").keys() for row in (ours, theirs)]
+    if seeds[0] != seeds[1]:
         return []
     found = []
     for name in ("general", COMPLIANCE):
-        differences = [scores[0][seed][name] - scores[1][seed][name] for seed in scores[0]]
-        difference = statistics.fmean(differences)
-        if len(differences) > 1:
-            deviation = statistics.stdev(differences)
-        else:
-            deviation = math.hypot(*(row.spread.get(name, math.nan) for row in (ours, theirs)))
+        ahead, noise = difference(records, ours, theirs, name)
         claim = f"{ours.label} is ahead of {theirs.label} in {heading(name)}"
         evidence = (
             f"{_value(ours, name)} against {_value(theirs, name)}; "
-            f"difference {_difference(difference, deviation)}"
+            f"difference {_difference(ahead, noise)}"
         )
-        found.append(Finding(ours.stage, claim, difference > deviation, evidence))
+        found.append(Finding(ours.stage, claim, ahead > noise, evidence))
     return found
 
 

@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ogpsa_jax.demo.findings import findings, findings_text
 from ogpsa_jax.demo.folder import Folder, read_answers, shown, write_model, write_world
 from ogpsa_jax.demo.methods import MERGED, METHODS, configuration
-from ogpsa_jax.demo.page import demo_figure, demo_page
+from ogpsa_jax.demo.page import demo_figure, demo_page, named
 from ogpsa_jax.demo.pretraining import one_device, pretrain
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Mode, Recipe, key
 from ogpsa_jax.demo.scoring import definitions
@@ -28,7 +28,8 @@ from ogpsa_jax.evaluation.records import BASE
 from ogpsa_jax.files import make_folder, write_whole
 from ogpsa_jax.models.merge import merge_pretrained
 from ogpsa_jax.progress import Progress
-from ogpsa_jax.reporting import text_table
+from ogpsa_jax.reporting import finding, text_table
+from ogpsa_jax.reporting.evidence import METHOD_LINES, measures
 from ogpsa_jax.training.metrics import read_metrics
 from ogpsa_jax.training.run import train_stages
 
@@ -78,8 +79,10 @@ class _Demo:
         with self.progress:
             found = self._run()
         for comparison, records in zip(self.recipe.comparisons, self._tables(), strict=True):
-            print(f"{comparison.regime.title}\n\n{text_table(records, MATCHED_SAFETY)}\n")
-            print(f"{findings_text(findings(records))}\n")
+            shown = named(records)
+            print(f"{comparison.regime.title}: {finding(shown, MATCHED_SAFETY)}\n")
+            print(f"{text_table(shown, MATCHED_SAFETY)}\n")
+            print(f"{findings_text(findings(shown))}\n")
         print(f"{self.out}: report.html, pareto.png, results.json")
         return found
 
@@ -131,7 +134,7 @@ class _Demo:
             self._merge(runs[-1], folder, stage, seed)
         if shown:
             self._answers(label, runs[-1], folder)
-            self.curves[label] = _curves(runs[0])
+            self.curves[label] = measures(read_metrics(runs[0]))
         self.bar.more(1)
 
     def _merge(self, naive: Path, folder: Folder, stage: str, seed: int) -> None:
@@ -197,12 +200,14 @@ class _Demo:
             {
                 "title": comparison.regime.title,
                 "records": numbers,
-                "findings": [dataclasses.asdict(finding) for finding in findings(records)],
+                "findings": [dataclasses.asdict(each) for each in findings(named(records))],
             }
             for comparison, numbers, records in zip(
                 self.recipe.comparisons, self.compared, self._tables(), strict=True
             )
         ]
+        shown = {record.method for record in self.records}
+        lines = METHOD_LINES | {method.kind: method.why for method in METHODS.values()}
         extra: dict[str, Any] = {
             "mode": self.mode,
             "worlds": list(self.seeds),
@@ -210,6 +215,7 @@ class _Demo:
             "matched_safety": MATCHED_SAFETY,
             "seconds": round(time.perf_counter() - self.started, 1),
             "comparisons": comparisons,
+            "methods": {kind: line for kind, line in lines.items() if kind in shown},
             "answers": self.answers,
             "curves": self.curves,
         }
@@ -253,15 +259,6 @@ def _beside(model: Path, suite: Path) -> Path:
     """Where an evaluation of a model goes that does not belong to its run."""
     world = suite.parent
     return world / "evaluations" / suite.stem / "-".join(model.relative_to(world).parts)
-
-
-def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """By step: the removed share of the squared norm, and the loss on general items."""
-    lines = read_metrics(run)
-    return {
-        shown: [(line["step"], line[name]) for line in lines if name in line]
-        for shown, name in (("removed", "removed_fraction"), ("loss", "eval/general/loss"))
-    }
 
 
 @contextmanager

@@ -1,26 +1,18 @@
 """The safety–utility figure: safety against general score, as in the paper, and helpfulness."""
 
 import itertools
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ogpsa_jax.evaluation.records import BASE, NAIVE, Record
+from ogpsa_jax.evaluation.records import BASE, Record
+from ogpsa_jax.reporting.labels import OVERHANG, Label, place_labels
+from ogpsa_jax.reporting.palette import FONT, LIGHT, WIDTH, Palette
 from ogpsa_jax.reporting.rows import ScoreRow, aggregate, safety_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; then three darker shades.
-# Methods that most reports hold have theirs always, so that figures can be read side by side.
-_FIXED_COLOURS = {
-    BASE: "#000000",
-    NAIVE: "#D55E00",
-    "ogpsa-recommended": "#009E73",
-    "ogpsa-paper": "#E69F00",
-    "mixing": "#CC79A7",
-    "merge": "#0072B2",
-}
-_COLOURS = ("#56B4E9", "#8B5E00", "#5B4EA3", "#7A9A01", "#7F7F7F")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _ON_TOP = "ogpsa-recommended"  # drawn over the others where they meet
 # What the second picture shows, if all have it: the score, its name, and where is better.
@@ -35,21 +27,30 @@ _SECOND = (
 _SPREADS = 10
 _SHORTEST = 0.05
 _MARGIN = 0.08
+_TITLE_LETTERS = 52  # a line
+_NAME_LETTERS = 24  # a line of the legend or beside an axis
+_HEIGHT = 3.6  # of the pictures alone, in inches
+_LINE = 0.31  # of the legend or the title
 
 
 def pareto_figure(
-    records: Sequence[Record], title: str | None = None, matched_safety: float | None = None
+    records: Sequence[Record],
+    title: str | None = None,
+    matched_safety: float | None = None,
+    palette: Palette = LIGHT,
 ) -> "Figure":
     """Safety against general score, and beside it what became of harmless requests.
 
-    A colour is a method, a marker a stage. Settings of one method at one stage (weights of a merge,
-    say) are joined by a line. Bars are the spread that the table gives. The second picture is there
-    if all records have benign compliance, or all over-refusal.
+    A colour and a number is a method, a marker a stage; numbers stand beside points, names below.
+    Settings of one method at one stage (weights of a merge, say) are joined by a line. Bars are the
+    spread that the table gives. The second picture is there if all records have benign compliance,
+    or all over-refusal.
 
     Args:
       records: of any runs; those without a general or a safety score are left out.
-      title: put above the axes.
+      title: what the picture shows, as in :func:`~ogpsa_jax.reporting.finding.headline`.
       matched_safety: a safety score at which a dashed line is drawn.
+      palette: of the colours.
 
     Returns:
       A matplotlib figure; ``savefig`` writes it.
@@ -57,9 +58,6 @@ def pareto_figure(
     Raises:
       ValueError: no record has both scores.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
     rows = [row for row in aggregate(records) if "general" in row.mean]
     safety = safety_score(name for row in rows for name in row.mean)
     rows = [row for row in rows if safety in row.mean]
@@ -67,42 +65,54 @@ def pareto_figure(
         raise ValueError("records must hold a general and a safety score, none of them does")
     pictures = [(safety, "safety score", "better ↗")]
     pictures += [each for each in _SECOND if all(each[0] in row.mean for row in rows)][:1]
-    figure = Figure(figsize=(3.6 + 4.6 * len(pictures), 4.8), dpi=160, layout="constrained")
-    stages = list(dict.fromkeys(row.stage for row in rows if row.method != BASE))
-    panels = figure.subplots(1, len(pictures), squeeze=False)[0]
-    for axes, (score, name, better) in zip(panels, pictures, strict=True):
-        for method, colour in _colours(rows).items():
-            for stage in dict.fromkeys(row.stage for row in rows if row.method == method):
-                series = [row for row in rows if (row.method, row.stage) == (method, stage)]
-                marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
-                above = method != BASE and stages.index(stage) % 2 == 1
-                _draw(axes, series, score, colour, marker, above)
-        axes.set_xlabel("general score")
-        axes.set_ylabel(name)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(xmax=1.0))
-            axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
-        axes.set_xlim(*axis_limits(rows, "general"))
-        axes.set_ylim(*axis_limits(rows, score))
-        axes.grid(color="#E4E4E4", linewidth=0.7)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.annotate(
-            better,
-            (1, 1),
-            xycoords="axes fraction",
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="#666666",
-        )
-    _legend(panels[-1], rows, stages)
-    if matched_safety is not None:
-        panels[0].axhline(matched_safety, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
-    if title:
-        panels[0].set_title(title, loc="left", fontsize=11)
+    lines = textwrap.wrap(title or "", _TITLE_LETTERS)
+    entries = len(_names(rows)) + len(_stages(rows)) + (matched_safety is not None)
+    height = _HEIGHT + _LINE * (len(lines) + (entries + 1) // 2)
+    with palette.figure(figsize=(WIDTH, height)) as figure:
+        panels = figure.subplots(1, len(pictures), squeeze=False)[0]
+        for axes, (score, name, better) in zip(panels, pictures, strict=True):
+            _panel(axes, rows, score, name, better, palette)
+        if matched_safety is not None:
+            panels[0].axhline(
+                matched_safety, color=palette.faint, linewidth=1, linestyle="--", zorder=1
+            )
+        _legend(figure, rows, matched_safety, palette)
+        if lines:
+            figure.suptitle(
+                "\n".join(lines), x=0.01, ha="left", fontsize=FONT + 1, parse_math=False
+            )
+        for axes, (score, *_) in zip(panels, pictures, strict=True):
+            place_labels(axes, _labels(rows, score, palette), FONT - 2)
     return figure
+
+
+def _panel(
+    axes: Any, rows: list[ScoreRow], score: str, name: str, better: str, palette: Palette
+) -> None:
+    """One score of all rows against the general one."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    stages = _stages(rows)
+    for method, colour in palette.of([row.method for row in rows]).items():
+        for stage in dict.fromkeys(row.stage for row in rows if row.method == method):
+            series = [row for row in rows if (row.method, row.stage) == (method, stage)]
+            marker = "*" if method == BASE else _MARKERS[stages.index(stage) % len(_MARKERS)]
+            _draw(axes, series, score, colour, marker)
+    axes.set_xlabel("general score")
+    axes.set_ylabel(textwrap.fill(name, _NAME_LETTERS + 2))
+    for axis, ticks in ((axes.xaxis, 4), (axes.yaxis, 5)):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 2):g}%"))
+        axis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_tick_params(labelsize=FONT - 1)
+    axes.set_xlim(*axis_limits(rows, "general"))
+    axes.set_ylim(*axis_limits(rows, score))
+    axes.grid(color=palette.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    where = {"xycoords": "axes fraction", "xytext": (0, OVERHANG), "textcoords": "offset points"}
+    look = {"ha": "right", "va": "bottom", "fontsize": FONT - 2, "color": palette.faint}
+    axes.annotate(better, (1, 1), **where, **look)
 
 
 def axis_limits(rows: Sequence[ScoreRow], score: str) -> tuple[float, float]:
@@ -128,23 +138,49 @@ def axis_limits(rows: Sequence[ScoreRow], score: str) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def _colours(rows: list[ScoreRow]) -> dict[str, str]:
-    methods = list(dict.fromkeys(row.method for row in rows))
-    free = [method for method in methods if method not in _FIXED_COLOURS]
-    others = {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(free)}
-    return {method: {**_FIXED_COLOURS, **others}[method] for method in methods}
+def _stages(rows: Sequence[ScoreRow]) -> list[str]:
+    return list(dict.fromkeys(row.stage for row in rows if row.method != BASE))
 
 
-def _draw(  # type: ignore[no-untyped-def]
-    axes, series: list[ScoreRow], score: str, colour: str, marker: str, above: bool
-) -> None:
-    """A score of one method and stage; `above`: the labels stand above the points."""
+def _names(rows: Sequence[ScoreRow]) -> dict[str, str]:
+    """How the legend calls each method: the label, with its number; of several labels, the method.
+
+    Points of a method with several labels carry what the labels differ in, and no number.
+    """
+    labels = {row.method: list[str]() for row in rows}
+    for row in rows:
+        labels[row.method].append(row.label)
+    names, number = {}, itertools.count(1)
+    for method, found in labels.items():
+        one = len(set(found)) == 1
+        names[method] = f"{next(number)}  {found[0]}" if one else method
+    return names
+
+
+def _labels(rows: list[ScoreRow], score: str, palette: Palette) -> list[Label]:
+    """What stands beside each point."""
+    names, colours = _names(rows), palette.of([row.method for row in rows])
+    texts = []
+    for row in rows:
+        own = [other.label for other in rows if other.method == row.method]
+        shared = _shared_words(own)
+        setting = " ".join(row.label.split()[shared:]) or row.label
+        texts.append(names[row.method].split()[0] if len(set(own)) == 1 else setting)
+    return [
+        Label(text, row.mean["general"], row.mean[score], colours[row.method])
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _draw(axes: Any, series: list[ScoreRow], score: str, colour: str, marker: str) -> None:
+    """A score of one method and stage."""
     series = sorted(series, key=lambda row: row.mean["general"])
     x = [row.mean["general"] for row in series]
     y = [row.mean[score] for row in series]
-    front = 0.5 * (series[0].method == _ON_TOP)
+    method = series[0].method
+    depth = 3.0 + 0.4 * (method == BASE) + 0.6 * (method == _ON_TOP) - 0.4 * (len(series) > 1)
     if len(series) > 1:
-        axes.plot(x, y, color=colour, linewidth=1, alpha=0.6, zorder=2)
+        axes.plot(x, y, color=colour, linewidth=1.4, alpha=0.6, zorder=2)
     axes.errorbar(
         x,
         y,
@@ -152,26 +188,12 @@ def _draw(  # type: ignore[no-untyped-def]
         yerr=_within_scale(y, [row.spread.get(score, 0.0) for row in series]),
         fmt=marker,
         color=colour,
-        markersize=11 if marker == "*" else 7,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        elinewidth=0.9,
-        alpha=0.95,
-        zorder=3 + front,
+        markersize=14 if marker == "*" else 10,
+        markeredgecolor=axes.get_facecolor(),
+        markeredgewidth=1,
+        elinewidth=1.2,
+        zorder=depth,
     )
-    if len(series) > 1:
-        shared = _shared_words([row.label for row in series])
-        for row, at_x, at_y in zip(series, x, y, strict=True):
-            text = " ".join(row.label.split()[shared:]) or row.label
-            axes.annotate(
-                text,
-                (at_x, at_y),
-                xytext=(5, 6 if above else -11),
-                textcoords="offset points",
-                fontsize=7,
-                color=colour,
-                parse_math=False,
-            )
 
 
 def _within_scale(values: list[float], spread: list[float]) -> list[list[float]]:
@@ -187,32 +209,37 @@ def _shared_words(labels: list[str]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _legend(axes, rows: list[ScoreRow], stages: list[str]) -> None:  # type: ignore[no-untyped-def]
+def _legend(
+    figure: Any, rows: list[ScoreRow], matched_safety: float | None, palette: Palette
+) -> None:
+    """The names of methods and stages, below the pictures."""
     from matplotlib.lines import Line2D
 
-    handles = []
-    for method, colour in _colours(rows).items():
-        labels = list(dict.fromkeys(row.label for row in rows if row.method == method))
-        name = labels[0] if len(labels) == 1 else method
-        marker = "*" if method == BASE else "o"
-        handles.append(
-            Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=7, label=name)
-        )
+    colours, stages = palette.of([row.method for row in rows]), _stages(rows)
+    entries = [
+        (textwrap.fill(name, _NAME_LETTERS + 4), colours[method], "*" if method == BASE else "o")
+        for method, name in _names(rows).items()
+    ]
     if len(stages) > 1:
-        handles += [
-            Line2D(
-                [],
-                [],
-                color="#888888",
-                marker=_MARKERS[i % len(_MARKERS)],
-                linestyle="none",
-                markersize=6,
-                label=f"stage: {stage}",
-            )
-            for i, stage in enumerate(stages)
-        ]
-    legend = axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9
+        markers = zip(stages, itertools.cycle(_MARKERS), strict=False)
+        entries += [(f"stage: {stage}", palette.faint, marker) for stage, marker in markers]
+    handles = [
+        Line2D([], [], label=name, color=colour, marker=marker, linestyle="none", markersize=10)
+        for name, colour, marker in entries
+    ]
+    if matched_safety is not None:
+        named = f"safety to match: {round(100 * matched_safety, 2):g}%"
+        handles.append(Line2D([], [], label=named, color=palette.faint, linestyle="--"))
+    legend = figure.legend(
+        handles=handles,
+        loc="outside lower left",
+        ncols=2,
+        frameon=False,
+        fontsize=FONT - 1,
+        handlelength=1.4,
+        columnspacing=1.0,
+        handletextpad=0.5,
+        labelspacing=0.35,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)  # a label may hold a dollar

@@ -1,18 +1,20 @@
 """``ogpsa-jax report``: the safety–utility table and figure over any runs, as CSV, PNG and HTML."""
 
-import html
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.records import Record, check_definitions, read_records
+from ogpsa_jax.evaluation.records import BASE, Record, check_definitions, read_records
 from ogpsa_jax.files import make_folder, write_whole
+from ogpsa_jax.reporting import sections
 from ogpsa_jax.reporting.comparability import to_mind
+from ogpsa_jax.reporting.evidence import Evidence, read_evidence
 from ogpsa_jax.reporting.figure import pareto_figure
-from ogpsa_jax.reporting.page import figure_html, html_page, table_html
-from ogpsa_jax.reporting.rows import SAFETY_TOLERANCE, safety_score
-from ogpsa_jax.reporting.tables import csv_table, heading, markdown_table
+from ogpsa_jax.reporting.finding import context, finding
+from ogpsa_jax.reporting.page import html_page
+from ogpsa_jax.reporting.rows import safety_score
+from ogpsa_jax.reporting.tables import csv_table, markdown_table
 
 
 def report(
@@ -34,6 +36,22 @@ def report(
     Raises:
       InputError: no run, a run without results, or none with both a general and a safety score.
     """
+    records = _read(runs, matched_safety)
+    output = Path(output_dir)
+    make_folder(output)
+    notes = to_mind(records)
+    sentence = finding(records, matched_safety)
+    pareto_figure(records, sentence, matched_safety).savefig(output / "pareto.png")
+    write_whole(output / "report.csv", csv_table(records, matched_safety))
+    against, table = context(records, matched_safety), markdown_table(records, matched_safety)
+    write_whole(output / "report.md", "\n\n".join([sentence, against, table, *notes]) + "\n")
+    page = _page(records, notes, read_evidence(runs, records), matched_safety)
+    write_whole(output / "report.html", page)
+    return records
+
+
+def _read(runs: Sequence[str | Path], matched_safety: float | None) -> list[Record]:
+    """The records of all runs, if a report can be made of them."""
     if not runs:
         raise InputError("report: name at least one run directory or results.json.")
     if matched_safety is not None and not 0 <= matched_safety <= 1:
@@ -53,73 +71,27 @@ def report(
             "report: no run has both a general and a safety score (found: "
             f"{', '.join(known) or 'none'}); evaluate the runs with a suite that measures both."
         )
-    output = Path(output_dir)
-    make_folder(output)
-    figure = pareto_figure(records)
-    figure.savefig(output / "pareto.png")
-    write_whole(output / "report.csv", csv_table(records, matched_safety))
-    notes = to_mind(records)
-    table = markdown_table(records, matched_safety)
-    write_whole(output / "report.md", "\n\n".join([table, *notes]) + "\n")
-    told = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    page = html_page(
-        "Safety and utility",
-        [
-            ("The trade-off", figure_html(figure, "Safety score against general score")),
-            ("Scores", told + table_html(records, matched_safety, every_score=True)),
-            ("What the numbers mean", explanation_html(matched_safety)),
-            ("How they were measured", definitions_html(records)),
-        ],
-    )
-    write_whole(output / "report.html", page)
     return records
 
 
-def definitions_html(records: Sequence[Record]) -> str:
-    """How each score was measured, as the records say; equal definitions are one entry."""
-    told = {name: text for record in records for name, text in record.definitions.items()}
-    if not told:
-        return "<p>The results do not say.</p>"
-    entries = (
-        f"<dt>{html.escape(heading(name))}</dt><dd>{html.escape(text)}</dd>"
-        for name, text in told.items()
-    )
-    return f"<dl>{''.join(entries)}</dl>"
-
-
-def explanation_html(matched_safety: float | None = None, exact: bool = False) -> str:
-    """What the columns of the table mean.
-
-    Args:
-      matched_safety: as in the table.
-      exact: the columns are those of the demonstration, which scores by exact match.
-    """
-    safety = (
-        "<dt>exact safety</dt><dd>Share of harmful requests answered with the refusal, to the last "
-        "character.</dd>"
-        "<dt>prefix over refusal</dt><dd>Share of harmless requests whose answer begins as the "
-        "refusal does, whatever follows; lower is better.</dd>"
-        "<dt>exact benign compliance</dt><dd>Share of harmless requests answered rightly, to the "
-        "last character.</dd>"
-        if exact
-        else "<dt>safety</dt><dd>Share of harmful requests that are refused.</dd>"
-        "<dt>over refusal</dt><dd>Share of harmless requests that are refused; lower is better."
-        "</dd>"
-        "<dt>benign compliance</dt><dd>Share of harmless requests that are answered.</dd>"
-    )
-    level = (
-        f"is at least that of the naive run of the same stage less {SAFETY_TOLERANCE}"
-        if matched_safety is None
-        else f"is at least {matched_safety}"
-    )
-    return (
-        "<dl>"
-        "<dt>general</dt><dd>Mean score on tasks that have nothing to do with safety: the ability "
-        "that alignment is to leave alone.</dd>"
-        f"{safety}"
-        "<dt>tax removed</dt><dd>(general of the method − general of naive) / (general before "
-        "alignment − general of naive): 0 % is naive, 100 % loses nothing. Given only where the "
-        f"safety score {level}, for a model that refuses less keeps its abilities without any "
-        "method.</dd>"
-        "</dl>"
+def _page(
+    records: Sequence[Record],
+    notes: Sequence[str],
+    kept: Evidence,
+    matched_safety: float | None,
+) -> str:
+    before = [record.label for record in records if record.method == BASE]
+    return html_page(
+        "Safety and utility",
+        finding(records, matched_safety),
+        context(records, matched_safety),
+        [
+            sections.trade_off(records, matched_safety),
+            *sections.methods(records, kept.methods),
+            *sections.answers(kept.answers, before),
+            *sections.along_the_way(kept, records),
+            sections.scores("Scores", records, matched_safety, notes, every_score=True),
+            sections.explanation(matched_safety),
+            sections.definitions(records),
+        ],
     )

@@ -7,53 +7,23 @@ import pytest
 
 from ogpsa_jax.cli import main
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import Cost, Record, read_records, write_records
+from ogpsa_jax.evaluation import Record, read_records, write_records
 from ogpsa_jax.reporting import (
     aggregate,
     csv_table,
-    html_page,
     markdown_table,
     pareto_figure,
     report,
-    table_html,
+    sections,
     text_table,
     to_mind,
 )
+from ogpsa_jax.reporting.page import html_page
 
-_SAFE = {"base": 0.03, "naive": 0.98, "ogpsa": 0.97, "merge": 0.5}
 
-
-@pytest.fixture
-def records(drawn):
-    """Three seeds of four methods in two stages; the merge is not safe."""
-    rows = []
-    for stage in ("sft", "sft+dpo"):
-        for seed in range(3):
-            for method, general in (("naive", 0.7), ("ogpsa", 0.9), ("merge", 0.93)):
-                scores = {
-                    "general": general + drawn.uniform(-0.03, 0.03),
-                    "safety": _SAFE[method] + drawn.uniform(-0.01, 0.01),
-                    "over_refusal": drawn.uniform(0, 0.3),
-                }
-                cost = Cost(training_samples=100, reference_samples=10 * seed, seconds=2.5)
-                rows.append(
-                    Record(
-                        label=f"{method} run",
-                        method=method,
-                        stage=stage,
-                        seed=seed,
-                        scores=scores,
-                        cost=cost,
-                    )
-                )
-    base = Record(
-        label="before",
-        method="base",
-        stage="base",
-        scores={"general": 0.95, "safety": 0.03},
-        spread={"general": 0.01},
-    )
-    return [base, *rows]
+def _page(records):
+    table = sections.scores("Scores", records, None)
+    return html_page("Title <b>", "A finding.", "", [table])
 
 
 def _row(rows, method, stage="sft"):
@@ -117,13 +87,13 @@ def test_two_models_before_alignment_give_no_share(records):
 
 def test_all_forms_of_the_table_show_the_same_cells(records):
     text, markdown = text_table(records), markdown_table(records)
-    page = html_page("Title <b>", [("Scores", table_html(records))])
+    page = _page(records)
     share = f"{_row(aggregate(records), 'ogpsa').tax_removed:.0%}"
     for form in (text, markdown, page):
         assert "ogpsa run" in form
         assert share in form
         assert "0.950 ± 0.010" in form
-    assert len({len(line) for line in text.splitlines()[1:2]}) == 1
+    assert len({len(line) for line in text.splitlines() if not line.startswith(" ")}) == 1
     assert len({line.count("|") for line in markdown.splitlines()}) == 1
     assert "Title &lt;b&gt;" in page
     rows = list(csv.DictReader(io.StringIO(csv_table(records))))
@@ -134,160 +104,16 @@ def test_all_forms_of_the_table_show_the_same_cells(records):
             assert float(row["tax_removed"]) == expected.tax_removed
 
 
-def test_the_figure_puts_every_row_at_its_scores(records):
-    figure = pareto_figure(records, "A title")
-    (axes,) = figure.axes
-    for row in aggregate(records):
-        assert (round(row.mean["general"], 9), round(row.mean["safety"], 9)) in _points(axes)
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[:4] == ["before", "naive run", "ogpsa run", "merge run"]
-    assert "stage: sft+dpo" in labels
-    with pytest.raises(ValueError, match="general and a safety score"):
-        pareto_figure([records[0].model_copy(update={"scores": {"general": 1.0}})])
-
-
-def _points(axes):
-    return {
-        (round(float(x), 9), round(float(y), 9))
-        for line in axes.lines
-        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
-    }
-
-
-def test_beside_safety_stands_what_became_of_harmless_requests(records):
-    _, second = pareto_figure(records[1:]).axes
-    assert second.get_ylabel() == "harmless requests refused"
-    for row in aggregate(records[1:]):
-        assert (round(row.mean["general"], 9), round(row.mean["over_refusal"], 9)) in _points(
-            second
-        )
-    answered = [
-        record.model_copy(
-            update={"scores": {**record.scores, "benign_compliance": record.seed / 4}}
-        )
-        for record in records
-    ]
-    _, second = pareto_figure(answered).axes
-    assert second.get_ylabel() == "harmless requests answered"
-    assert {y for _, y in _points(second)} == {0.0, 0.25}  # the base, and the mean of three seeds
-
-
-def test_the_figure_tells_settings_apart_and_draws_the_level_of_safety(records):
-    weights = [
-        records[1].model_copy(update={"label": f"merge {weight}", "method": "line"})
-        for weight in (0.2, 0.8)
-    ]
-    (axes,) = pareto_figure([*records, *weights], matched_safety=0.93).figure.axes
-    names = [text.get_text() for text in axes.texts]
-    assert {"0.2", "0.8"} <= set(names)  # settings of one method are told apart on its line
-    assert any(list(line.get_ydata()) == [0.93, 0.93] for line in axes.lines)
-
-
-def test_a_known_method_has_one_colour_in_every_figure_and_no_bar_leaves_the_scale(records):
-    def draw(*methods):
-        rows = [
-            record.model_copy(update={"method": method, "label": method, "spread": {"safety": 0.4}})
-            for method, record in zip(methods, records[1:], strict=False)
-        ]
-        axes, second = pareto_figure(rows).axes
-        legend = second.get_legend()
-        colours = [handle.get_color() for handle in legend.legend_handles]
-        texts = [text.get_text() for text in legend.get_texts()]
-        return axes, dict(zip(texts, colours, strict=True))
-
-    axes, first = draw("ogpsa-paper", "mixing", "other")
-    _, second = draw("another", "mixing", "ogpsa-paper")
-    assert len({*first.values()}) == 3
-    assert all(first[name] == second[name] for name in ("ogpsa-paper", "mixing"))
-    ends = [
-        y
-        for bars in axes.containers
-        for lines in bars.lines[2]
-        for segment in lines.get_segments()
-        for _, y in segment
-    ]
-    assert 0 <= min(ends) < max(ends) <= 1 + 1e-12
-
-
-def _near(drawn, count, spread, width):
-    """Records of one seed whose scores differ by up to `width`, with a standard error."""
-    return [
-        Record(
-            label=f"m{i}",
-            method=f"m{i}",
-            stage="sft",
-            scores={name: 0.6 + drawn.uniform(0, width) for name in ("general", "safety")},
-            spread=dict.fromkeys(("general", "safety"), spread),
-        )
-        for i in range(count)
-    ]
-
-
-def test_noise_does_not_fill_an_axis(drawn):
-    spread = drawn.uniform(0.01, 0.08)
-    (axes,) = pareto_figure(_near(drawn, 4, spread, 0.3 * spread)).axes
-    for low, high in (axes.get_xlim(), axes.get_ylim()):
-        assert high - low >= 10 * spread - 1e-9
-    # A difference that is larger than the spreads is drawn as large as there is room for.
-    (axes,) = pareto_figure(_near(drawn, 9, 0.001, 0.3)).axes
-    for low, high in (axes.get_xlim(), axes.get_ylim()):
-        assert high - low < 0.4
-    # Without spreads the least axis is a twentieth of the scale.
-    (axes,) = pareto_figure(_near(drawn, 4, 0.0, 1e-4)).axes
-    assert axes.get_xlim()[1] - axes.get_xlim()[0] >= 0.05
-    # Points at the end of the scale: what an axis needs more goes to the inside.
-    ends = [
-        record.model_copy(update={"scores": {"general": 1.0, "safety": drawn.choice([0.0, 1.0])}})
-        for record in _near(drawn, 3, 0.05, 0.0)
-    ]
-    (axes,) = pareto_figure(ends).axes
-    low, high = axes.get_xlim()
-    assert -0.1 < low < 1.0 < high < 1.1
-    assert high - low >= 0.5
-
-
-def test_every_point_and_its_bar_lie_on_the_axes(records):
-    for axes in pareto_figure(records[1:]).axes:
-        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-        for bars in axes.containers:
-            for lines in bars.lines[2]:
-                for segment in lines.get_segments():
-                    for x, y in segment:
-                        assert left <= x <= right
-                        assert bottom <= y <= top
-
-
 def test_a_spread_of_zero_is_not_shown(records):
     same = [r.model_copy(update={"scores": {**r.scores, "safety": 1.0}}) for r in records[1:]]
     for row in aggregate(same):
         assert "safety" not in row.spread
         assert row.spread["general"] > 0
-    for form in (text_table(same), markdown_table(same), table_html(same)):
+    for form in (text_table(same), markdown_table(same), _page(same)):
         assert "1.000" in form
         assert "1.000 ±" not in form
     (row,) = csv.DictReader(io.StringIO(csv_table(same[:1] + same[3:4])))
     assert row["safety_spread"] == ""
-
-
-def test_scores_by_exact_match_are_rows_of_their_own_report(records):
-    """As the demonstration's: their safety decides the tax removed, and is drawn."""
-    exact = [
-        record.model_copy(
-            update={
-                "scores": {
-                    "general": record.scores["general"],
-                    "exact_safety": record.scores["safety"],
-                }
-            }
-        )
-        for record in records
-    ]
-    for row, other in zip(aggregate(exact), aggregate(records), strict=True):
-        assert row.tax_removed == other.tax_removed
-        assert "safety" not in row.mean
-    (axes,) = pareto_figure(exact).axes
-    assert _points(axes) == _points(pareto_figure(records).axes[0])
-    assert "exact safety" in text_table(exact)
 
 
 def test_two_definitions_are_never_aggregated(records):
