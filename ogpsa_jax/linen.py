@@ -46,7 +46,7 @@ def collect_inputs(
     """
 
     def collect(params: Any, batch: Any) -> Moments:
-        found: dict[str, SecondMoment] = {}
+        moments: dict[str, SecondMoment] = {}
         counted = None if mask is None else mask(batch)
 
         def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -54,11 +54,11 @@ def collect_inputs(
                 inputs = args[0] if args else kwargs["inputs"]
                 name = "/".join((*context.module.path, "kernel"))
                 new = second_moment(inputs, counted, size=size, seed=seed)
-                found[name] = found[name] + new if name in found else new
+                moments[name] = moments[name] + new if name in moments else new
             return call(*args, **kwargs)
 
         with linen.intercept_methods(interceptor):
             apply(params, batch)
-        return found
+        return moments
 
     return collect

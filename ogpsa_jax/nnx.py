@@ -112,7 +112,7 @@ def collect_inputs(
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
 
     def collect(params: Any, batch: Any) -> Moments:
-        found: dict[str, SecondMoment] = {}
+        moments: dict[str, SecondMoment] = {}
         counted = None if mask is None else mask(batch)
         merged = nnx.merge(graphdef, params, rest)
         names = {id(module): path for path, module in nnx.iter_modules(merged)}
@@ -122,7 +122,7 @@ def collect_inputs(
             if id(self) in names:
                 name = "/".join((*map(str, names[id(self)]), "kernel"))
                 new = second_moment(inputs, counted, size=size, seed=seed)
-                found[name] = found[name] + new if name in found else new
+                moments[name] = moments[name] + new if name in moments else new
             return call(self, inputs, *args, **kwargs)
 
         nnx.Linear.__call__ = watched
@@ -130,7 +130,7 @@ def collect_inputs(
             apply(merged, batch)
         finally:
             nnx.Linear.__call__ = call
-        return found
+        return moments
 
     return collect
 

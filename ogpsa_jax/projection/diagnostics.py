@@ -1,16 +1,16 @@
 """What the projection did, for logs: cheap device scalars, nothing recomputed."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.find import find_states
+from ogpsa_jax.projection.find import find_states, with_others
 from ogpsa_jax.projection.input_state import InputState
-from ogpsa_jax.projection.project import project
 from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.state import Alignment, OgpsaState
+from ogpsa_jax.projection.subspace import project
 
 
 def diagnostics(opt_state: Any) -> dict[str, Any]:
@@ -46,51 +46,18 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     """
     states = find_states(opt_state)
     groups: dict[str, dict[str, jax.Array]] = {}
-    totals = [jnp.zeros([], jnp.float32)] * 6
+    total = _Figures(*[jnp.zeros([], jnp.float32)] * 6)
     count = 0
-    spans: list[OgpsaState] = []
-    for state in states:
-        if isinstance(state, InputState):
-            spans += [] if state.others is None else [state.others]
-            columns = _of_inputs(state, groups)
-            totals = [total + jnp.sum(part) for total, part in zip(totals, columns, strict=True)]
-            count += len(columns[0])
-        else:
-            spans.append(state)
-    for state in spans:
-        # Leaves, because an nnx.Optimizer keeps each array in a Variable.
-        squared, removed, in_span, rank, spectrum, missed = jax.tree.leaves(
-            (
-                *(state.squared_norm, state.removed, state.in_span),
-                *(state.rank_used, state.spectrum, state.discarded),
-            )
-        )
-        captured = jnp.sum(spectrum, axis=-1)
-        columns = (squared, removed, in_span, rank.astype(jnp.float32), captured, missed)
-        totals = [total + jnp.sum(column) for total, column in zip(totals, columns, strict=True)]
-        values = {
-            "removed_fraction": _fraction(removed, squared),
-            "in_span_fraction": _fraction(in_span, squared),
-            "effective_rank": rank,
-            "reference_coverage": _fraction(captured, captured + missed),
-        }
-        for group in state.settings.groups:
-            groups[group.label] = {
-                name: value[group.start] if group.layers is None else value[group.rows]
-                for name, value in values.items()
-            }
-    squared, removed, in_span, rank, captured, missed = totals
-    count += sum(group.rows.stop - group.start for s in spans for group in s.settings.groups)
+    for state in with_others(states):
+        figures = _figures(state)
+        count += len(figures.rank)
+        total = _Figures(*(t + jnp.sum(x) for t, x in zip(total, figures, strict=True)))
+        groups |= _by_group(state, figures)
+    coverages = [jnp.min(group["reference_coverage"]) for group in groups.values()]
     return {
-        "removed_fraction": _fraction(removed, squared),
-        "in_span_fraction": _fraction(in_span, squared),
-        "effective_rank": rank / max(count, 1),
-        "reference_coverage": _fraction(captured, captured + missed),
-        "least_coverage": jnp.min(
-            jnp.stack([jnp.min(g["reference_coverage"]) for g in groups.values()])
-        )
-        if groups
-        else jnp.zeros([], jnp.float32),
+        **total.shares(),
+        "effective_rank": total.rank / max(count, 1),
+        "least_coverage": jnp.min(jnp.stack(coverages)) if groups else jnp.zeros([], jnp.float32),
         "steps_since_refresh": _largest([state.steps_since_refresh for state in states]),
         "refreshes": _largest([state.refreshes for state in states]),
         "refused_refreshes": _largest([state.refused_refreshes for state in states]),
@@ -99,23 +66,54 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     }
 
 
-def _of_inputs(state: InputState, groups: dict[str, dict[str, jax.Array]]) -> tuple[jax.Array, ...]:
-    """The columns of a subspace of inputs, each ``[G]``; its groups are added to `groups`."""
-    squared, removed, in_span, rank, held = jax.tree.leaves(
-        (state.squared_norm, state.removed, state.in_span, state.rank_used, state.energy_held)
+class _Figures(NamedTuple):
+    """What one projection measured, float32 ``[G]``; or their sums over groups."""
+
+    squared_norm: jax.Array
+    in_span: jax.Array
+    removed: jax.Array
+    rank: jax.Array
+    captured: jax.Array  # energy of the references inside the basis
+    missed: jax.Array  # and outside
+
+    def shares(self) -> dict[str, jax.Array]:
+        return {
+            "removed_fraction": _fraction(self.removed, self.squared_norm),
+            "in_span_fraction": _fraction(self.in_span, self.squared_norm),
+            "effective_rank": self.rank,
+            "reference_coverage": _fraction(self.captured, self.captured + self.missed),
+        }
+
+
+def _figures(state: OgpsaState | InputState) -> _Figures:
+    # Leaves, because an nnx.Optimizer keeps each array in a Variable.
+    squared_norm, in_span, removed, rank = jax.tree.leaves(
+        (state.squared_norm, state.in_span, state.removed, state.rank_used)
     )
+    if isinstance(state, InputState):
+        (captured,) = jax.tree.leaves(state.energy_held)
+        missed = (rank > 0).astype(jnp.float32) - captured
+    else:
+        spectrum, missed = jax.tree.leaves((state.spectrum, state.discarded))
+        captured = jnp.sum(spectrum, axis=-1)
+    return _Figures(squared_norm, in_span, removed, rank.astype(jnp.float32), captured, missed)
+
+
+def _by_group(state: OgpsaState | InputState, figures: _Figures) -> dict[str, dict[str, jax.Array]]:
+    """The figures of each group by its label, shaped like its layers."""
+    values = {**figures.shares(), "effective_rank": figures.rank.astype(jnp.int32)}
+    found = {}
+    if not isinstance(state, InputState):
+        for group in state.settings.groups:
+            shape = () if group.layers is None else (group.layers,)
+            found[group.label] = {n: x[group.rows].reshape(shape) for n, x in values.items()}
+        return found
     rows = state.settings.rows()
     for name, kernels in state.settings.groups.items():
-        part, layers = rows[name], kernels[0].layers
-        groups[name] = {
-            "removed_fraction": _fraction(removed, squared)[part].reshape(layers),
-            "in_span_fraction": _fraction(in_span, squared)[part].reshape(layers),
-            "effective_rank": rank[part].reshape(layers),
-            "reference_coverage": held[part].reshape(layers),
-            "dimension_fraction": rank[part].astype(jnp.float32).reshape(layers) / kernels[0].width,
-        }
-    known = (rank > 0).astype(jnp.float32)
-    return squared, removed, in_span, rank.astype(jnp.float32), held, known - held
+        layers, width = kernels[0].layers, kernels[0].width
+        found[name] = {n: x[rows[name]].reshape(layers) for n, x in values.items()}
+        found[name]["dimension_fraction"] = figures.rank[rows[name]].reshape(layers) / width
+    return found
 
 
 def first_order_change(references: Sequence[Any], updates: Any) -> jax.Array:
@@ -179,8 +177,8 @@ def captured_fraction(opt_state: Any, references: Sequence[Any]) -> jax.Array:
     for tree in references:
         leaves, treedef = jax.tree.flatten(tree)
         scaled = treedef.unflatten(_unit_scaled(leaves))
-        held = Alignment(state, scaled, "references").leaves
-        energies = project(held, state.subspaces(), state.settings.groups, "none", 1.0)[1]
+        reference_N = Alignment(state, scaled, "references").leaves
+        energies = project(reference_N, state.subspaces(), state.settings.groups, "none", 1.0)[1]
         shares.append(_fraction(jnp.sum(energies.in_span), jnp.sum(energies.before)))
     return jnp.mean(jnp.stack(shares))
 

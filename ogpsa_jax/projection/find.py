@@ -1,6 +1,6 @@
 """Finding our states inside any Optax state: by type, never by field name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,11 @@ from ogpsa_jax.projection.state import ProjectionState
 def is_ours(node: Any) -> bool:
     """Whether `node` is the state of a projection."""
     return isinstance(node, ProjectionState)
+
+
+def projects(opt_state: Any) -> bool:
+    """Whether there is any state of ours in `opt_state`."""
+    return any(map(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours)))
 
 
 def find_states(opt_state: Any) -> list[Any]:
@@ -25,6 +30,15 @@ def find_states(opt_state: Any) -> list[Any]:
             "opt_state: found no OgpsaState, having looked through "
             f"{_outline(opt_state)}; is ogpsa_project(...) in the chain?"
         )
+    return found
+
+
+def with_others(states: Sequence[Any]) -> list[Any]:
+    """States of ours, each followed by the gradient span of what is no matrix, where it has one."""
+    found: list[Any] = []
+    for state in states:
+        others = getattr(state, "others", None)
+        found += [state] if others is None else [state, others]
     return found
 
 

@@ -8,7 +8,6 @@ Everything downstream works on flat lists of leaves, and on *per-group arrays* w
 length G counts the groups, every layer of a stacked leaf for one. A `Group` knows its rows there.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,18 +39,23 @@ class Group(NamedTuple):
     """Leaves that share one subspace, or one subspace per layer where they stack layers."""
 
     label: str
-    leaves: tuple[int, ...]  # positions in the flat list of the leaves that are held
+    leaves: tuple[int, ...]  # positions in the flat list of the projected leaves
     axes: tuple[int | None, ...]  # stacking axis of each leaf; all None or none None
     layers: int | None  # length of that axis
     start: int  # first of its rows in per-group arrays
 
     @property
+    def length(self) -> int:
+        """How many subspaces it stands for: its layers, or one."""
+        return 1 if self.layers is None else self.layers
+
+    @property
     def rows(self) -> slice:
         """Its rows in per-group arrays."""
-        return slice(self.start, self.start + (1 if self.layers is None else self.layers))
+        return slice(self.start, self.start + self.length)
 
     def of(self, leaves: Sequence[Any]) -> list[Any]:
-        """Its leaves out of all that are held."""
+        """Its leaves out of all that are projected."""
         return [leaves[i] for i in self.leaves]
 
 
@@ -85,14 +89,14 @@ def form_groups(
       stacked: see :data:`Stacked`; ignored by ``scope="global"``.
 
     Returns:
-      For each leaf whether it is held (floating point, not frozen by the scope), and the groups,
-      which count the held leaves only.
+      For each leaf whether it is projected (floating point, not frozen by the scope), and the
+      groups, which count the projected leaves only.
 
     Raises:
       ValueError: a leaf that is no array, or complex; one label over leaves that stack different
         numbers of layers.
     """
-    held: list[bool] = []
+    projected: list[bool] = []
     members: dict[str, list[tuple[int, int | None, int | None]]] = {}
     for path, leaf in paths_and_leaves:
         name = jax.tree_util.keystr(path)
@@ -105,11 +109,11 @@ def form_groups(
             raise ValueError(f"params: {name} is complex; OGPSA is defined for real parameters")
         axis = None if scope == "global" else stacking_axis(stacked, path, leaf)
         label = scope(path, leaf) if callable(scope) else "all" if scope == "global" else name
-        holds = label is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        if holds:
+        has_group = label is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if has_group:
             layers = None if axis is None else leaf.shape[axis]
-            members.setdefault(str(label), []).append((sum(held), axis, layers))
-        held.append(bool(holds))
+            members.setdefault(str(label), []).append((sum(projected), axis, layers))
+        projected.append(bool(has_group))
     groups: list[Group] = []
     for label, items in members.items():
         leaves, axes, layers = zip(*items, strict=True)
@@ -120,73 +124,14 @@ def form_groups(
             )
         start = groups[-1].rows.stop if groups else 0
         groups.append(Group(label, leaves, axes, layers[0], start))
-    return held, tuple(groups)
+    return projected, tuple(groups)
 
 
-def inner(a: Sequence[jax.Array], b: Sequence[jax.Array], group: Group) -> jax.Array:
-    """⟨a, b⟩ of a group's leaves, accumulated in float32: ``[rows]``.
-
-    Products and a sum, not a dot: contracting a sharded dimension with a dot all-gathers, or is
-    refused on explicit meshes; a sum costs one all-reduce of a few numbers.
-    """
-    total = jnp.zeros(group.rows.stop - group.start, jnp.float32)
-    for x, y, axis in zip(a, b, group.axes, strict=True):
-        others = tuple(i for i in range(x.ndim) if i != axis)
-        products = x.astype(jnp.float32) * y.astype(jnp.float32)
-        total = total + jnp.sum(products, axis=others).reshape(total.shape)
-    return total
-
-
-def inner_with_each(
-    a: Sequence[jax.Array], directions: Sequence[Sequence[jax.Array]], group: Group
-) -> jax.Array:
-    """⟨a, direction j⟩ of a group's leaves, each with its k directions: float32 ``[rows, k]``."""
-    total = jnp.zeros((group.rows.stop - group.start, len(directions[0])), jnp.float32)
-    for x, each, axis in zip(a, directions, group.axes, strict=True):
-        if stacks(each):
-            stack = jnp.stack(each).astype(jnp.float32)
-            others = tuple(i + 1 for i in range(x.ndim) if i != axis)
-            sums = jnp.sum(x.astype(jnp.float32)[None] * stack, axis=others)
-            total = total + sums.reshape(len(each), -1).T
-        else:
-            alone = group._replace(axes=(axis,))
-            total = total + jnp.stack([inner([x], [y], alone) for y in each], axis=-1)
-    return total
-
-
-def combination(factors: jax.Array, each: Sequence[jax.Array], axis: int | None) -> jax.Array:
-    """``Σ_j factors[:, j] · each[j]`` of one leaf, float32; `factors` ``[rows, k]``."""
-    ndim = each[0].ndim
-    if stacks(each):
-        rest = tuple(-1 if i == axis else 1 for i in range(ndim))
-        stack = jnp.stack(each).astype(jnp.float32)
-        return jnp.sum(factors.T.reshape(len(each), *rest) * stack, axis=0)
-    terms = [spread(factors[:, j], ndim, axis) * widened(y) for j, y in enumerate(each)]
-    return functools.reduce(jnp.add, terms)
-
-
-def widened(x: jax.Array) -> jax.Array:
-    """`x` in float32; bfloat16 by its bits, which are the upper half of the same float32's.
-
-    A second ``astype`` of what was converted for the coefficients is merged with the first, and
-    XLA's CPU backend then keeps the float32 array from one to the other: k copies of the
-    parameters, and six times the memory traffic.
-    """
-    if x.dtype != jnp.bfloat16:
-        return x.astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits << jnp.uint32(16), jnp.float32)
-
-
-def stacks(each: Sequence[jax.Array]) -> bool:
-    """Whether the directions of a leaf are put into one array before they are used.
-
-    Many of a small leaf: an operation on each, times hundreds of such leaves, compiles slowly. Of a
-    large one the copy would cost more than it saves.
-    """
-    return len(each) > 8 and each[0].size <= 2**17
+def reduced_axes(ndim: int, axis: int | None, leading: int = 0) -> tuple[int, ...]:
+    """The axes of a leaf but `axis`, where `leading` further axes stand before them."""
+    return tuple(i + leading for i in range(ndim) if i != axis)
 
 
 def spread(rows: jax.Array, ndim: int, axis: int | None) -> jax.Array:
-    """A group's rows of a per-group array ``[rows]``, shaped to broadcast against a leaf."""
-    return jnp.reshape(rows, tuple(-1 if i == axis else 1 for i in range(ndim)))
+    """A group's rows ``[..., L]``, shaped to broadcast against a leaf of `ndim` axes."""
+    return rows.reshape(*rows.shape[:-1], *(-1 if i == axis else 1 for i in range(ndim)))

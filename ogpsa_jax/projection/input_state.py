@@ -8,10 +8,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.groups import is_masked, key_names
+from ogpsa_jax.projection.groups import Scope, is_masked, key_names
 from ogpsa_jax.projection.kernels import KernelLeaf, Kernels, find_kernels
 from ogpsa_jax.projection.serialization import serialisable
-from ogpsa_jax.projection.state import OgpsaState, Placeholder, ProjectionState, no_figures
+from ogpsa_jax.projection.state import (
+    OgpsaState,
+    Placeholder,
+    ProjectionState,
+    init_span,
+    no_figures,
+)
 
 Others = Literal["freeze", "gradients", "leave"]
 
@@ -123,10 +129,20 @@ def needs_metric(dtype: Any) -> bool:
     return jnp.dtype(dtype).itemsize < 4
 
 
-def kernel_names(params: Any, kernels: Kernels) -> set[str]:
-    """The paths of the leaves that are matrices."""
+def init_others(
+    params: Any, rank: int, scope: Scope, kernels: Kernels, **settings: Any
+) -> OgpsaState | None:
+    """The gradient span of the leaves that are no matrices; None where all are."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {kernel.name for kernel in find_kernels(flat, kernels)} if flat else set()
+    names = {kernel.name for kernel in find_kernels(flat, kernels)} if flat else set()
+
+    def outside(path: Any, leaf: Any) -> str | None:
+        name = jax.tree_util.keystr(path)
+        if name in names:
+            return None
+        return scope(path, leaf) if callable(scope) else "all" if scope == "global" else name
+
+    return init_span(params, rank, outside, **settings) if len(names) < len(flat) else None
 
 
 def _sharding(leaf: Any) -> jax.sharding.NamedSharding | None:

@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogpsa_jax.projection.find import find_states, is_ours
+from ogpsa_jax.projection.find import find_states, is_ours, with_others
 from ogpsa_jax.projection.groups import MASKED, Group, is_masked, key_names
 from ogpsa_jax.projection.input_state import InputState
-from ogpsa_jax.projection.inputs import project_inputs
+from ogpsa_jax.projection.input_subspace import project_inputs
 from ogpsa_jax.projection.moments import is_moment, second_moment, why_impossible
-from ogpsa_jax.projection.project import Subspaces, project
 from ogpsa_jax.projection.state import OgpsaState
-from ogpsa_jax.projection.subspace import gram, pseudo_inverse
+from ogpsa_jax.projection.subspace import Subspaces, gram, project, pseudo_inverse
 
-Path = tuple[Any, ...]
+KeyPath = tuple[Any, ...]
 Momentum = bool | Mapping[str, bool]
 """Whether to project first moments; a mapping, regex → bool, says so for paths of the state."""
 
@@ -32,7 +31,9 @@ _INSTEAD = "with placement='update' no moment needs it"
 class _Place(NamedTuple):
     """Where the leaves of the parameters are, by their names."""
 
-    held: dict[tuple[str, ...], tuple[int, tuple[int, ...]]]  # position among the held, and shape
+    projected: dict[
+        tuple[str, ...], tuple[int, tuple[int, ...]]
+    ]  # position and shape of each that has a basis
     masked: set[tuple[str, ...]]  # what the state leaves out, whole branches too
 
     def leaves_out(self, path: tuple[str, ...]) -> bool:
@@ -77,34 +78,25 @@ def project_first_moments(opt_state: Any, momentum: Momentum = True) -> Any:
     return jax.tree.map(count, new, is_leaf=is_ours)
 
 
-def _with_others(states: Sequence[OgpsaState | InputState]) -> list[OgpsaState | InputState]:
-    """The states, each followed by the gradient span of what is no matrix, where it has one."""
-    found: list[OgpsaState | InputState] = []
-    for state in states:
-        others = state.others if isinstance(state, InputState) else None
-        found += [state] if others is None else [state, others]
-    return found
-
-
 class _Walk:
     """One walk through a state: what it was told, and what it has done."""
 
     def __init__(
         self, states: Sequence[OgpsaState | InputState], rules: Mapping[str, bool]
     ) -> None:
-        self.states, self.rules = _with_others(states), rules
+        self.states, self.rules = with_others(states), rules
         self.places = [_places(state) for state in self.states]
         self.counts = [0] * len(self.states)  # leaves projected, by state
         self.used: set[str] = set()
 
-    def told(self, path: Path) -> bool | None:
+    def told(self, path: KeyPath) -> bool | None:
         """What the caller says of this path: the first rule that fits."""
         name = jax.tree_util.keystr(path)
         fits = [rule for rule in self.rules if re.search(rule, name)]
         self.used.update(fits)
         return self.rules[fits[0]] if fits else None
 
-    def visit(self, node: Any, path: Path) -> Any:
+    def visit(self, node: Any, path: KeyPath) -> Any:
         """`node` with the first moments below it projected."""
         if is_ours(node) or self.told(path) is False:
             return node
@@ -129,7 +121,9 @@ class _Walk:
             after.append(new)
         return treedef.unflatten(after)
 
-    def visit_child(self, owner: type, key: Path, child: Any, path: Path, encloses: bool) -> Any:
+    def visit_child(
+        self, owner: type, key: KeyPath, child: Any, path: KeyPath, encloses: bool
+    ) -> Any:
         """`child`, a field of an `owner`, projected if it is a first moment, else visited.
 
         Raises:
@@ -142,7 +136,7 @@ class _Walk:
         leaves = _leaves(child)
         alike = self.all_known(leaves)
         like = alike and any(
-            name in place.held and place.held[name][1] == leaf.shape
+            name in place.projected and place.projected[name][1] == leaf.shape
             for place in self.places
             for name, leaf in leaves.items()
         )
@@ -167,14 +161,14 @@ class _Walk:
 
     def all_known(self, leaves: dict[tuple[str, ...], Any]) -> bool:
         return all(
-            any(path in place.held or place.leaves_out(path) for place in self.places)
+            any(path in place.projected or place.leaves_out(path) for place in self.places)
             for path in leaves
         )
 
-    def check(self, leaves: dict[tuple[str, ...], Any], path: Path) -> None:
+    def check(self, leaves: dict[tuple[str, ...], Any], path: KeyPath) -> None:
         """Refuse a moment that has other leaves than the parameters, or of other shapes."""
         for name, leaf in leaves.items():
-            shapes = [place.held[name][1] for place in self.places if name in place.held]
+            shapes = [place.projected[name][1] for place in self.places if name in place.projected]
             known = shapes or any(place.leaves_out(name) for place in self.places)
             if known and leaf.shape in (shapes or [leaf.shape]):
                 continue
@@ -191,9 +185,9 @@ class _Walk:
         leaves = [leaf for _, leaf in keyed]
         for number, (state, place) in enumerate(zip(self.states, self.places, strict=True)):
             positions = {
-                place.held[key_names(key)][0]: i
+                place.projected[key_names(key)][0]: i
                 for i, (key, leaf) in enumerate(keyed)
-                if not is_masked(leaf) and key_names(key) in place.held
+                if not is_masked(leaf) and key_names(key) in place.projected
             }
             if not positions:
                 continue
@@ -207,7 +201,7 @@ class _Walk:
 def project_some(
     state: OgpsaState | InputState, leaves: dict[int, jax.Array]
 ) -> dict[int, jax.Array]:
-    """Apply the state's rule to some of the leaves it holds, given by their positions.
+    """Apply the state's rule to some of its projected leaves, given by their positions.
 
     A group of which only some leaves are given is projected off the restriction of its basis to
     them, whose Gram matrix is made here.
@@ -237,13 +231,13 @@ def project_some(
             partial.append(alone)
     some = np.asarray(rows)
     directions = [[direction[at] for at in order] for direction in full.directions]
-    metric = full.metric[some]
+    metric = full.metric_GxKxK[some]
     for group in partial:
         stacked = [jnp.stack([d[i] for d in directions]) for i in group.leaves]
         alone = group._replace(leaves=tuple(range(len(stacked))), start=0)
         inverse, _ = pseudo_inverse(gram(stacked, [alone]), state.settings.rank_tol)
         metric = metric.at[group.rows].set(inverse)
-    subspaces = Subspaces(directions, metric, full.mean[some])
+    subspaces = Subspaces(directions, metric, full.mean_GxK[some])
     before = [leaves[at] for at in order]
     projected, _ = project(before, subspaces, groups, state.settings.rule, 1.0)
     return dict(zip(order, projected, strict=True))
@@ -265,15 +259,15 @@ def _places(state: OgpsaState | InputState) -> _Place:
     if isinstance(state, InputState):
         kernels = {kernel.path: (kernel.leaf, kernel.shape) for kernel in state.settings.kernels}
         return _Place(kernels, set(state.settings.paths) - set(kernels))
-    held: dict[tuple[str, ...], tuple[int, tuple[int, ...]]] = {}
+    projected: dict[tuple[str, ...], tuple[int, tuple[int, ...]]] = {}
     masked = set()
     tree = state.basis[0]
     for key, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked):
         if is_masked(leaf):
             masked.add(key_names(key))
         else:
-            held[key_names(key)] = (len(held), leaf.shape)
-    return _Place(held, masked)
+            projected[key_names(key)] = (len(projected), leaf.shape)
+    return _Place(projected, masked)
 
 
 def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -286,9 +280,9 @@ def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
     }
 
 
-def _named(path: Path) -> str:
+def _named(path: KeyPath) -> str:
     return "opt_state" + jax.tree_util.keystr(path)
 
 
-def _rule(path: Path, value: str = "False") -> str:
+def _rule(path: KeyPath, value: str = "False") -> str:
     return f"{{r'{re.escape(jax.tree_util.keystr(path))}': {value}}}"

@@ -9,28 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from ogpsa_jax.projection.find import find_states, replace_states
-from ogpsa_jax.projection.input_basis import refresh_inputs
 from ogpsa_jax.projection.input_state import InputState, flatten_like
-from ogpsa_jax.projection.inputs import project_inputs
+from ogpsa_jax.projection.input_subspace import project_inputs, refresh_inputs
 from ogpsa_jax.projection.momentum import Momentum, project_first_moments
 from ogpsa_jax.projection.reference import as_list
 from ogpsa_jax.projection.second_moments import Moments
 from ogpsa_jax.projection.state import Alignment, OgpsaState
-from ogpsa_jax.projection.subspace import (
-    Leaves,
-    as_stored,
-    combine,
-    gram,
-    orthonormalised,
-    principal,
-    pseudo_inverse,
-    scale_rows,
-    shrink,
-)
+from ogpsa_jax.projection.subspace import span_of
 
 
 def refresh(
@@ -87,7 +73,7 @@ def refresh(
         references = as_list(references, "references", "reference gradient")
     states = find_states(opt_state)
     _check_taken(states, references is not None, moments is not None)
-    change = partial(_anew, references=references, moments=moments)
+    change = partial(_refreshed_state, references=references, moments=moments)
     opt_state = replace_states(opt_state, change)
     return project_first_moments(opt_state, project_momentum)
 
@@ -104,41 +90,25 @@ def _check_taken(states: Sequence[Any], references: bool, moments: bool) -> None
         raise ValueError("moments: every subspace here is one of inputs, and none are given")
 
 
-def _anew(
+def _refreshed_state(
     state: OgpsaState | InputState, references: Sequence[Any] | None, moments: Moments | None
 ) -> OgpsaState | InputState:
     if isinstance(state, InputState):
         if moments is not None:
             state = refresh_inputs(state, moments)
         if references is not None and state.others is not None:
-            state = replace(state, others=_refreshed(state.others, references))
+            state = replace(state, others=_refreshed_span(state.others, references))
         return state
-    return state if references is None else _refreshed(state, references)
+    return state if references is None else _refreshed_span(state, references)
 
 
-def _refreshed(state: OgpsaState, references: Sequence[Any]) -> OgpsaState:
+def _refreshed_span(state: OgpsaState, references: Sequence[Any]) -> OgpsaState:
     settings = state.settings
-    held = [Alignment(state, tree, "references").leaves for tree in references]
-    shrunk = shrink(
-        [jnp.stack([x.astype(jnp.float32) for x in parts]) for parts in zip(*held, strict=True)],
-        settings.groups,
+    references_MxN = zip(
+        *(Alignment(state, tree, "references").leaves for tree in references), strict=True
     )
-    units = shrunk.factors
-    squares = shrunk.gram * units[:, :, None] * units[:, None, :]
-    found = principal(squares, settings.rank, settings.rank_tol)
-    # From the references as they came, so that nothing of their size outlives the Gram matrices.
-    turn = scale_rows(shrunk.scale * units, found.vectors)
-    made = combine(turn, list(zip(*held, strict=True)), settings.groups)
-    basis = orthonormalised(made, settings.groups)
-    total = jnp.sum(squares, axis=-1)  # ⟨reference i, sum of the references⟩
-    return with_subspace(
-        state,
-        shrunk.finite,
-        basis,
-        spectrum=found.spectrum,
-        mean=jnp.sum(found.vectors * total[:, :, None], axis=1),
-        discarded=found.discarded,
-    )
+    span = span_of(list(references_MxN), settings.groups, settings.rank, settings.rank_tol)
+    return state.with_span(span)
 
 
 def project_parameters(opt_state: Any, params: Any) -> Any:
@@ -166,46 +136,3 @@ def project_parameters(opt_state: Any, params: Any) -> Any:
         leaves, treedef = flatten_like(state.settings, params, "params")
         params = treedef.unflatten(project_inputs(leaves, state, freeze=False)[0])
     return params
-
-
-def with_subspace(
-    state: OgpsaState,
-    accept: jax.Array,
-    basis: Leaves,
-    *,
-    spectrum: jax.Array,
-    mean: jax.Array,
-    discarded: jax.Array,
-) -> OgpsaState:
-    """As :func:`with_basis`, from stacked orthonormal float32 leaves ``[k, ...]``."""
-    own = state.directions()[0]
-    basis = as_stored(basis, [old.dtype for old in own])
-    squares = gram(basis, state.settings.groups)
-    # Directions that orthonormalising dropped have no energy either.
-    present = jnp.diagonal(squares, axis1=-2, axis2=-1) > 0
-    lost = jnp.sum(jnp.where(present, 0.0, spectrum), axis=-1)
-    return with_basis(
-        state,
-        accept,
-        directions=[[leaf[j] for leaf in basis] for j in range(state.settings.rank)],
-        gram=squares,
-        spectrum=jnp.where(present, spectrum, 0.0),
-        mean=jnp.where(present, mean, 0.0),
-        discarded=discarded + lost,
-    )
-
-
-def with_basis(
-    state: OgpsaState,
-    accept: jax.Array,
-    *,
-    directions: Sequence[Sequence[jax.Array]],
-    **arrays: jax.Array,
-) -> OgpsaState:
-    """`state` with another basis and what describes it, if `accept`; else one refusal more."""
-    trees = tuple(
-        jax.tree.structure(tree).unflatten(new)
-        for tree, new in zip(state.basis, directions, strict=True)
-    )
-    arrays["metric"], arrays["rank_used"] = pseudo_inverse(arrays["gram"], state.settings.rank_tol)
-    return state.after_refresh(accept, basis=trees, **arrays)

@@ -6,7 +6,7 @@ reference rows, no reference row notices it. :func:`input_moments` sums ``x xᵀ
 W is ``Σ x δᵀ``, so its columns lie in the span of the same inputs.
 
 A wide layer keeps a sketch instead: ``Σ x (xᵀ Ω)`` with a Gaussian Ω ``[in, s]``, from which
-:mod:`ogpsa_jax.projection.inputs` makes the Nyström approximation (Tropp et al. 2017,
+:mod:`ogpsa_jax.projection.input_subspace` makes the Nyström approximation (Tropp et al. 2017,
 arXiv 1706.05736). Nothing larger than ``[in, s]`` is ever held.
 
 Source of the idea: GPM (arXiv 2103.09762), Adam-NSCL (arXiv 2103.07113), AlphaEdit
@@ -21,9 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ogpsa_jax.projection.kernels import Kernels, as_matrices, find_kernels
-from ogpsa_jax.projection.meshes import let_compiler_place
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from ogpsa_jax.projection.xla import let_compiler_place, matmul
 
 
 @jax.tree_util.register_dataclass
@@ -71,11 +69,11 @@ def second_moment(
     sketch = seed if size is not None and size < width else None
 
     def moment(inputs: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        x_NxI = inputs.reshape(-1, width).astype(jnp.float32)
+        x_CxI = inputs.reshape(-1, width).astype(jnp.float32)
         if mask is not None:
-            x_NxI = jnp.where(mask.reshape(-1, 1), x_NxI, 0.0)
-        product = jnp.matmul(x_NxI.T, _sketched(x_NxI, size, sketch), precision=_HIGHEST)
-        return product, jnp.sum(jnp.square(x_NxI))
+            x_CxI = jnp.where(mask.reshape(-1, 1), x_CxI, 0.0)
+        product = matmul(x_CxI.T, _sketched(x_CxI, size, sketch))
+        return product, jnp.sum(jnp.square(x_CxI))
 
     product, trace = let_compiler_place(moment, (None, None), inputs, mask)
     return SecondMoment(product, trace, sketch)
@@ -154,38 +152,39 @@ def gradient_moments(
       >>> found["kernel"].product.round(3).tolist()  # both rows weigh the same
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    found = find_kernels(jax.tree_util.tree_flatten_with_path(params)[0], kernels)
+    matrices = find_kernels(jax.tree_util.tree_flatten_with_path(params)[0], kernels)
     gradient = jax.grad(loss_fn)
 
-    def moments(row: Any) -> dict[str, SecondMoment]:
+    def of_row(row: Any) -> dict[str, SecondMoment]:
         leaves = jax.tree.leaves(gradient(params, row))
         total: dict[str, SecondMoment] = {}
-        for kernel in found:
+        for kernel in matrices:
             new = _columns(as_matrices(leaves[kernel.leaf], kernel), size, seed)
-            total[kernel.inputs] = total[kernel.inputs] + new if kernel.inputs in total else new
+            name = kernel.inputs
+            total[name] = total[name] + new if name in total else new
         return total
 
-    return _summed(moments, rows, "row")
+    return _summed(of_row, rows, "row")
 
 
 def _columns(gradient: jax.Array, size: int | None, seed: int) -> SecondMoment:
     """Of the columns of matrices ``[..., in, out]``, each matrix scaled to norm 1."""
-    g = gradient.astype(jnp.float32)
-    peak = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
-    g = g / jnp.where(peak > 0, peak, 1.0)
-    norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=(-2, -1), keepdims=True))
-    g = g / jnp.where(norm > 0, norm, 1.0)
-    sketch = seed if size is not None and size < g.shape[-2] else None
-    right = _sketched(jnp.swapaxes(g, -1, -2), size, sketch)
-    trace = jnp.sum(jnp.square(g), axis=(-2, -1))
-    return SecondMoment(jnp.matmul(g, right, precision=_HIGHEST), trace, sketch)
+    g_IxO = gradient.astype(jnp.float32)
+    peak = jnp.max(jnp.abs(g_IxO), axis=(-2, -1), keepdims=True)
+    g_IxO = g_IxO / jnp.where(peak > 0, peak, 1.0)
+    norm = jnp.sqrt(jnp.sum(jnp.square(g_IxO), axis=(-2, -1), keepdims=True))
+    g_IxO = g_IxO / jnp.where(norm > 0, norm, 1.0)
+    sketch = seed if size is not None and size < g_IxO.shape[-2] else None
+    right_OxS = _sketched(jnp.swapaxes(g_IxO, -1, -2), size, sketch)
+    trace = jnp.sum(jnp.square(g_IxO), axis=(-2, -1))
+    return SecondMoment(matmul(g_IxO, right_OxS), trace, sketch)
 
 
 def _sketched(rows: jax.Array, size: int | None, seed: int | None) -> jax.Array:
     """``rows Ω`` of rows ``[..., in]``; the rows themselves without a sketch."""
     if size is None or seed is None:
         return rows
-    return jnp.matmul(rows, _test_matrix(rows.shape[-1], size, seed), precision=_HIGHEST)
+    return matmul(rows, _test_matrix(rows.shape[-1], size, seed))
 
 
 def _summed(

@@ -3,15 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ogpsa_jax.projection.groups import Group, is_masked
-from ogpsa_jax.projection.project import Subspaces
+from ogpsa_jax.projection.groups import (
+    MASKED,
+    Group,
+    Scope,
+    Stacked,
+    form_groups,
+    is_masked,
+)
 from ogpsa_jax.projection.serialization import serialisable
+from ogpsa_jax.projection.subspace import Leaves, Span, Subspaces, gram, pseudo_inverse
+from ogpsa_jax.projection.xla import round_to
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,8 @@ class Settings:
     rank: int
     rule: str
     rank_tol: float
-    held: tuple[bool, ...]  # of each leaf of the parameters: whether it has a basis
-    groups: tuple[Group, ...]  # over the held leaves
+    projected: tuple[bool, ...]  # of each leaf of the parameters: whether it has a basis
+    groups: tuple[Group, ...]  # over those that have one
 
 
 class Placeholder:
@@ -114,39 +123,115 @@ class OgpsaState(ProjectionState):
     settings: Settings = field(metadata={"static": True})
 
     def directions(self) -> list[list[jax.Array]]:
-        """The basis as k flat lists of the held leaves."""
+        """The basis as k flat lists of the projected leaves."""
         return [jax.tree.leaves(tree) for tree in self.basis]
 
     def subspaces(self) -> Subspaces:
         """What the projection needs of it."""
         return Subspaces(self.directions(), self.metric, self.mean)
 
+    def stored(self, vectors: Leaves) -> list[jax.Array]:
+        """Leaves rounded to the dtypes in which the basis is stored."""
+        types = [leaf.dtype for leaf in self.directions()[0]]
+        return [round_to(leaf, dtype) for leaf, dtype in zip(vectors, types, strict=True)]
+
+    def with_span(self, span: Span) -> Self:
+        """The state with another subspace; if `span` is not finite, one refusal more."""
+        basis_KxN = self.stored(span.basis_KxN)
+        gram_GxKxK = gram(basis_KxN, self.settings.groups)
+        # Directions that orthonormalising dropped have no energy either.
+        present_GxK = jnp.diagonal(gram_GxKxK, axis1=-2, axis2=-1) > 0
+        lost_G = jnp.sum(jnp.where(present_GxK, 0.0, span.spectrum_GxK), axis=-1)
+        return self.with_basis(
+            span.finite,
+            [[leaf[k] for leaf in basis_KxN] for k in range(self.settings.rank)],
+            gram=gram_GxKxK,
+            spectrum=jnp.where(present_GxK, span.spectrum_GxK, 0.0),
+            mean=jnp.where(present_GxK, span.mean_GxK, 0.0),
+            discarded=span.discarded_G + lost_G,
+        )
+
+    def with_basis(
+        self, accept: jax.Array, directions: Sequence[Leaves], **arrays: jax.Array
+    ) -> Self:
+        """The state with other directions and what describes them, if `accept`."""
+        basis = tuple(
+            jax.tree.structure(tree).unflatten(new)
+            for tree, new in zip(self.basis, directions, strict=True)
+        )
+        metric, rank_used = pseudo_inverse(arrays["gram"], self.settings.rank_tol)
+        return self.after_refresh(accept, basis=basis, metric=metric, rank_used=rank_used, **arrays)
+
+
+def init_span(
+    params: Any,
+    rank: int,
+    scope: Scope,
+    *,
+    rule: str,
+    rank_tol: float,
+    stacked: Stacked,
+    dtype: Any,
+) -> OgpsaState:
+    """A state without a subspace: the identity."""
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    projected, groups = form_groups(paths_and_leaves, scope, stacked)
+    if paths_and_leaves and not groups:
+        raise ValueError("params: no floating-point leaf that the scope does not freeze")
+
+    def zeros() -> Any:
+        # From the parameters, so that sharding and memory kind carry over; anew each time,
+        # because aliased buffers cannot be donated.
+        return treedef.unflatten(
+            [
+                jnp.zeros_like(leaf, dtype=dtype) if is_projected else MASKED
+                for (_, leaf), is_projected in zip(paths_and_leaves, projected, strict=True)
+            ]
+        )
+
+    count = groups[-1].rows.stop if groups else 0
+
+    def per_group(*trailing: int) -> jax.Array:
+        return jnp.zeros((count, *trailing), jnp.float32)
+
+    kind = Settings if groups else NoLeaves  # the latter: all leaves masked, a placeholder
+    return OgpsaState(
+        basis=tuple(zeros() for _ in range(rank)),
+        gram=per_group(rank, rank),
+        metric=per_group(rank, rank),
+        spectrum=per_group(rank),
+        mean=per_group(rank),
+        discarded=per_group(),
+        **no_figures(count),
+        settings=kind(rank, rule, rank_tol, tuple(projected), groups),
+    )
+
 
 class Alignment:
-    """Finds the leaves a state holds in any tree shaped like its parameters, and puts them back.
+    """Finds a state's projected leaves in any tree shaped like its parameters; puts them back.
 
     The tree may carry other containers than the parameters did (bare arrays for ``nnx.Param``), and
-    may hold leaves that the state's wrapper masks.
+    may have leaves that the state's wrapper masks.
     """
 
     def __init__(self, state: OgpsaState, tree: Any, what: str) -> None:
         leaves, treedef = jax.tree.flatten(tree)
-        held = state.settings.held
-        if len(leaves) != len(held):
+        projected = state.settings.projected
+        if len(leaves) != len(projected):
             template = jax.tree.structure(state.basis[0], is_leaf=is_masked)
             masks = [is_masked(x) for x in jax.tree.leaves(state.basis[0], is_leaf=is_masked)]
             try:
                 leaves = template.flatten_up_to(tree)
             except ValueError as error:
                 raise ValueError(
-                    f"{what}: expected a tree shaped like the parameters ({len(held)} leaves), got "
-                    f"{len(leaves)} leaves: {error}"
+                    f"{what}: expected a tree shaped like the parameters "
+                    f"({len(projected)} leaves), got {len(leaves)} leaves: {error}"
                 ) from error
-            held, treedef = tuple(not mask for mask in masks), template
+            projected, treedef = tuple(not mask for mask in masks), template
         else:
             _check_names(tree, state.basis[0], what)
-        self._leaves, self._treedef, self._held = leaves, treedef, held
-        self.leaves = [leaf for leaf, holds in zip(leaves, held, strict=True) if holds]
+        self._leaves, self._treedef, self._projected = leaves, treedef, projected
+        self.leaves = list(compress(leaves, projected))
         named = jax.tree_util.tree_leaves_with_path(state.basis[0])
         for leaf, (path, own) in zip(self.leaves, named, strict=True):
             name = jax.tree_util.keystr(path)
@@ -162,12 +247,12 @@ class Alignment:
                 )
 
     def rebuild(self, leaves: Sequence[jax.Array]) -> Any:
-        """The tree with its held leaves replaced."""
+        """The tree with its projected leaves replaced."""
         new = iter(leaves)
         return self._treedef.unflatten(
             [
-                next(new) if holds else old
-                for old, holds in zip(self._leaves, self._held, strict=True)
+                next(new) if is_projected else old
+                for old, is_projected in zip(self._leaves, self._projected, strict=True)
             ]
         )
 

@@ -1,6 +1,5 @@
 """References that arrive one at a time, folded into the basis without the others at hand."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,23 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ogpsa_jax.projection import xla
 from ogpsa_jax.projection.find import replace_states
-from ogpsa_jax.projection.groups import inner
 from ogpsa_jax.projection.input_state import InputState
 from ogpsa_jax.projection.momentum import Momentum, project_first_moments
-from ogpsa_jax.projection.refresh import with_basis, with_subspace
 from ogpsa_jax.projection.state import Alignment, OgpsaState
 from ogpsa_jax.projection.subspace import (
-    Leaves,
-    Shrunk,
-    as_stored,
+    Scaled,
+    Span,
     combine,
-    multiply,
-    orthonormalised,
+    inner,
+    inner_with_each,
+    orthonormalise,
     principal,
-    scale_rows,
-    shrink,
+    scale_references,
 )
+from ogpsa_jax.projection.xla import matmul
 
 
 def push_reference(
@@ -76,109 +74,93 @@ def push_reference(
     """
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None, got {window}")
-    kept = jnp.where(restart, 0.0, 1.0)
-    push = partial(_pushed, reference=reference, window=window, kept=kept)
+    keep = jnp.where(restart, 0.0, 1.0)
+    push = partial(_pushed, reference=reference, window=window, keep=keep)
     opt_state = replace_states(opt_state, push)
     return project_first_moments(opt_state, project_momentum)
 
 
-def _pushed(state: Any, reference: Any, window: int | None, kept: jax.Array) -> Any:
+def _pushed(state: Any, reference: Any, window: int | None, keep: jax.Array) -> Any:
     if isinstance(state, InputState):
         if state.others is None:
             return state
-        return replace(state, others=_pushed(state.others, reference, window, kept))
+        return replace(state, others=_pushed(state.others, reference, window, keep))
     groups = state.settings.groups
-    held = Alignment(state, reference, "reference").leaves
-    shrunk = shrink([leaf[None] for leaf in held], groups)
+    reference_N = Alignment(state, reference, "reference").leaves
+    scaled = scale_references([leaf[None] for leaf in reference_N], groups)
     if window is not None and window <= state.settings.rank:
-        unit = combine(shrunk.factors[:, :, None], shrunk.vectors, groups)
-        square = shrunk.factors[:, 0] ** 2 * shrunk.gram[:, 0, 0]
-        return _windowed(state, [leaf[0] for leaf in unit], square, window, kept, shrunk.finite)
-    decay = kept if window is None else kept * (1.0 - 1.0 / window)
-    return _decayed(state, shrunk, decay)
+        return _windowed(state, scaled, window, keep)
+    decay = keep if window is None else keep * (1.0 - 1.0 / window)
+    return state.with_span(_decayed(state, scaled, decay))
 
 
-def _windowed(
-    state: OgpsaState,
-    vector: Leaves,
-    square: jax.Array,
-    window: int,
-    kept: jax.Array,
-    accept: jax.Array,
-) -> OgpsaState:
-    """The newest first, then the `window` − 1 before it, then zeros.
-
-    `square` is the squared norm of `vector` ``[G]``, which is measured again only where it is
-    rounded to be stored.
-    """
-    directions, rest = state.directions(), state.settings.rank - window
-    newest = as_stored(vector, [old.dtype for old in directions[0]])
+def _windowed(state: OgpsaState, scaled: Scaled, window: int, keep: jax.Array) -> OgpsaState:
+    """The newest reference first, then the `window` − 1 before it, then zeros."""
+    groups, directions = state.settings.groups, state.directions()
+    rest = state.settings.rank - window
+    unit_1xN = combine(scaled.inverse_norms_GxM[:, :, None], scaled.references_MxN, groups)
+    unit_N = [leaf[0] for leaf in unit_1xN]
+    newest_N = state.stored(unit_N)
+    if all(new.dtype == leaf.dtype for new, leaf in zip(newest_N, unit_N, strict=True)):
+        norm_squared_G = scaled.inverse_norms_GxM[:, 0] ** 2 * scaled.gram_GxMxM[:, 0, 0]
+    else:  # measured again, as it is rounded
+        norm_squared_G = inner(newest_N, newest_N, groups)
     older = [
-        [jnp.where(kept > 0, x, jnp.zeros_like(x)) for x in d] for d in directions[: window - 1]
+        [jnp.where(keep > 0, x, jnp.zeros_like(x)) for x in d] for d in directions[: window - 1]
     ]
-    zeros = [[jnp.zeros_like(x) for x in newest] for _ in range(rest)]
-    if all(new.dtype == leaf.dtype for new, leaf in zip(newest, vector, strict=True)):
-        overlaps = square[:, None]
-    else:
-        overlaps = _overlaps(newest, [newest], state)
+    zeros = [[jnp.zeros_like(x) for x in newest_N] for _ in range(rest)]
+    overlaps_GxW = norm_squared_G[:, None]
     if older:
-        overlaps = jnp.concatenate([overlaps, _overlaps(newest, older, state)], axis=1)
-    before = kept * state.gram[:, : window - 1, : window - 1]
-    below = jnp.concatenate([overlaps[:, 1:, None], before], axis=2)
-    squares = jnp.concatenate([overlaps[:, None, :], below], axis=1)
-    pushed = (overlaps[:, :1] > 0).astype(jnp.float32)
-
-    def shifted(array: jax.Array) -> jax.Array:
-        return jnp.pad(
-            jnp.concatenate([pushed, kept * array[:, : window - 1]], axis=1), [(0, 0), (0, rest)]
+        overlaps_GxW = jnp.concatenate(
+            [overlaps_GxW, inner_with_each(newest_N, older, groups)], axis=1
         )
+    before_GxWxW = keep * state.gram[:, : window - 1, : window - 1]
+    below_GxWxW = jnp.concatenate([overlaps_GxW[:, 1:, None], before_GxWxW], axis=2)
+    gram_GxWxW = jnp.concatenate([overlaps_GxW[:, None, :], below_GxWxW], axis=1)
+    pushed_Gx1 = (overlaps_GxW[:, :1] > 0).astype(jnp.float32)
 
-    return with_basis(
-        state,
-        accept,
-        directions=[newest, *older, *zeros],
-        gram=jnp.pad(squares, [(0, 0), (0, rest), (0, rest)]),
+    def shifted(array_GxK: jax.Array) -> jax.Array:
+        last_GxW = jnp.concatenate([pushed_Gx1, keep * array_GxK[:, : window - 1]], axis=1)
+        return jnp.pad(last_GxW, [(0, 0), (0, rest)])
+
+    return state.with_basis(
+        scaled.finite,
+        [newest_N, *older, *zeros],
+        gram=jnp.pad(gram_GxWxW, [(0, 0), (0, rest), (0, rest)]),
         spectrum=shifted(state.spectrum),
         mean=shifted(state.mean),
         discarded=jnp.zeros_like(state.discarded),
     )
 
 
-def _decayed(state: OgpsaState, shrunk: Shrunk, decay: jax.Array) -> OgpsaState:
-    """The principal directions of what the basis stands for, decayed, and the new reference."""
+def _decayed(state: OgpsaState, scaled: Scaled, decay: jax.Array) -> Span:
+    """The principal directions of what the basis stands for, decayed, and the new reference.
+
+    J counts both: the K directions and the reference.
+    """
     settings, directions = state.settings, state.directions()
-    vector, unit = [leaf[0] for leaf in shrunk.vectors], shrunk.factors
-    new = (unit > 0).astype(jnp.float32)  # [G, 1]
-    overlaps = unit * _overlaps(vector, directions, state)  # [G, k]
-    upper = jnp.concatenate([state.gram, overlaps[:, :, None]], axis=2)
-    last = jnp.concatenate([overlaps, new], axis=1)
-    squares = jnp.concatenate([upper, last[:, None, :]], axis=1)  # of the basis and the reference
-    weights = jnp.sqrt(jnp.concatenate([decay * state.spectrum, new], axis=1))
-    found = principal(
-        squares * weights[:, :, None] * weights[:, None, :], settings.rank, settings.rank_tol
+    reference_N = [leaf[0] for leaf in scaled.references_MxN]
+    inverse_norm_Gx1 = scaled.inverse_norms_GxM
+    new_Gx1 = (inverse_norm_Gx1 > 0).astype(jnp.float32)
+    overlaps_GxK = inverse_norm_Gx1 * inner_with_each(reference_N, directions, settings.groups)
+    upper_GxKxJ = jnp.concatenate([state.gram, overlaps_GxK[:, :, None]], axis=2)
+    last_GxJ = jnp.concatenate([overlaps_GxK, new_Gx1], axis=1)
+    gram_GxJxJ = jnp.concatenate([upper_GxKxJ, last_GxJ[:, None, :]], axis=1)
+    lengths_GxJ = jnp.sqrt(jnp.concatenate([decay * state.spectrum, new_Gx1], axis=1))
+    weighted_gram_GxJxJ = gram_GxJxJ * lengths_GxJ[:, :, None] * lengths_GxJ[:, None, :]
+    pairs = principal(weighted_gram_GxJxJ, settings.rank, settings.rank_tol)
+    weights_GxJxK = lengths_GxJ[:, :, None] * pairs.weights_GxMxK
+    unit_factors_GxJ = jnp.pad(inverse_norm_Gx1, [(0, 0), (settings.rank, 0)], constant_values=1.0)
+    vectors_JxN = [[*leaf, new] for *leaf, new in zip(*directions, reference_N, strict=True)]
+    basis_KxN = combine(
+        xla.scale_rows(unit_factors_GxJ, weights_GxJxK), vectors_JxN, settings.groups
     )
-    turn = weights[:, :, None] * found.vectors
-    lengths = jnp.pad(unit, [(0, 0), (settings.rank, 0)], constant_values=1.0)  # [G, k + 1]
-    rows = [[*basis, leaf] for *basis, leaf in zip(*directions, vector, strict=True)]
-    made = combine(scale_rows(lengths, turn), rows, settings.groups)
-    basis = orthonormalised(made, settings.groups)
-    total = jnp.concatenate([decay * state.mean, new], axis=1)
-    mean = jnp.sum(multiply(jnp.swapaxes(turn, 1, 2), squares) * total[:, None, :], axis=-1)
-    return with_subspace(
-        state,
-        shrunk.finite,
-        basis,
-        spectrum=found.spectrum,
-        mean=mean,
-        discarded=decay * state.discarded + found.discarded,
-    )
-
-
-def _overlaps(vector: Leaves, others: Sequence[Leaves], state: OgpsaState) -> jax.Array:
-    """⟨vector, other⟩ for each of the others: float32 ``[G, len(others)]``."""
-    return jnp.concatenate(
-        [
-            jnp.stack([inner(g.of(vector), g.of(other), g) for other in others], axis=-1)
-            for g in state.settings.groups
-        ]
+    total_GxJ = jnp.concatenate([decay * state.mean, new_Gx1], axis=1)
+    in_basis_GxKxJ = matmul(jnp.swapaxes(weights_GxJxK, 1, 2), gram_GxJxJ)
+    return Span(
+        orthonormalise(basis_KxN, settings.groups),
+        pairs.spectrum_GxK,
+        mean_GxK=jnp.sum(in_basis_GxKxJ * total_GxJ[:, None, :], axis=-1),
+        discarded_G=decay * state.discarded + pairs.discarded_G,
+        finite=scaled.finite,
     )

@@ -1,279 +1,347 @@
-"""The orthonormal basis of the reference subspace, for all groups at once.
+r"""The method on vectors: references → Gram matrix → eigenvectors → basis → projection.
 
-Unit-normalise the references, take their m×m Gram matrix, eigen-decompose it in float32, drop the
-directions whose eigenvalue is below `rank_tol` times the largest, keep at most `rank`. A second
-pass orthonormalises what the first left, so that ``|QᵀQ − I| ≤ 1e-6``. Dropped directions are zero
-vectors: shapes never depend on data.
+For every group of leaves, with the references :math:`r_1 \dots r_M` as rows of a matrix:
 
-Source: paper (arXiv 2602.07892), the reference subspace. The official code's Gram–Schmidt
-(``sft_pg/trainer.py``) divides by the norm of whatever is left, round-off included.
+1. divide each reference by its norm, :math:`u_i = r_i / \|r_i\|`;
+2. eigen-decompose their Gram matrix, :math:`u_i^\top u_j`, and keep the `rank` largest eigenvalues
+   :math:`\lambda`, of those above `rank_tol` times the largest;
+3. the basis has the rows :math:`\lambda_k^{-1/2} \sum_i V_{ik} u_i`, orthonormalised once more, so
+   that ``|QᵀQ − I| ≤ 1e-6`` in float32. Directions that are dropped are zero, because shapes must
+   not depend on data;
+4. a vector loses its component, :math:`g \leftarrow g - Q M Q^\top g`, :math:`M = (Q^\top Q)^{-1}`.
 
-Vectors are flat lists of leaves; *stacked* vectors have a leading axis counting them. All small
-matrices are per-group arrays: one batched eigen-decomposition serves all groups (one for each of
-hundreds of groups would compile slowly), while big arrays are only touched leaf by leaf.
+Source: paper (arXiv 2602.07892). The official code's Gram–Schmidt (``sft_pg/trainer.py``) divides
+by the norm of whatever is left, round-off included. ``docs/core.md`` has the same in twenty lines
+of NumPy.
+
+Names end in the shapes of what they hold::
+
+    G  groups; every layer of a stacked leaf counts for one
+    L  the layers of one group: its rows among the G (1 where it stacks none)
+    M  references
+    K  directions of the basis: the rank
+    N  entries of a group's leaves together
+
+No array has an axis N, because joining leaves would gather what is sharded: `vector_N` is a flat
+list of leaves, and `basis_KxN` a list of leaves that each have K in front, as an axis or a list.
+Small matrices are arrays over all groups, so that one batched eigen-decomposition serves them all.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.projection.groups import Group, stacks
+from ogpsa_jax.projection import xla
+from ogpsa_jax.projection.groups import Group, reduced_axes, spread
+from ogpsa_jax.projection.xla import Vectors, matmul
 
 Leaves = Sequence[jax.Array]
-_TINY = 2.0**-112  # its inverse, over the root of the smallest `rank_tol`, is still a float32
+RULES: tuple[str, ...] = ("orthogonal", "conflict", "inplane", "none")
+TINY = 2.0**-112  # its inverse, over the root of the smallest `rank_tol`, is still a float32
 
 
-class Principal(NamedTuple):
-    """The leading eigenpairs of Gram matrices, as weights that make unit vectors of the vectors."""
+class Span(NamedTuple):
+    """An orthonormal basis, and what is known of the references that it stands for."""
 
-    vectors: jax.Array  # float32 [G, m, k]: eigenvectors over root eigenvalues; zero if dropped
-    spectrum: jax.Array  # float32 [G, k]: eigenvalues, largest first; zero if dropped
-    discarded: jax.Array  # float32 [G]: sum of the other eigenvalues
+    basis_KxN: list[jax.Array]  # float32; zero where a direction is absent
+    spectrum_GxK: jax.Array  # float32: energy of the unit references by direction
+    mean_GxK: jax.Array  # float32: sum of the unit references, in the basis
+    discarded_G: jax.Array  # float32: energy of the unit references outside the basis
+    finite: jax.Array  # bool []: whether all references were
 
 
-class Shrunk(NamedTuple):
-    """Stacked vectors, made small enough that squares of their entries stay in float32's range."""
+class Scaled(NamedTuple):
+    """References divided by their largest entries, whose squares stay in float32's range."""
 
-    vectors: list[jax.Array]  # float32: largest entry one, group by group; zero vectors zero
-    scale: jax.Array  # float32 [G, m]: what made them so
-    gram: jax.Array  # float32 [G, m, m]
-    factors: jax.Array  # float32 [G, m]: what then makes unit vectors of them; zero where zero
+    references_MxN: list[jax.Array]  # float32: largest entry one in each group, or zero
+    factors_GxM: jax.Array  # float32: what they were multiplied by
+    gram_GxMxM: jax.Array  # float32
+    inverse_norms_GxM: jax.Array  # float32; zero where a reference is
     finite: jax.Array  # bool []: whether all entries were
 
 
-def shrink(stacked: Leaves, groups: Sequence[Group]) -> Shrunk:
-    """The first half of making unit vectors, the second half of which is `factors`."""
-    vectors, peaks, scales = list(stacked), [], []
+class Eigenpairs(NamedTuple):
+    """The leading ones of Gram matrices."""
+
+    weights_GxMxK: jax.Array  # float32: eigenvectors over root eigenvalues; zero if dropped
+    spectrum_GxK: jax.Array  # float32: eigenvalues, largest first; zero if dropped
+    discarded_G: jax.Array  # float32: sum of the other eigenvalues
+
+
+class Subspaces(NamedTuple):
+    """A basis as it is stored, to project with."""
+
+    directions: Sequence[Leaves]  # K vectors, any float dtype
+    metric_GxKxK: jax.Array  # float32: inverse of their Gram matrix
+    mean_GxK: jax.Array  # float32: as in `Span`
+
+
+class Energies(NamedTuple):
+    """Squared norms, float32 ``[G]``."""
+
+    before: jax.Array
+    in_span: jax.Array  # of the component in the subspace, before the rule
+    after: jax.Array
+
+
+def span_of(
+    references_MxN: Sequence[Leaves], groups: Sequence[Group], rank: int, rank_tol: float
+) -> Span:
+    """The subspace of references, given leaf by leaf as lists of M."""
+    stacked_MxN = [
+        jnp.stack([x.astype(jnp.float32) for x in references]) for references in references_MxN
+    ]
+    scaled = scale_references(stacked_MxN, groups)
+    inverse_norms_GxM = scaled.inverse_norms_GxM
+    gram_GxMxM = scaled.gram_GxMxM * inverse_norms_GxM[:, :, None] * inverse_norms_GxM[:, None, :]
+    pairs = principal(gram_GxMxM, rank, rank_tol)
+    # From the references as they came, so that nothing of their size outlives the Gram matrices.
+    unit_factors_GxM = scaled.factors_GxM * inverse_norms_GxM
+    weights_GxMxK = xla.scale_rows(unit_factors_GxM, pairs.weights_GxMxK)
+    basis_KxN = orthonormalise(combine(weights_GxMxK, references_MxN, groups), groups)
+    total_GxM = jnp.sum(gram_GxMxM, axis=-1)  # ⟨reference i, sum of the references⟩
+    return Span(
+        basis_KxN,
+        pairs.spectrum_GxK,
+        mean_GxK=jnp.sum(pairs.weights_GxMxK * total_GxM[:, :, None], axis=1),
+        discarded_G=pairs.discarded_G,
+        finite=scaled.finite,
+    )
+
+
+def scale_references(references_MxN: Leaves, groups: Sequence[Group]) -> Scaled:
+    """Divide references by their largest entries, group by group."""
+    scaled_MxN, peaks, factors = list(references_MxN), [], []
+    count = references_MxN[0].shape[0]
     for group in groups:
-        peak = jnp.zeros((stacked[0].shape[0], group.rows.stop - group.start), jnp.float32)
-        for leaf, axis in zip(group.of(stacked), group.axes, strict=True):
-            others = tuple(i + 1 for i in range(leaf.ndim - 1) if i != axis)
+        peak_MxL = jnp.zeros((count, group.length), jnp.float32)
+        for leaf, axis in zip(group.of(references_MxN), group.axes, strict=True):
             entries = jnp.abs(leaf.astype(jnp.float32))
-            peak = jnp.maximum(peak, jnp.max(entries, axis=others, initial=0.0).reshape(peak.shape))
-        usable = jnp.isfinite(peak) & (peak >= _TINY)
-        peaks.append(peak)
-        scale = jnp.where(usable, 1.0 / jnp.where(usable, peak, 1.0), 0.0)
-        scales.append(scale.T)
-        for place, leaf, axis in zip(group.leaves, group.of(stacked), group.axes, strict=True):
-            factor = spread_each(scale, leaf, axis)
+            largest = jnp.max(entries, axis=reduced_axes(leaf.ndim - 1, axis, 1), initial=0.0)
+            peak_MxL = jnp.maximum(peak_MxL, largest.reshape(peak_MxL.shape))
+        usable_MxL = jnp.isfinite(peak_MxL) & (peak_MxL >= TINY)
+        peaks.append(peak_MxL)
+        factor_MxL = jnp.where(usable_MxL, 1.0 / jnp.where(usable_MxL, peak_MxL, 1.0), 0.0)
+        factors.append(factor_MxL.T)
+        for place, axis in zip(group.leaves, group.axes, strict=True):
+            leaf = references_MxN[place]
+            factor = spread(factor_MxL, leaf.ndim - 1, axis)
             # Zero times infinity is not zero.
-            vectors[place] = jnp.where(factor > 0, leaf.astype(jnp.float32) * factor, 0.0)
-    squares = gram(vectors, groups)
+            scaled_MxN[place] = jnp.where(factor > 0, leaf.astype(jnp.float32) * factor, 0.0)
+    gram_GxMxM = gram(scaled_MxN, groups)
+    norms_squared_GxM = jnp.diagonal(gram_GxMxM, axis1=-2, axis2=-1)
     finite = jnp.all(jnp.isfinite(jnp.concatenate(peaks, axis=1)))
-    return Shrunk(vectors, jnp.concatenate(scales), squares, inverse_norms(squares), finite)
+    return Scaled(
+        scaled_MxN, jnp.concatenate(factors), gram_GxMxM, inverse_sqrt(norms_squared_GxM), finite
+    )
 
 
-def inverse_norms(squares: jax.Array) -> jax.Array:
-    """One over the norms in Gram matrices ``[G, m, m]``: ``[G, m]``; zero for zero vectors."""
-    diagonal = jnp.diagonal(squares, axis1=-2, axis2=-1)
-    return jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1.0)), 0.0)
+def inverse_sqrt(values: jax.Array) -> jax.Array:
+    """``values^(-1/2)``; zero where a value is not positive."""
+    return jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1.0)), 0.0)
 
 
-def spread_each(rows: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array:
-    """Numbers ``[m, rows]`` shaped to broadcast against a stacked leaf ``[m, ...]``."""
-    rest = tuple(-1 if i == axis else 1 for i in range(leaf.ndim - 1))
-    return rows.reshape(rows.shape[0], *rest)
+def gram(vectors_MxN: Leaves, groups: Sequence[Group]) -> jax.Array:
+    """Gram matrices of stacked vectors: float32 ``[G, M, M]``.
 
-
-def gram(stacked: Leaves, groups: Sequence[Group]) -> jax.Array:
-    """Gram matrices of stacked vectors: float32 ``[G, m, m]``.
-
-    One reduction a leaf, and not one a pair: hundreds of leaves times m² pairs compile slowly.
+    One reduction a leaf, and not one a pair: hundreds of leaves times M² pairs compile slowly.
     """
+    count = vectors_MxN[0].shape[0]
     blocks = []
     for group in groups:
-        count = stacked[0].shape[0]
-        total = jnp.zeros((group.rows.stop - group.start, count, count))
-        for leaf, axis in zip(group.of(stacked), group.axes, strict=True):
-            others = tuple(i + 2 for i in range(leaf.ndim - 1) if i != axis)
+        total_LxMxM = jnp.zeros((group.length, count, count), jnp.float32)
+        for leaf, axis in zip(group.of(vectors_MxN), group.axes, strict=True):
             entries = leaf.astype(jnp.float32)
-            sums = jnp.sum(entries[:, None] * entries[None, :], axis=others)
-            total = total + jnp.moveaxis(sums.reshape(count, count, -1), -1, 0)
-        blocks.append(total)
+            products = entries[:, None] * entries[None, :]
+            sums = jnp.sum(products, axis=reduced_axes(leaf.ndim - 1, axis, 2))
+            total_LxMxM = total_LxMxM + jnp.moveaxis(sums.reshape(count, count, -1), -1, 0)
+        blocks.append(total_LxMxM)
     return jnp.concatenate(blocks)
 
 
-def squared_norms(stacked: Leaves, group: Group) -> jax.Array:
-    """Squared norms of stacked vectors in one group: float32 ``[k, rows]``."""
-    total = jnp.zeros((stacked[0].shape[0], group.rows.stop - group.start), jnp.float32)
-    for leaf, axis in zip(stacked, group.axes, strict=True):
-        others = tuple(i + 1 for i in range(leaf.ndim - 1) if i != axis)
-        total = total + jnp.sum(jnp.square(leaf), axis=others).reshape(total.shape)
-    return total
-
-
-def combine(
-    weights: jax.Array, vectors: Sequence[Leaves | jax.Array], groups: Sequence[Group]
-) -> list[jax.Array]:
-    """``out[j] = Σ_i weights[:, i, j] · vectors[i]``: float32, stacked.
-
-    The vectors come leaf by leaf, each leaf stacked or as a list of m.
-    """
-    out = [leaf[0] for leaf in vectors]
+def inner(a_N: Leaves, b_N: Leaves, groups: Sequence[Group]) -> jax.Array:
+    """``⟨a, b⟩`` by group, accumulated in float32: ``[G]``."""
+    totals = []
     for group in groups:
-        factors = jnp.moveaxis(weights[group.rows], 0, -1)  # [m, k, rows]
+        total_L = jnp.zeros(group.length, jnp.float32)
         for place, axis in zip(group.leaves, group.axes, strict=True):
-            leaf = vectors[place]
-            if axis is None and _stacks(leaf):
-                out[place] = jax.lax.dot_general(
-                    factors[:, :, 0],
-                    _stack(leaf),
-                    (((0,), (0,)), ((), ())),
-                    precision=jax.lax.Precision.HIGHEST,
-                )
-            else:
-                rest = tuple(-1 if i == axis else 1 for i in range(leaf[0].ndim))
-                out[place] = _weighted_sum(factors.reshape(*factors.shape[:2], *rest), leaf)
-    return out
+            total_L = total_L + xla.inner(a_N[place], b_N[place], axis)
+        totals.append(total_L)
+    return jnp.concatenate(totals)
 
 
-def _weighted_sum(factors: jax.Array, leaf: Leaves | jax.Array) -> jax.Array:
-    """``Σ_i factors[i, j] · leaf[i]``: float32 ``[k, ...]``.
-
-    Term by term: of a product and a sum over it, XLA's CPU backend first writes the product, m·k
-    copies of the leaf.
-    """
-    total = factors[0] * leaf[0][None].astype(jnp.float32)
-    if _stacks(leaf):  # many terms, unrolled, would compile slowly
-        stack = _stack(leaf)
-        return jax.lax.fori_loop(
-            1, len(leaf), lambda i, total: total + factors[i] * stack[i][None], total
-        )
-    for i in range(1, len(leaf)):
-        total = total + factors[i] * leaf[i][None].astype(jnp.float32)
-    return total
-
-
-def _stacks(leaf: Leaves | jax.Array) -> bool:
-    """Whether a leaf's vectors are used as one array: many that already are, or would be small."""
-    return len(leaf) > 8 if isinstance(leaf, jax.Array) else stacks(leaf)
-
-
-def _stack(leaf: Leaves | jax.Array) -> jax.Array:
-    if isinstance(leaf, jax.Array):
-        return leaf.astype(jnp.float32)
-    return jnp.stack([x.astype(jnp.float32) for x in leaf])
-
-
-def as_stored(leaves: Leaves, dtypes: Sequence[jnp.dtype]) -> list[jax.Array]:
-    """Round to the dtypes that the basis is stored in.
-
-    Behind a barrier: where XLA sees that the rounded is widened again, it may leave both out, and
-    the Gram matrix would be that of other vectors than those stored (it does so on GPUs).
-    """
-    rounded = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
-    return [
-        new if new.dtype == old.dtype else jax.lax.optimization_barrier(new)  # type: ignore[no-untyped-call]
-        for new, old in zip(rounded, leaves, strict=True)
-    ]
+def inner_with_each(
+    vector_N: Leaves, directions: Sequence[Leaves], groups: Sequence[Group]
+) -> jax.Array:
+    """``⟨vector, direction k⟩`` by group: float32 ``[G, K]``."""
+    totals = []
+    for group in groups:
+        total_LxK = jnp.zeros((group.length, len(directions)), jnp.float32)
+        for place, axis in zip(group.leaves, group.axes, strict=True):
+            each = [direction[place] for direction in directions]
+            total_LxK = total_LxK + xla.inner_with_each(vector_N[place], each, axis)
+        totals.append(total_LxK)
+    return jnp.concatenate(totals)
 
 
 def eigen(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, largest first, and eigenvectors (as columns) of symmetric ``[G, m, m]``."""
+    """Eigenvalues, largest first, and eigenvectors (as columns) of symmetric ``[..., M, M]``."""
     values, vectors = jnp.linalg.eigh(matrices)
     return values[..., ::-1], vectors[..., ::-1]
 
 
-def pseudo_inverse(matrices: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
-    """Inverse of Gram matrices ``[G, k, k]``, and their rank int32 ``[G]``.
-
-    Directions whose eigenvalue is below `tolerance` times the largest count as absent.
-    """
-    values, vectors = eigen(matrices)
-    keep = (values > tolerance * values[:, :1]) & (values > 0)
-    inverse = jnp.where(keep, 1.0 / jnp.where(keep, values, 1.0), 0.0)
-    result = multiply(vectors * inverse[:, None, :], jnp.swapaxes(vectors, -1, -2))
-    return result, jnp.sum(keep, axis=-1, dtype=jnp.int32)
-
-
-def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Matrix product in true float32 (accelerators round the factors unless told not to)."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def scale_rows(factors: jax.Array, matrices: jax.Array) -> jax.Array:
-    """``diag(factors) · matrices`` for every group: ``[G, m]``, ``[G, m, k]``.
-
-    As a matrix product, which XLA makes once. A plain product, and the eigen-decomposition's
-    aftermath with it, it makes again in the kernel of every group that reads its rows.
-    """
-    diagonal = factors[:, :, None] * jnp.eye(factors.shape[1], dtype=jnp.float32)[None]
-    return multiply(diagonal, matrices)
-
-
-def principal(matrices: jax.Array, rank: int, rank_tol: float) -> Principal:
-    """The `rank` leading eigenpairs of Gram matrices ``[G, m, m]``, padded with zeros."""
-    values, vectors = eigen(matrices)
-    missing = max(rank - values.shape[-1], 0)
-    top = jnp.pad(values[:, :rank], [(0, 0), (0, missing)])
-    keep = (top > rank_tol * top[:, :1]) & (top > 0)
-    root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, top, 1.0)), 0.0)
-    spectrum = jnp.where(keep, top, 0.0)
-    energy = jnp.sum(jnp.maximum(values, 0.0), axis=-1)
-    return Principal(
-        vectors=jnp.pad(vectors[:, :, :rank], [(0, 0), (0, 0), (0, missing)]) * root[:, None, :],
-        spectrum=spectrum,
-        discarded=jnp.maximum(energy - jnp.sum(spectrum, axis=-1), 0.0),
+def principal(gram_GxMxM: jax.Array, rank: int, rank_tol: float) -> Eigenpairs:
+    """The `rank` leading eigenpairs, padded with zeros."""
+    values_GxM, vectors_GxMxM = eigen(gram_GxMxM)
+    missing = max(rank - values_GxM.shape[-1], 0)
+    top_GxK = jnp.pad(values_GxM[:, :rank], [(0, 0), (0, missing)])
+    keep_GxK = (top_GxK > rank_tol * top_GxK[:, :1]) & (top_GxK > 0)
+    root_GxK = jnp.where(keep_GxK, jax.lax.rsqrt(jnp.where(keep_GxK, top_GxK, 1.0)), 0.0)
+    spectrum_GxK = jnp.where(keep_GxK, top_GxK, 0.0)
+    energy_G = jnp.sum(jnp.maximum(values_GxM, 0.0), axis=-1)
+    vectors_GxMxK = jnp.pad(vectors_GxMxM[:, :, :rank], [(0, 0), (0, 0), (0, missing)])
+    return Eigenpairs(
+        vectors_GxMxK * root_GxK[:, None, :],
+        spectrum_GxK,
+        discarded_G=jnp.maximum(energy_G - jnp.sum(spectrum_GxK, axis=-1), 0.0),
     )
 
 
-def orthonormalised(basis: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
+def combine(
+    weights_GxMxK: jax.Array, vectors_MxN: Sequence[Vectors], groups: Sequence[Group]
+) -> list[jax.Array]:
+    """``basis[k] = Σ_m weights[:, m, k] · vectors[m]``: float32, stacked."""
+    basis_KxN = [leaf[0] for leaf in vectors_MxN]
+    for group in groups:
+        for place, axis in zip(group.leaves, group.axes, strict=True):
+            weights_LxMxK = weights_GxMxK[group.rows]
+            basis_KxN[place] = xla.weighted_sums(weights_LxMxK, vectors_MxN[place], axis)
+    return basis_KxN
+
+
+def orthonormalise(basis_KxN: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
     """The closest orthonormal set to a nearly orthonormal one, zero vectors staying zero.
 
     The first pass leaves errors of round-off over eigenvalue; a direction whose norm is off by half
     is nothing but that, and is dropped.
     """
-    out = list(basis)
-    for batch in _batches(basis, groups):
-        turn = inverse_root(gram(basis, batch))
+    out_KxN = list(basis_KxN)
+    for batch in xla.batches(basis_KxN, groups):
+        weights = xla.inverse_root(gram(basis_KxN, batch))
         for group in batch:
             rows = slice(group.start - batch[0].start, group.rows.stop - batch[0].start)
             alone = group._replace(leaves=tuple(range(len(group.leaves))), start=0)
-            own = combine(turn[rows], group.of(basis), [alone])
-            # XLA's CPU backend adds up the entries of a Gram matrix one by one: 1e-6 off and more
-            # where all terms are positive. A plain sum of squares it adds up in blocks.
-            squares = squared_norms(own, alone)
-            inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
-            for place, leaf, axis in zip(group.leaves, own, group.axes, strict=True):
-                out[place] = leaf * spread_each(inverse, leaf, axis)
-    return out
+            vectors_KxN = combine(weights[rows], group.of(basis_KxN), [alone])
+            # Once more to norm one: the Gram matrix, whose entries XLA's CPU backend adds up one by
+            # one, is 1e-6 off and more where all terms are positive. It adds up squares in blocks.
+            factors_KxL = inverse_sqrt(_squared_norms(vectors_KxN, alone))
+            for place, leaf, axis in zip(group.leaves, vectors_KxN, group.axes, strict=True):
+                out_KxN[place] = leaf * spread(factors_KxL, leaf.ndim - 1, axis)
+    return out_KxN
 
 
-def _batches(vectors: Leaves, groups: Sequence[Group]) -> list[list[Group]]:
-    """Neighbouring groups that are orthonormalised at a time.
+def _squared_norms(vectors_KxN: Leaves, group: Group) -> jax.Array:
+    total_KxL = jnp.zeros((vectors_KxN[0].shape[0], group.length), jnp.float32)
+    for leaf, axis in zip(vectors_KxN, group.axes, strict=True):
+        squares = jnp.sum(jnp.square(leaf), axis=reduced_axes(leaf.ndim - 1, axis, 1))
+        total_KxL = total_KxL + squares.reshape(total_KxL.shape)
+    return total_KxL
 
-    One loop for each of hundreds would compile slowly; all at once would hold the first pass's
-    result for all. So as many as are together no larger than the largest.
+
+def pseudo_inverse(gram_GxKxK: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
+    """Inverse of Gram matrices ``[G, K, K]``, and their rank int32 ``[G]``.
+
+    Directions whose eigenvalue is below `tolerance` times the largest count as absent.
     """
-    sizes = [sum(leaf[0].size for leaf in group.of(vectors)) for group in groups]
-    limit, held = max(*sizes, 2**24), 0
-    batches: list[list[Group]] = []
-    for group, size in zip(groups, sizes, strict=True):
-        held += size
-        if not batches or held > limit:
-            batches, held = [*batches, []], size
-        batches[-1].append(group)
-    return batches
+    values_GxK, vectors_GxKxK = eigen(gram_GxKxK)
+    keep_GxK = (values_GxK > tolerance * values_GxK[:, :1]) & (values_GxK > 0)
+    inverse_GxK = jnp.where(keep_GxK, 1.0 / jnp.where(keep_GxK, values_GxK, 1.0), 0.0)
+    metric_GxKxK = matmul(
+        vectors_GxKxK * inverse_GxK[:, None, :], jnp.swapaxes(vectors_GxKxK, -1, -2)
+    )
+    return metric_GxKxK, jnp.sum(keep_GxK, axis=-1, dtype=jnp.int32)
 
 
-def inverse_root(matrices: jax.Array) -> jax.Array:
-    """``A^(-1/2)`` of nearly unit matrices ``[G, k, k]``; zero rows where the diagonal is far off.
+def project(
+    vector_N: Leaves,
+    subspaces: Subspaces,
+    groups: Sequence[Group],
+    rule: str,
+    scale: Any,
+    sign: float = 1.0,
+) -> tuple[list[jax.Array], Energies]:
+    """Apply `rule` to the component of a gradient or an update in its subspace.
 
-    Newton–Schulz: a few small products, where one eigen-decomposition for each group would take
-    accelerators long to compile. Converges from the identity over any bound of the eigenvalues.
+    Args:
+      vector_N: the leaves that the groups are of.
+      subspaces: the bases.
+      groups: how the leaves belong together.
+      rule: one of `RULES`.
+      scale: factor of the conflict rule where vector and references agree.
+      sign: +1 for a gradient, −1 for an update (which points down its gradient).
+
+    Returns:
+      The leaves after the rule, in the dtypes of `vector_N`, and what it did. Coefficients are
+      float32 whatever the dtypes.
     """
-    diagonal = jnp.diagonal(matrices, axis1=-2, axis2=-1)
-    keep = (diagonal > 0.5) & (diagonal < 2.0)
-    both = keep[:, None, :] & keep[:, :, None]
-    identity = jnp.eye(matrices.shape[-1], dtype=jnp.float32)[None]
-    filled = jnp.where(both, matrices, identity)
-    bound = jnp.max(jnp.sum(jnp.abs(filled), axis=-1), axis=-1)[:, None, None]
+    # What is small is done for all groups at once: hundreds of them would compile slowly.
+    norms_squared_G = inner(vector_N, vector_N, groups)
+    coefficients_GxK = inner_with_each(vector_N, subspaces.directions, groups)
+    energies, keep_G, take_GxK = _apply_rule(
+        norms_squared_G, coefficients_GxK, subspaces, rule, scale, sign
+    )
+    out_N = list(vector_N)
+    if rule == "none":
+        return out_N, energies
+    for group in groups:
+        for place, axis in zip(group.leaves, group.axes, strict=True):
+            leaf = vector_N[place]
+            each = [direction[place] for direction in subspaces.directions]
+            left = leaf.astype(jnp.float32)
+            if rule != "orthogonal":
+                left = left * spread(keep_G[group.rows], leaf.ndim, axis)
+            taken = xla.weighted_sum(take_GxK[group.rows], each, axis)
+            out_N[place] = (left - taken).astype(leaf.dtype)
+    return out_N, energies
 
-    def improve(_: int, root: jax.Array) -> jax.Array:
-        error = 1.5 * identity - 0.5 * multiply(root, multiply(filled, root))
-        return multiply(root, error)
 
-    root = jax.lax.fori_loop(0, 12, improve, identity * jax.lax.rsqrt(bound))
-    return jnp.where(both, root, 0.0)
+def _apply_rule(
+    norms_squared_G: jax.Array,
+    coefficients_GxK: jax.Array,
+    subspaces: Subspaces,
+    rule: str,
+    scale: Any,
+    sign: float,
+) -> tuple[Energies, jax.Array, jax.Array]:
+    """What the rule does, keeps of the vector ``[G]``, and takes of the basis ``[G, K]``."""
+    metric_GxKxK, mean_GxK = subspaces.metric_GxKxK, subspaces.mean_GxK
+    # An infinite gradient times a zero direction is not a number: absent directions have no weight.
+    present_GxK = jnp.diagonal(metric_GxKxK, axis1=-2, axis2=-1) > 0
+    there_GxK = jnp.where(present_GxK, coefficients_GxK, 0.0)
+    component_GxK = matmul(metric_GxKxK, there_GxK[:, :, None])[:, :, 0]
+    in_span_G = _sum_where(component_GxK, coefficients_GxK)
+    one, zero = jnp.ones_like(norms_squared_G), jnp.zeros_like(norms_squared_G)
+    keep_G, take_G = one, one
+    if rule == "none":
+        take_G = zero
+    elif rule == "inplane":
+        keep_G, take_G = zero, -one
+    elif rule == "conflict":
+        agreement_G = sign * _sum_where(mean_GxK, coefficients_GxK)
+        keep_G = jnp.where(agreement_G > 0, jnp.asarray(scale, jnp.float32), one)
+        take_G = jnp.where(agreement_G < 0, one, zero)
+    after_G = keep_G**2 * (norms_squared_G - in_span_G) + (keep_G - take_G) ** 2 * in_span_G
+    after_G = norms_squared_G if rule == "none" else jnp.maximum(after_G, 0.0)
+    return (
+        Energies(norms_squared_G, in_span_G, after_G),
+        keep_G,
+        take_G[:, None] * component_GxK,
+    )
+
+
+def _sum_where(weights_GxK: jax.Array, coefficients_GxK: jax.Array) -> jax.Array:
+    """``Σ_k weights · coefficients``, where a weight of zero leaves out even what is not finite."""
+    terms_GxK = jnp.where(weights_GxK != 0, coefficients_GxK * weights_GxK, 0.0)
+    return jnp.sum(terms_GxK, axis=-1)

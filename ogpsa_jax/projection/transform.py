@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ogpsa_jax.projection.groups import MASKED, Scope, Stacked, form_groups, is_masked
-from ogpsa_jax.projection.input_state import InputState, Others, init_inputs, kernel_names
-from ogpsa_jax.projection.inputs import apply_inputs
+from ogpsa_jax.projection.groups import Scope, Stacked, is_masked
+from ogpsa_jax.projection.input_state import InputState, Others, init_inputs, init_others
+from ogpsa_jax.projection.input_subspace import apply_inputs
 from ogpsa_jax.projection.kernels import Kernels
-from ogpsa_jax.projection.project import RULES, project
-from ogpsa_jax.projection.state import Alignment, NoLeaves, OgpsaState, Settings, no_figures
+from ogpsa_jax.projection.state import Alignment, OgpsaState, init_span
 from ogpsa_jax.projection.streaming import push_reference
+from ogpsa_jax.projection.subspace import RULES, project
 
 Placement = Literal["gradient", "update", "both"]
 Subspace = Literal["gradients", "inputs"]
@@ -108,70 +108,32 @@ def ogpsa_project(
       Sun et al., `Safety Alignment as Continual Learning: Mitigating the Alignment Tax via
       Orthogonal Gradient Projection <https://arxiv.org/abs/2602.07892>`_, 2026.
     """
-    if subspace not in ("gradients", "inputs"):
-        raise ValueError(f"subspace must be 'gradients' or 'inputs', got {subspace!r}")
-    inputs = subspace == "inputs"
-    if not inputs and (energy is not None or kernels is not None or others is not None):
-        raise ValueError("energy, kernels and others need subspace='inputs'")
-    if inputs and kernels is None:
-        raise ValueError(
-            "kernels: subspace='inputs' needs to know which leaves are matrices, and which of "
-            "their axes meets the input; flax_kernels does for Flax's dense layers"
-        )
-    if inputs and rule == "conflict":
-        raise ValueError("rule: 'conflict' needs subspace='gradients', which have a direction")
-    energy = 0.95 if energy is None else energy
-    if not 1e-6 <= energy <= 1:
-        raise ValueError(f"energy must lie in [1e-6, 1], got {energy}")
-    if others not in (None, "freeze", "gradients", "leave"):
-        raise ValueError(f"others must be 'freeze', 'gradients' or 'leave', got {others!r}")
-    others_rank = 2 if others_rank is None else others_rank
-    for name, value in {"rank": rank, "others_rank": others_rank}.items():
-        most = math.inf if inputs and name == "rank" else 64
-        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= most:
-            between = "of at least 1" if most > 64 else "between 1 and 64"
-            raise ValueError(f"{name} must be an integer {between}, got {value!r}")
-    if not (callable(scope) or scope in ("tensor", "global")):
-        raise ValueError(f"scope must be 'tensor', 'global' or a callable, got {scope!r}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if not rank_tol > 0:
-        raise ValueError(f"rank_tol must be positive, got {rank_tol}")
-    if not (stacked is None or callable(stacked) or isinstance(stacked, Mapping)):
-        raise ValueError(f"stacked must be a callable or a regex → axis mapping, got {stacked!r}")
+    _check_subspace(subspace, rule, energy, kernels, others)
+    _check_settings(rank, scope, rule, rank_tol, stacked, others_rank, subspace == "inputs")
     dtype = None if basis_dtype is None else jnp.dtype(basis_dtype)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"basis_dtype must be a floating-point type, got {basis_dtype!r}")
+    of_span: dict[str, Any] = {
+        "rule": rule,
+        "rank_tol": float(rank_tol),
+        "stacked": stacked,
+        "dtype": dtype,
+    }
 
     def init_fn(params: optax.Params) -> OgpsaState | InputState:
-        if not inputs:
-            return _init_gradients(params, int(rank), scope, rule, rank_tol, stacked, dtype)
-        assert kernels is not None
-        treatment: Others = others or "freeze"
+        if kernels is None:
+            return init_span(params, int(rank), scope, **of_span)
         span = None
-        if treatment == "gradients":
-            names = kernel_names(params, kernels)
-
-            def outside(path: Any, leaf: Any) -> str | None:
-                name = jax.tree_util.keystr(path)
-                if name in names:
-                    return None
-                return (
-                    scope(path, leaf) if callable(scope) else "all" if scope == "global" else name
-                )
-
-            if len(names) < len(jax.tree.leaves(params)):
-                span = _init_gradients(
-                    params, int(others_rank), outside, rule, rank_tol, stacked, dtype
-                )
+        if others == "gradients":
+            span = init_others(params, int(others_rank or 2), scope, kernels, **of_span)
         return init_inputs(
             params,
             rank=int(rank),
-            energy=float(energy),
+            energy=0.95 if energy is None else float(energy),
             rule=rule,
             rank_tol=float(rank_tol),
             kernels=kernels,
-            freeze=treatment == "freeze" and rule != "none",
+            freeze=others in (None, "freeze") and rule != "none",
             others=span,
             dtype=dtype,
         )
@@ -188,40 +150,51 @@ def ogpsa_project(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _init_gradients(
-    params: Any, rank: int, scope: Scope, rule: str, rank_tol: float, stacked: Stacked, dtype: Any
-) -> OgpsaState:
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    held, groups = form_groups(paths_and_leaves, scope, stacked)
-    if paths_and_leaves and not groups:
-        raise ValueError("params: no floating-point leaf that the scope does not freeze")
-
-    def zeros() -> Any:
-        # From the parameters, so that sharding and memory kind carry over; anew each time,
-        # because aliased buffers cannot be donated.
-        return treedef.unflatten(
-            [
-                jnp.zeros_like(leaf, dtype=dtype) if holds else MASKED
-                for (_, leaf), holds in zip(paths_and_leaves, held, strict=True)
-            ]
+def _check_subspace(
+    subspace: str, rule: str, energy: float | None, kernels: Any, others: str | None
+) -> None:
+    if subspace not in ("gradients", "inputs"):
+        raise ValueError(f"subspace must be 'gradients' or 'inputs', got {subspace!r}")
+    if others not in (None, "freeze", "gradients", "leave"):
+        raise ValueError(f"others must be 'freeze', 'gradients' or 'leave', got {others!r}")
+    if energy is not None and not 1e-6 <= energy <= 1:
+        raise ValueError(f"energy must lie in [1e-6, 1], got {energy}")
+    if subspace == "gradients":
+        if energy is not None or kernels is not None or others is not None:
+            raise ValueError("energy, kernels and others need subspace='inputs'")
+        return
+    if kernels is None:
+        raise ValueError(
+            "kernels: subspace='inputs' needs to know which leaves are matrices, and which of "
+            "their axes meets the input; flax_kernels does for Flax's dense layers"
         )
+    if rule == "conflict":
+        raise ValueError("rule: 'conflict' needs subspace='gradients', which have a direction")
 
-    count = groups[-1].rows.stop if groups else 0
 
-    def per_group(*trailing: int) -> jax.Array:
-        return jnp.zeros((count, *trailing), jnp.float32)
-
-    kind = Settings if groups else NoLeaves  # the latter: all leaves masked, a placeholder
-    return OgpsaState(
-        basis=tuple(zeros() for _ in range(rank)),
-        gram=per_group(rank, rank),
-        metric=per_group(rank, rank),
-        spectrum=per_group(rank),
-        mean=per_group(rank),
-        discarded=per_group(),
-        **no_figures(count),
-        settings=kind(rank, rule, float(rank_tol), tuple(held), groups),
-    )
+def _check_settings(
+    rank: Any,
+    scope: Any,
+    rule: str,
+    rank_tol: float,
+    stacked: Any,
+    others_rank: Any,
+    inputs: bool,
+) -> None:
+    ranks: dict[str, int] = {"rank": rank, "others_rank": 2 if others_rank is None else others_rank}
+    for name, value in ranks.items():
+        most = math.inf if inputs and name == "rank" else 64
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= most:
+            between = "of at least 1" if most > 64 else "between 1 and 64"
+            raise ValueError(f"{name} must be an integer {between}, got {value!r}")
+    if not (callable(scope) or scope in ("tensor", "global")):
+        raise ValueError(f"scope must be 'tensor', 'global' or a callable, got {scope!r}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if not rank_tol > 0:
+        raise ValueError(f"rank_tol must be positive, got {rank_tol}")
+    if not (stacked is None or callable(stacked) or isinstance(stacked, Mapping)):
+        raise ValueError(f"stacked must be a callable or a regex → axis mapping, got {stacked!r}")
 
 
 @jax.named_scope("ogpsa_projection")  # by which profiles and compiled programs can tell it
@@ -318,21 +291,8 @@ def ogpsa(
       [-1.0, -1.0]
     """
     inputs = settings.get("subspace") == "inputs"
-    if placement is None:
-        placement = "both" if inputs else "gradient"
-    if placement not in ("gradient", "update", "both"):
-        raise ValueError(f"placement must be 'gradient', 'update' or 'both', got {placement!r}")
-    if replay is not None and not (math.isfinite(replay) and replay >= 0):
-        raise ValueError(f"replay must be a finite number of at least 0, got {replay}")
-    if replay and not inputs and placement != "gradient":
-        raise ValueError(
-            f"replay: with a span of gradients, placement={placement!r} takes the replayed "
-            "gradient out of the update again; use placement='gradient'"
-        )
-    if window is not None and inputs:
-        raise ValueError("window: a subspace of inputs is made by refresh, not by references")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    placement = placement or ("both" if inputs else "gradient")
+    _check_wrapper(placement, replay, window, inputs)
     projection = ogpsa_project(rank, scale=scale, **settings)
     optimizer = optax.with_extra_args_support(inner)
     takes_reference = replay is not None or window is not None
@@ -383,3 +343,19 @@ def _plus(updates: Any, weight: float, reference: Any) -> Any:
         return update + (ref.astype(jnp.float32) * weight).astype(update.dtype)
 
     return jax.tree.map(plus, updates, reference, is_leaf=is_masked)
+
+
+def _check_wrapper(placement: str, replay: float | None, window: int | None, inputs: bool) -> None:
+    if placement not in ("gradient", "update", "both"):
+        raise ValueError(f"placement must be 'gradient', 'update' or 'both', got {placement!r}")
+    if replay is not None and not (math.isfinite(replay) and replay >= 0):
+        raise ValueError(f"replay must be a finite number of at least 0, got {replay}")
+    if replay and not inputs and placement != "gradient":
+        raise ValueError(
+            f"replay: with a span of gradients, placement={placement!r} takes the replayed "
+            "gradient out of the update again; use placement='gradient'"
+        )
+    if window is not None and inputs:
+        raise ValueError("window: a subspace of inputs is made by refresh, not by references")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax import diagnostics, input_moments, project_parameters, refresh
 from ogpsa_jax.projection.diagnostics import captured_fraction, mean_cosine
-from ogpsa_jax.projection.find import is_ours
+from ogpsa_jax.projection.find import projects
 from ogpsa_jax.projection.reference import losses_and_gradients
 from ogpsa_jax.training.mesh import replicate_rest
 from ogpsa_jax.training.optimizer import apply_updates, global_norm
@@ -219,7 +219,7 @@ def make_input_subspace(
 
 def projection_metrics(opt_state: Any) -> Metrics:
     """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
-    if not any(map(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))):
+    if not projects(opt_state):
         return {}
     return {name: value for name, value in diagnostics(opt_state).items() if name != "groups"}
 
