@@ -10,6 +10,8 @@ from ogpsa_jax import (
     second_moment,
 )
 
+from . import dense
+
 # A dense kernel, two that share inputs in every layer, one with two input axes, and the rest.
 SHAPES = {
     "dense": (6, 5),
@@ -23,6 +25,13 @@ KERNELS = {
     r"\['o'\]": Kernel("output", axes=(1, 2), stacked=(0,)),
 }
 WIDTHS = {"dense": (6,), "attention": (3, 7), "output": (2, 15)}
+# Every matrix: its leaf, its layer, and what it multiplies.
+MATRICES = [
+    ("dense", None, "dense"),
+    *[("q", layer, "attention") for layer in range(3)],
+    *[("v", layer, "attention") for layer in range(3)],
+    *[("o", layer, "output") for layer in range(2)],
+]
 
 
 def tree(rng, dtype=jnp.float32, scale=1.0):
@@ -62,43 +71,34 @@ def transformation(rank=20, **settings):
     return ogpsa_project(rank, subspace="inputs", kernels=KERNELS, **settings)
 
 
-def exact_basis(x, energy=1.0):
-    """The leading eigenvectors that hold the share, by float64 eigen-decomposition."""
-    values, vectors = np.linalg.eigh(x.T @ x)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    count = int(np.sum(np.cumsum(values) - values < energy * np.sum(values) * (1 - 1e-12)))
-    return vectors[:, : min(count, np.linalg.matrix_rank(x))]
+def matrices(tree):
+    """Every matrix ``[in, out]`` of a tree in float64, in the order of `MATRICES`."""
+    found = []
+    for name, layer, source in MATRICES:
+        leaf = tree["dense"] if layer is None else tree["layers"][name][layer]
+        found.append(np.asarray(leaf, np.float64).reshape(WIDTHS[source][-1], -1))
+    return found
+
+
+def inputs_by_matrix(inputs):
+    """What each of `MATRICES` multiplies, as float64 rows."""
+    pairs = [(inputs[source], layer) for _, layer, source in MATRICES]
+    return [np.asarray(x if layer is None else x[layer], np.float64) for x, layer in pairs]
 
 
 def exact(gradient, inputs, energy=1.0):
     """The projected gradient in float64; leaves that are no matrices zero."""
     out = jax.tree.map(lambda g: np.zeros(g.shape), gradient)
-
-    def off(g, x):
-        u = exact_basis(x, energy)
-        return g - u @ (u.T @ g)
-
-    def wide(leaf):
-        return np.asarray(leaf, np.float64)
-
-    out["dense"] = off(wide(gradient["dense"]), inputs["dense"])
-    for name in ("q", "v"):
-        g = wide(gradient["layers"][name])
-        out["layers"][name] = np.stack([off(g[i], inputs["attention"][i]) for i in range(3)])
-    g = wide(gradient["layers"]["o"]).reshape(2, 15, 8)
-    off_o = np.stack([off(g[i], inputs["output"][i]) for i in range(2)])
-    out["layers"]["o"] = off_o.reshape(SHAPES["layers"]["o"])
+    found = zip(MATRICES, matrices(gradient), inputs_by_matrix(inputs), strict=True)
+    for (name, layer, _), matrix, x in found:
+        leaf = out["dense"] if layer is None else out["layers"][name][layer]
+        left = dense.project(matrix, dense.input_basis(x, x.shape[1], energy))
+        leaf[...] = left.reshape(leaf.shape)
     return out
 
 
 def assert_orthogonal_to_inputs(updates, inputs, tolerance=1e-5):
     """No reference input sees the step: ``xᵀ ΔW`` is round-off."""
-    pairs = [(updates["dense"], inputs["dense"])]
-    pairs += [
-        (updates["layers"][n][i], inputs["attention"][i]) for n in ("q", "v") for i in range(3)
-    ]
-    pairs += [(updates["layers"]["o"][i].reshape(15, 8), inputs["output"][i]) for i in range(2)]
-    for w, x in pairs:
-        w = np.asarray(w, np.float64)
-        change = x @ w
-        assert np.linalg.norm(change) <= tolerance * np.linalg.norm(x) * np.linalg.norm(w)
+    for matrix, x in zip(matrices(updates), inputs_by_matrix(inputs), strict=True):
+        change = np.linalg.norm(x @ matrix)
+        assert change <= tolerance * np.linalg.norm(x) * np.linalg.norm(matrix)

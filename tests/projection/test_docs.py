@@ -1,10 +1,16 @@
-"""Every example in the core's docstrings runs; those of the pages are in tests/documents."""
+"""The core's documents: docstrings run, and the method shown is what the tests compare with.
+
+The examples of the pages run in tests/documents.
+"""
 
 import doctest
 import importlib
+from pathlib import Path
 
 import jax
 import pytest
+
+from . import dense
 
 NAMES = "transform refresh streaming reference diagnostics second_moments column_adam"
 MODULES = [f"projection.{name}" for name in NAMES.split()] + ["linen", "nnx"]
@@ -19,3 +25,11 @@ def test_docstrings(name, strict):
         failed, tried = doctest.testmod(module)
     assert tried
     assert not failed
+
+
+def test_the_dense_method_is_the_one_that_is_documented():
+    page = Path(__file__).parents[2] / "docs" / "core.md"
+    if not page.exists():
+        pytest.skip("the core's tests were copied without the documents")
+    shown = Path(dense.__file__).read_text(encoding="utf-8")
+    assert f"```python\n{shown}```" in page.read_text(encoding="utf-8")

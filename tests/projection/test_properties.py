@@ -1,6 +1,7 @@
 """Properties that hold for every set of references: any rank, any scale, however degenerate.
 
-All sets of one test have one shape, so that each property compiles once.
+Of all rules, placements, scopes and both kinds of subspace to which a property applies; see
+`properties`.
 """
 
 import jax
@@ -11,118 +12,109 @@ import pytest
 from ogpsa_jax import diagnostics, ogpsa_project, refresh
 
 from .helpers import assert_close, exact, project, random_tree, vectors
-
-COUNT = 4
-
-
-def unlike(rng):
-    return [random_tree(rng) for _ in range(COUNT)]
-
-
-def duplicated(rng):
-    trees = unlike(rng)
-    return [trees[0], trees[1], trees[0], trees[0]]
-
-
-def collinear(rng):
-    first, second, other, _ = unlike(rng)
-    near = jax.tree.map(lambda x, y: x + jnp.float32(1e-7) * y, first, other)
-    return [first, near, second, jax.tree.map(jnp.negative, near)]
-
-
-def dependent(rng):
-    trees = unlike(rng)
-    return [*trees[:3], jax.tree.map(lambda x, y, z: x - 2 * y + z, *trees[:3])]
-
-
-def partly_zero(rng):
-    trees = unlike(rng)
-    trees[1] = jax.tree.map(jnp.zeros_like, trees[1])
-    trees[2] = dict(trees[2], w=jnp.zeros_like(trees[2]["w"]))
-    return trees
-
-
-def scaled(rng):
-    return [random_tree(rng, 10.0 ** rng.uniform(-15, 15)) for _ in range(COUNT)]
-
-
-def all_zero(rng):
-    return [jax.tree.map(jnp.zeros_like, tree) for tree in unlike(rng)]
-
-
-KINDS = [unlike, duplicated, collinear, dependent, partly_zero, scaled, all_zero]
-
-
-def residuals(out, references):
-    """Largest overlap of a group's projected gradient with a unit reference."""
-    worst = 0.0
-    for i, vector in enumerate(vectors(out)):
-        for tree in references:
-            reference = vectors(tree)[i]
-            norm = np.linalg.norm(reference)
-            worst = max(worst, abs(reference @ vector) / norm if norm else 0.0)
-    return worst
-
-
-def norm(tree):
-    return np.sqrt(sum(v @ v for v in vectors(tree)))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_the_result_is_orthogonal_smaller_and_final(rng, kind):
-    for _ in range(3):
-        references = kind(rng)
-        scale = 10.0 ** rng.uniform(-15, 15)
-        gradient = random_tree(rng, scale)
-        out, state = project(gradient, references, COUNT)
-        size = norm(gradient)
-        assert residuals(out, references) < 3e-6 * size
-        assert norm(out) <= size * (1 + 1e-6)
-        again, _ = project(out, references, COUNT)
-        assert norm(jax.tree.map(jnp.subtract, again, out)) < 3e-6 * size
-        other = random_tree(rng, scale)
-        sum_first = project(jax.tree.map(jnp.add, gradient, other), references, COUNT)[0]
-        sum_last = jax.tree.map(jnp.add, out, project(other, references, COUNT)[0])
-        assert norm(jax.tree.map(jnp.subtract, sum_first, sum_last)) < 1e-5 * size
-        assert_orthonormal(state)
-
-
-def assert_orthonormal(state):
-    """The basis to 1e-6, in the directions that are present; the others exactly zero."""
-    trees = [vectors(tree) for tree in state.basis]
-    for i, rank in enumerate(np.asarray(state.rank_used)):
-        q = np.stack([tree[i] for tree in trees])
-        present = np.linalg.norm(q, axis=1) > 0
-        assert np.sum(present) == rank
-        np.testing.assert_allclose(q[present] @ q[present].T, np.eye(rank), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kind", "rank"), [(unlike, 4), (duplicated, 2), (collinear, 2), (dependent, 3), (all_zero, 0)]
+from .properties import (
+    KINDS,
+    RANKS,
+    Projector,
+    any_scale,
+    assert_equals_dense,
+    assert_homogeneous,
+    assert_idempotent,
+    assert_invariant_to_reference_order,
+    assert_invariant_to_reference_scale,
+    assert_linear,
+    assert_never_longer,
+    assert_orthogonal_to_references,
+    assert_orthonormal_basis,
+    assert_symmetric,
+    sample,
+    stored_bases,
 )
-def test_counts_the_directions_that_are_there(rng, kind, rank):
-    _, state = project(random_tree(rng), kind(rng), COUNT)
-    assert np.all(np.asarray(state.rank_used) == rank)
+
+WHOLE = [  # of all that the references span
+    Projector(),
+    Projector(placement="both", rank=3, count=1),
+    Projector(placement="update", scope="global", layers=True),
+    Projector("inputs", placement="gradient", rank=20),
+    Projector("inputs", placement="update", rank=20),
+]
+CUT = [  # of the principal directions
+    Projector(rank=2, layers=True),
+    Projector("inputs", placement="both", rank=2),
+    Projector("inputs", placement="update", rank=20, energy=0.9),
+]
+KEPT = [Projector(rule="inplane", layers=True), Projector("inputs", rule="inplane", rank=20)]
+CONFLICT = [
+    Projector(rule="conflict", scope="global"),
+    Projector(rule="conflict", placement="update", scale=0.5),
+]
+NONE = [Projector(rule="none"), Projector("inputs", rule="none", rank=20)]
 
 
-@pytest.mark.parametrize("kind", [unlike, duplicated, scaled], ids=lambda kind: kind.__name__)
-def test_order_sign_and_scale_of_the_references_do_not_matter(rng, kind):
-    gradient, references = random_tree(rng), kind(rng)
-    changed = []
-    for i in rng.permutation(COUNT):
-        factor = jnp.float32(rng.choice([-1, 1]) * 10.0 ** rng.uniform(-5, 5))
-        changed.append(jax.tree.map(lambda x, f=factor: f * x, references[i]))
-    out, _ = project(gradient, references, COUNT)
-    other, _ = project(gradient, changed, COUNT)
-    assert norm(jax.tree.map(jnp.subtract, out, other)) < 1e-5 * norm(gradient)
+def on(*projectors):
+    """Each kind of references with each projector."""
+
+    def mark(test):
+        test = pytest.mark.parametrize("projector", projectors, ids=Projector.name)(test)
+        return pytest.mark.parametrize("kind", KINDS)(test)
+
+    return mark
 
 
-@pytest.mark.parametrize("kind", [unlike, scaled], ids=lambda kind: kind.__name__)
-def test_what_rules_keep_and_remove_adds_up(rng, kind):
-    gradient, references = random_tree(rng), kind(rng)
-    kept, _ = project(gradient, references, COUNT)
-    removed, _ = project(gradient, references, COUNT, rule="inplane")
-    assert_close(jax.tree.map(jnp.add, kept, removed), gradient, 3e-6)
+@on(*WHOLE, *CUT, *KEPT, *CONFLICT, *NONE)
+def test_equals_the_dense_method(rng, projector, kind):
+    gradient = projector.gradient(rng, any_scale(rng))
+    assert_equals_dense(projector, gradient, sample(projector, kind, rng))
+
+
+@on(*WHOLE)
+def test_orthogonal_to_the_references(rng, projector, kind):
+    gradient = projector.gradient(rng, any_scale(rng))
+    assert_orthogonal_to_references(projector, gradient, sample(projector, kind, rng))
+
+
+@on(*WHOLE, *CUT, *KEPT, CONFLICT[0])
+def test_idempotent(rng, projector, kind):
+    gradient = projector.gradient(rng, any_scale(rng))
+    assert_idempotent(projector, gradient, sample(projector, kind, rng))
+
+
+@on(*WHOLE, *CUT, *KEPT)
+def test_symmetric_and_linear(rng, projector, kind):
+    scale, references = any_scale(rng), sample(projector, kind, rng)
+    gradient, other = (projector.gradient(rng, scale) for _ in range(2))
+    assert_symmetric(projector, gradient, other, references)
+    assert_linear(projector, gradient, other, references)
+
+
+@on(*CONFLICT)
+def test_homogeneous(rng, projector, kind):
+    factor = 10.0 ** rng.uniform(-5, 5)
+    gradient, references = projector.gradient(rng), sample(projector, kind, rng)
+    assert_homogeneous(projector, gradient, references, factor)
+
+
+@on(*WHOLE, *CUT, *KEPT, *CONFLICT)
+def test_never_longer(rng, projector, kind):
+    gradient = projector.gradient(rng, any_scale(rng))
+    assert_never_longer(projector, gradient, sample(projector, kind, rng))
+
+
+@on(*WHOLE, *CUT, *KEPT, *CONFLICT)
+def test_invariant_to_scale_and_order_of_the_references(rng, projector, kind):
+    gradient, references = projector.gradient(rng), sample(projector, kind, rng)
+    assert_invariant_to_reference_scale(projector, gradient, references, rng)
+    assert_invariant_to_reference_order(projector, gradient, references, rng)
+
+
+@on(*WHOLE, *CUT)
+def test_the_basis_is_orthonormal_and_its_rank_that_of_the_references(rng, projector, kind):
+    references = sample(projector, kind, rng)
+    state = assert_orthonormal_basis(projector, projector.gradient(rng), references)
+    if kind in RANKS and projector.energy == 1:
+        rank = min(RANKS[kind], projector.rank, projector.count)
+        assert np.all(np.asarray(state.rank_used) == rank)
+    assert int(state.refreshes) == 1
 
 
 def test_tensor_scope_on_one_leaf_is_global_scope(rng):
@@ -132,43 +124,42 @@ def test_tensor_scope_on_one_leaf_is_global_scope(rng):
     assert_close(one, all_)
 
 
-def test_rank_64_equals_qr(rng):
+def test_rank_64_equals_the_dense_method(rng):
     draw = lambda: {"w": jnp.asarray(rng.standard_normal((20, 15)), jnp.float32)}  # noqa: E731
     gradient, *references = (draw() for _ in range(65))
     out, state = project(gradient, references, 64)
     desired = exact(vectors(gradient)[0], [vectors(r)[0] for r in references])
     # The smallest eigenvalue of 64 random directions out of 300 is about a quarter.
-    np.testing.assert_allclose(vectors(out)[0], desired, atol=1e-5 * norm(gradient))
-    assert_orthonormal(state)
+    size = np.linalg.norm(vectors(gradient)[0])
+    np.testing.assert_allclose(vectors(out)[0], desired, atol=1e-5 * size)
+    basis_NxK = np.stack([vectors(tree)[0] for tree in state.basis], axis=1)
+    np.testing.assert_allclose(basis_NxK.T @ basis_NxK, np.eye(64), atol=1e-6)
 
 
-def test_more_references_than_rank_keep_the_principal_directions(rng):
+def test_the_coverage_is_the_share_of_the_principal_directions(rng):
     gradient, *references = ({"w": random_tree(rng)["w"]} for _ in range(7))
-    out, state = project(gradient, references, 2)
+    _, state = project(gradient, references, 2)
     units = np.stack([vectors(r)[0] / np.linalg.norm(vectors(r)[0]) for r in references])
-    _, singular, rows = np.linalg.svd(units, full_matrices=False)
-    g = vectors(gradient)[0]
-    desired = g - rows[:2].T @ (rows[:2] @ g)
-    # The directions turn by round-off over the gap between eigenvalues.
-    gap = singular[1] ** 2 - singular[2] ** 2
-    np.testing.assert_allclose(vectors(out)[0], desired, atol=1e-5 / gap * norm(gradient))
+    singular = np.linalg.svd(units, compute_uv=False)
     coverage = np.sum(singular[:2] ** 2) / np.sum(singular**2)
     np.testing.assert_allclose(diagnostics(state)["reference_coverage"], coverage, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_basis_of_low_precision_projects_exactly_onto_what_it_stores(rng, dtype):
-    gradient, references = random_tree(rng), unlike(rng)
-    out, state = project(gradient, references, COUNT, basis_dtype=dtype)
+    gradient, references = random_tree(rng), [random_tree(rng) for _ in range(4)]
+    out, state = project(gradient, references, 4, basis_dtype=dtype)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state.basis))
-    assert residuals(out, state.basis) < 3e-6 * norm(gradient)
+    parts = zip(vectors(gradient), vectors(out), stored_bases(Projector(), state), strict=True)
+    for before, after, basis_NxK in parts:
+        assert np.max(np.abs(basis_NxK.T @ after)) < 3e-6 * np.linalg.norm(before)
 
 
 def test_a_refused_refresh_changes_nothing_but_its_count(rng):
-    gradient, good = random_tree(rng), unlike(rng)
-    _, state = project(gradient, good, COUNT)
+    gradient, good = random_tree(rng), [random_tree(rng) for _ in range(4)]
+    _, state = project(gradient, good, 4)
     bad = [dict(tree) for tree in good]
-    bad[int(rng.integers(COUNT))]["layers"] = jnp.full((3, 4, 6), rng.choice([np.nan, np.inf]))
+    bad[int(rng.integers(4))]["layers"] = jnp.full((3, 4, 6), rng.choice([np.nan, np.inf]))
     after = jax.jit(refresh)(state, bad)
     names = [name for name in vars(state) if name not in ("refused_refreshes", "settings")]
     for name in names:
@@ -177,10 +168,10 @@ def test_a_refused_refresh_changes_nothing_but_its_count(rng):
 
 
 def test_a_gradient_that_is_not_finite_reaches_its_own_group_only(rng):
-    gradient, references = random_tree(rng), unlike(rng)
+    gradient, references = random_tree(rng), [random_tree(rng) for _ in range(4)]
     bad = dict(gradient, b=gradient["b"].at[3].set(jnp.inf))
-    out, _ = project(bad, references, COUNT)
-    clean, _ = project(gradient, references, COUNT)
+    out, _ = project(bad, references, 4)
+    clean, _ = project(gradient, references, 4)
     assert_close(dict(out, b=clean["b"]), clean)
     assert not np.all(np.isfinite(out["b"]))
     # Absent directions have no weight, so an infinite entry stays the only one.
