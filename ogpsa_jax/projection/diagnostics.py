@@ -30,7 +30,7 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
       projected; 0 where it was not asked to). Under ``"groups"``, by label: a dict of the first
       four, each ``()`` or ``(layers,)``.
       A subspace of inputs has its inputs as groups; ``reference_coverage`` is the share of their
-      second moment that it holds, and ``dimension_fraction`` the share of their dimensions.
+      second moment that it covers, and ``dimension_fraction`` the share of their dimensions.
 
     Raises:
       ValueError: no :class:`OgpsaState` in `opt_state`.
@@ -163,7 +163,7 @@ def mean_cosine(references: Sequence[Any]) -> jax.Array:
 
 
 def captured_fraction(opt_state: Any, references: Sequence[Any]) -> jax.Array:
-    """What the basis holds of gradients that it was not spanned with.
+    """The share that the basis covers of gradients that it was not spanned with.
 
     Args:
       opt_state: as for :func:`ogpsa_jax.refresh`, with a subspace of gradients inside.

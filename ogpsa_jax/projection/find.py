@@ -34,7 +34,7 @@ def find_states(opt_state: Any) -> list[Any]:
 
 
 def with_others(states: Sequence[Any]) -> list[Any]:
-    """States of ours, each followed by the gradient span of what is no matrix, where it has one."""
+    """States of ours, each followed by the gradient subspace of its other leaves, if it has one."""
     found: list[Any] = []
     for state in states:
         others = getattr(state, "others", None)
@@ -43,7 +43,7 @@ def with_others(states: Sequence[Any]) -> list[Any]:
 
 
 def replace_states(opt_state: Any, change: Callable[[Any], Any]) -> Any:
-    """`opt_state` with every state of ours changed that holds any leaves.
+    """`opt_state` with every state of ours changed that contains any leaves.
 
     Raises:
       ValueError: as :func:`find_states`.

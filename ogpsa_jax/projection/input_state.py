@@ -68,7 +68,7 @@ class InputState(ProjectionState):
     # orthonormal to round-off: of it the diagonal [..., r] alone, ones and zeros.
     metric: dict[str, jax.Array]
     energy_held: jax.Array  # float32 [G]: share of the second moment that U spans, at least
-    others: OgpsaState | None  # of the leaves that are no matrices, where they have a gradient span
+    others: OgpsaState | None  # of leaves that are not kernels, if they have a gradient subspace
     settings: InputSettings = field(metadata={"static": True})
 
 

@@ -2,14 +2,14 @@ r"""Subspaces of the inputs of layers: second moment → eigenvectors → basis 
 
 For a matrix W ``[in, out]`` the reference subspace is all ``U A`` with U ``[in, r]`` orthonormal,
 and the projection ``g ← g − U M (Uᵀ g)``, ``M = (Uᵀ U)⁻¹`` of U as stored. A step that has lost it
-changes no output ``xᵀ W`` for an input x in the span of U. U holds the leading eigenvectors of the
+changes no output ``xᵀ W`` for an input x in the span of U. U has the leading eigenvectors of the
 second moment of the reference inputs, as many as make up the share `energy` of it, at most `rank`.
 Columns beyond are zero: shapes never depend on data.
 
 Source: GPM (arXiv 2103.09762), there for whole tasks and plain SGD. ``docs/core.md`` has the same
 in a few lines of NumPy.
 
-Names end in the shapes of what they hold: I entries of the input, O of the output, R columns of U,
+Names end in shapes: I entries of the input, O of the output, R columns of U,
 S columns of a sketch; dots stand for layers in front, G for all layers of all inputs.
 """
 
@@ -113,7 +113,7 @@ def _span_of_layers(
 def _span_of(
     moment: SecondMoment, size: int, settings: InputSettings, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """U ``[in, r]``, its metric, the share it holds, and its rank, of one layer's moment."""
+    """U ``[in, r]``, its metric, the share it covers, and its rank, of one layer's moment."""
     usable = jnp.isfinite(moment.trace) & (moment.trace > TINY)
     scale = jnp.where(usable, 1.0 / jnp.where(usable, moment.trace, 1.0), 0.0)
     product = jnp.where(usable, moment.product * scale, 0.0)  # of trace one
@@ -175,7 +175,7 @@ def _inverse(gram_RxR: jax.Array, present_R: jax.Array) -> jax.Array:
 
 
 def apply_inputs(updates: Any, state: InputState) -> tuple[Any, InputState]:
-    """Apply the state's rule to `updates` (without what `others` holds)."""
+    """Apply the state's rule to `updates` (without what `others` contains)."""
     if not state.settings.kernels:
         return updates, state
     leaves, treedef = flatten_like(state.settings, updates, "updates")

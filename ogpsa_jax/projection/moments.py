@@ -1,8 +1,8 @@
 """Which trees of an optimizer's state are first moments: sums of gradients that later steps use.
 
-A state says nothing of what its trees hold, so every tree that is shaped like the parameters is
+A state says nothing of what its trees contain, so every tree that is shaped like the parameters is
 judged by the name of its field, and by the type of its owner where a name means different things.
-What is not known is refused by name. The tests hold each judgement on every optimizer of Optax
+What is not known is refused by name. The tests check each judgement on every optimizer of Optax
 against its behaviour: a first moment, and nothing else, changes its sign with the gradients.
 """
 

@@ -79,7 +79,7 @@ def project_first_moments(opt_state: Any, momentum: Momentum = True) -> Any:
 
 
 class _Walk:
-    """One walk through a state: what it was told, and what it has done."""
+    """One walk through a state: the user's declarations, and what it has done."""
 
     def __init__(
         self, states: Sequence[OgpsaState | InputState], rules: Mapping[str, bool]
@@ -180,7 +180,7 @@ class _Walk:
             )
 
     def projected(self, tree: Any) -> Any:
-        """`tree`, a first moment, after the rule of each state that holds leaves of it."""
+        """`tree`, a first moment, after the rule of each state that contains leaves of it."""
         keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
         leaves = [leaf for _, leaf in keyed]
         for number, (state, place) in enumerate(zip(self.states, self.places, strict=True)):

@@ -24,7 +24,7 @@ def reference_gradients(
 
     Raises:
       ValueError: a set without batches, one set where a list of them is expected, or a leaf of
-        `params` that is no floating-point array (those of an Equinox module, say): the message
+        `params` that is not a floating-point array (as in an Equinox module): the message
         says how to leave it out.
 
     Examples:

@@ -26,7 +26,7 @@ def refresh(
     moments: Moments | None = None,
     project_momentum: Momentum = False,
 ) -> Any:
-    """Span the basis anew with reference gradients, or moments. Pure and jittable.
+    """Compute the basis from reference gradients, or moments. Pure and jittable.
 
     Args:
       opt_state: any Optax state, ``TrainState`` or pytree with an :class:`OgpsaState` inside
@@ -39,7 +39,7 @@ def refresh(
       project_momentum: also project every first moment found with the new basis: whatever the
         optimizer adds up with gradients. Off reproduces the paper; on takes out what a first
         moment carries along the old basis, which at high learning rates undoes the projection.
-        How many leaves it found, `diagnostics` tells. A mapping, regex → bool, says of paths in
+        `diagnostics` says how many leaves it found. A mapping, regex → bool, says of paths in
         the state whether they are first moments, and stands for True otherwise.
 
     Returns:
@@ -124,7 +124,7 @@ def project_parameters(opt_state: Any, params: Any) -> Any:
       params: a pytree like the parameters.
 
     Returns:
-      The parameters; leaves that are no kernels as they are.
+      The parameters; leaves that are not kernels do not change.
 
     Raises:
       ValueError: no subspace of inputs in `opt_state`.

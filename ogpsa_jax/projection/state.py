@@ -180,7 +180,7 @@ def init_span(
         raise ValueError("params: no floating-point leaf that the scope does not freeze")
 
     def zeros() -> Any:
-        # From the parameters, so that sharding and memory kind carry over; anew each time,
+        # From the parameters, so that sharding and memory kind carry over; a new one each time,
         # because aliased buffers cannot be donated.
         return treedef.unflatten(
             [

@@ -35,7 +35,7 @@ def push_reference(
 ) -> Any:
     r"""Fold one reference gradient into the basis. Pure and jittable.
 
-    For References that come with every step, or are too many to hold at once: beside the
+    For References that come with every step, or are too many for the memory: beside the
     state only this one is needed. With rank k and window w the basis is
 
     * for :math:`w \le k`: the last w references themselves, exactly, for k inner products a push

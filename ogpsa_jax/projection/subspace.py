@@ -14,7 +14,7 @@ Source: paper (arXiv 2602.07892). The official code's Gram–Schmidt (``sft_pg/t
 by the norm of whatever is left, round-off included. ``docs/core.md`` has the same in twenty lines
 of NumPy.
 
-Names end in the shapes of what they hold::
+Names end in the shapes of what they contain::
 
     G  groups; every layer of a stacked leaf counts for one
     L  the layers of one group: its rows among the G (1 where it stacks none)

@@ -1,4 +1,4 @@
-"""The Optax shell: a transformation that holds the basis in its state and projects.
+"""The Optax shell: a transformation that keeps the basis in its state and projects.
 
 Where it stands in a chain decides what it projects: before the optimizer the gradient (the paper),
 after it the update, weight decay included.
@@ -53,7 +53,7 @@ def ogpsa_project(
         g \leftarrow g - U (U^\top U)^{-1} U^\top g
 
     with the columns of :math:`U` ``[in, r]`` those directions of the layer's reference inputs that
-    hold the share `energy` of their second moment. The identity until the first
+    span the share `energy` of their second moment. The identity until the first
     :func:`ogpsa_jax.refresh` (but for leaves that `others` freezes). An optimizer that scales
     elementwise, as Adam does, turns what is left back into the subspace: use
     ``ogpsa(..., placement="both")``, or :func:`ogpsa_jax.column_adamw`, whose scaling commutes.
@@ -75,10 +75,10 @@ def ogpsa_project(
       subspace: ``"gradients"``: spanned by whole reference gradients, ``rank`` times the memory of
         the parameters; ``"inputs"``: by the inputs of layers, for which :func:`ogpsa_jax.refresh`
         takes `moments`.
-      energy: with inputs, the share of the second moment that U holds, in [1e-6, 1]; None: 0.95.
+      energy: with inputs, the share of the second moment that U covers, in [1e-6, 1]; None: 0.95.
       kernels: with inputs, which leaves are matrices: regex → :class:`ogpsa_jax.Kernel`, or
         ``(path, leaf) -> Kernel or None``, such as :func:`ogpsa_jax.flax_kernels`.
-      others: with inputs, what happens to the leaves that are no matrices (embeddings, norms,
+      others: with inputs, what happens to the leaves that are not kernels (embeddings, norms,
         biases): ``"freeze"`` zeroes them (the default), ``"leave"`` lets them through,
         ``"gradients"`` projects them off a gradient span of rank `others_rank` (with `scope`,
         `stacked` as above; ``refresh`` then takes references too).
@@ -197,7 +197,7 @@ def _check_settings(
         raise ValueError(f"stacked must be a callable or a regex → axis mapping, got {stacked!r}")
 
 
-@jax.named_scope("ogpsa_projection")  # by which profiles and compiled programs can tell it
+@jax.named_scope("ogpsa_projection")  # its name in profiles and compiled programs
 def apply_projection(
     updates: optax.Updates, state: OgpsaState | InputState, scale: Any, *, sign: float = 1.0
 ) -> tuple[optax.Updates, OgpsaState | InputState]:

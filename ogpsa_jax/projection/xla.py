@@ -72,7 +72,7 @@ def batches(vectors: Sequence[Vectors], groups: Sequence[Group]) -> list[list[Gr
 
     All backends. One program for each of hundreds of groups compiles slowly (see `scale_rows`), and
     needs more collectives: 490 all-reduces in a refresh of 339 leaves, where 55 remain. One program
-    for all groups would hold the intermediate vectors of all of them.
+    for all groups would contain the intermediate vectors of all of them.
     """
     sizes = [sum(leaf[0].size for leaf in group.of(vectors)) for group in groups]
     limit, total = max(*sizes, 2**24), 0

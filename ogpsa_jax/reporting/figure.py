@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _ON_TOP = "ogpsa-recommended"  # drawn over the others where they meet
-# What the second picture shows, if all have it: the score, its name, and where is better.
+# What the second panel shows, if all have it: the score, its name, and where is better.
 _SECOND = (
     ("benign_compliance", "harmless requests answered", "better ↗"),
     ("exact_benign_compliance", "harmless requests answered rightly", "better ↗"),
@@ -62,7 +62,7 @@ def pareto_figure(
     safety = safety_score(name for row in rows for name in row.mean)
     rows = [row for row in rows if safety in row.mean]
     if safety is None or not rows:
-        raise ValueError("records must hold a general and a safety score, none of them does")
+        raise ValueError("records must contain a general and a safety score, none of them does")
     pictures = [(safety, "safety score", "better ↗")]
     pictures += [each for each in _SECOND if all(each[0] in row.mean for row in rows)][:1]
     lines = textwrap.wrap(title or "", _TITLE_LETTERS)
@@ -242,4 +242,4 @@ def _legend(
         labelspacing=0.35,
     )
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a label may hold a dollar
+        text.set_parse_math(False)  # a label may contain a dollar

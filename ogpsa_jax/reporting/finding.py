@@ -37,7 +37,7 @@ def difference(
 
     Returns:
       The mean of the differences, and their standard deviation: over the seeds, or with one seed
-      the standard error. NaN where nothing tells it.
+      the standard error. NaN if it is unknown.
     """
     mean = ours.mean[name] - theirs.mean[name]
     first, second = (scores_by_seed(records, row, name) for row in (ours, theirs))

@@ -43,7 +43,7 @@ class Table:
     Attributes:
       cells: rows of equal length, headings first.
       hints: by heading, a few words that stand under it.
-      text: all columns hold text; otherwise the first two do, and the others numbers.
+      text: all columns contain text; otherwise the first two do, and the others numbers.
     """
 
     cells: Sequence[Sequence[str]]
@@ -53,7 +53,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; what it holds is shown in the order of the attributes.
+    """A part of a page; what it contains is shown in the order of the attributes.
 
     Attributes:
       heading: of the part.

@@ -17,7 +17,7 @@ class Palette:
       ground: behind everything.
       grid: lines behind the points.
       faint: text that is not the matter.
-      fixed: colours of the methods that most reports hold, so that figures read side by side.
+      fixed: colours of the methods that most reports contain, so that figures read side by side.
       free: colours of all other methods, in their order.
     """
 

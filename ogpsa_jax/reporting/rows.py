@@ -185,7 +185,7 @@ def safety_level(naive: ScoreRow, safety: str, matched_safety: float | None) -> 
 
 
 def _standard_error(row: ScoreRow) -> float:
-    """Of the general score's mean; 0 where nothing tells it."""
+    """Of the general score's mean; 0 if it is unknown."""
     return row.spread.get("general", 0.0) / math.sqrt(row.seeds)
 
 

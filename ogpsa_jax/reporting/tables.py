@@ -151,5 +151,5 @@ def csv_table(records: Sequence[Record], matched_safety: float | None = None) ->
 
 
 def _full(value: float | str | None) -> float | str:
-    """As CSV holds it: nothing for what was not measured."""
+    """As CSV contains it: nothing for what was not measured."""
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

@@ -51,7 +51,7 @@ class Network(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step replaces: everything that a checkpoint must hold.
+    """What a step replaces: everything that a checkpoint must contain.
 
     `at_refresh` is a copy of the parameters as they were at the last refresh, to measure how far
     they have moved since; None where nothing is refreshed at intervals.
@@ -188,7 +188,7 @@ def _mean_gradient(graphdef: Any, objective: Objective) -> Callable[..., tuple[P
 def make_input_subspace(
     graphdef: Any, *, size: int, lora: bool
 ) -> Callable[[TrainState, Params, tuple[Batch, ...]], TrainState]:
-    """Measure what the model's matrices multiply on reference rows, and span the subspace with it.
+    """Measure the inputs of the model's matrices on reference rows; span the subspace with them.
 
     One forward pass over batches of [batches, rows, ...], pairs or not; the state is donated.
 
@@ -218,7 +218,7 @@ def make_input_subspace(
 
 
 def projection_metrics(opt_state: Any) -> Metrics:
-    """The totals of :func:`ogpsa_jax.diagnostics`; nothing where nothing projects."""
+    """The totals of :func:`ogpsa_jax.diagnostics`; empty without a projection."""
     if not projects(opt_state):
         return {}
     return {name: value for name, value in diagnostics(opt_state).items() if name != "groups"}
@@ -227,7 +227,7 @@ def projection_metrics(opt_state: Any) -> Metrics:
 def make_refresh(
     graphdef: Any, reference_loss: Objective, *, project_momentum: bool
 ) -> Callable[[TrainState, Params, tuple[Batch, ...]], tuple[TrainState, Metrics]]:
-    """Span the basis anew with the reference gradients at the present weights; state donated.
+    """Refresh the basis with the reference gradients at the present weights; state donated.
 
     The gradient of a set is the mean over its batches of the gradient of the batch's mean loss, as
     in the official code.
