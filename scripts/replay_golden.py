@@ -29,8 +29,8 @@ from ogpsa_jax.models import load_pretrained, to_huggingface
 from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.loop import is_due
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer, projection_settings
+from ogpsa_jax.training.refreshing import is_due
 from ogpsa_jax.training.step import (
     Network,
     TrainState,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.progress import Bar, Progress
 from ogpsa_jax.training.metrics import Line
 
@@ -48,3 +49,8 @@ class RunProgress(Progress):
             rate = self._units / max(now - self._rate_since, 1e-9)
             text += f"  {rate:,.0f} {self._unit}/s"
         self._steps.at(line["step"], text)
+
+
+def progress_of(config: RunConfig) -> RunProgress:
+    """What a person sees of a run: a preference loss is counted in pairs."""
+    return RunProgress(config.name, "pairs" if config.objective == "dpo" else "targets")

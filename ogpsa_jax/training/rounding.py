@@ -20,7 +20,7 @@ from ogpsa_jax.evaluation.provenance import find_run
 from ogpsa_jax.models import Decoder, load_pretrained, merge_lora
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.safetensors_files import CheckpointReader, weights_reader
-from ogpsa_jax.training.loop import Evaluation, Evaluator
+from ogpsa_jax.training.evaluator import Evaluation, Evaluator
 from ogpsa_jax.training.metrics import LEAST_KEPT
 from ogpsa_jax.training.prepare import prepare_model
 from ogpsa_jax.training.step import Network

@@ -24,9 +24,10 @@ from ogpsa_jax.models import Decoder, save_lora
 from ogpsa_jax.models.folders import MODEL_CARD, check_not_of_a_run
 from ogpsa_jax.remote import check_local
 from ogpsa_jax.training.checkpoints import Checkpoints
+from ogpsa_jax.training.evaluator import Evaluation
 from ogpsa_jax.training.export import export
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
-from ogpsa_jax.training.loop import Evaluation, fit, progress_of
+from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh
 from ogpsa_jax.training.metrics import (
     draw_curves,
@@ -40,7 +41,7 @@ from ogpsa_jax.training.prepare import (
     prepare_reference_log_probs,
     trained_parameters,
 )
-from ogpsa_jax.training.progress import RunProgress
+from ogpsa_jax.training.progress import RunProgress, progress_of
 from ogpsa_jax.training.references import prepare_references
 from ogpsa_jax.training.rounding import (
     loading_warning,

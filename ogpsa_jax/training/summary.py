@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ogpsa_jax.config import RunConfig
-from ogpsa_jax.training.loop import Workload, in_turn
+from ogpsa_jax.training.loop import Workload
 from ogpsa_jax.training.metrics import (
     Line,
     find_capped,
@@ -15,6 +15,7 @@ from ogpsa_jax.training.metrics import (
     find_problems,
     held_out_changes,
 )
+from ogpsa_jax.training.refreshing import in_turn
 from ogpsa_jax.training.verdict import LEAST_FALL, LEAST_FALL_OF_PAIRS, judge_training
 
 

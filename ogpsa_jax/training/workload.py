@@ -15,7 +15,8 @@ from ogpsa_jax.objectives.cross_entropy import surprise
 from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
-from ogpsa_jax.training.loop import Evaluation, Workload
+from ogpsa_jax.training.evaluator import Evaluation
+from ogpsa_jax.training.loop import Workload
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.prepare import RunData
 from ogpsa_jax.training.step import Objective

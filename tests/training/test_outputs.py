@@ -22,11 +22,10 @@ from ogpsa_jax.models import save_lora
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.training import inputs, run
 from ogpsa_jax.training.export import export
-from ogpsa_jax.training.loop import progress_of
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
 from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
-from ogpsa_jax.training.progress import RunProgress
+from ogpsa_jax.training.progress import RunProgress, progress_of
 from ogpsa_jax.training.summary import judge_curve, summarise
 
 from .conftest import STEPS, metrics

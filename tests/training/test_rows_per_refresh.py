@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.training.loop import in_turn
+from ogpsa_jax.training.refreshing import in_turn
 from ogpsa_jax.training.run import train
 
 IN_TURN = ("references.batch_size=4", "references.rows_per_refresh=4", "ogpsa.refresh.every=2")
