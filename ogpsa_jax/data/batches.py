@@ -2,15 +2,17 @@
 
 The batch of a step is a function of (data, settings, step) alone, so the position in the data is
 the step, and neither the number of processes (each makes the whole batch, and puts its devices'
-rows on them) nor an interruption changes what is seen.
+rows on them) nor an interruption changes what is seen. It is found by arithmetic: the mixture says
+which source a row is of and how many of its rows came before, and a permutation drawn from (seed,
+source, epoch) says which of the source's rows that is.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+import functools
+import heapq
+import math
+from collections.abc import Sequence
 from fractions import Fraction
-from itertools import islice
 
-import grain
 import numpy as np
 
 from ogpsa_jax.data.examples import Example, Tokens
@@ -18,10 +20,16 @@ from ogpsa_jax.progress import quick_bar
 
 Batch = dict[str, np.ndarray]
 _OPEN_ROWS = 64  # rows that packing tries to fill at a time
+_LONGEST_PERIOD = 100_000  # rows after which the sources of a mixture follow each other as before
 
 
 class TrainBatches:
-    """The training data of a run; see :meth:`batch`."""
+    """The training data of a run; see :meth:`batch`.
+
+    Attributes:
+      rows: of the whole run.
+      length: tokens a row.
+    """
 
     def __init__(
         self,
@@ -36,21 +44,23 @@ class TrainBatches:
         steps: int | None = None,
         weights: Sequence[float] = (1.0,),
     ) -> None:
-        """Lay out every row of the run.
+        """Pack the examples, and find out how many rows the run has.
 
         Args:
           examples: all of the same kind, none longer than `max_length`.
           batch_size: rows a step, over all processes.
           micro_batch_size: rows a micro-batch, over all processes; divides `batch_size`.
           max_length: tokens a row may have.
-          packing: several documents a row (single sequences only).
+          packing: several documents of a source in one row (single sequences only); the same
+            ones in every epoch.
           seed: of the order.
           epochs: passes over the data.
           steps: optimizer steps; overrides `epochs`.
           weights: of the sources, in the order in which they were prepared. All 1: an epoch is each
-            example once. Otherwise they are the proportions of examples, exact to within one at
+            example once. Otherwise they are the proportions of examples, exact to within one row at
             every point of the run (0.8 and 0.2: every fifth is of the second source); an epoch is
             one pass over the first source, the others start again when they are exhausted.
+            Proportions with more than five digits are rounded to five.
 
         Raises:
           ValueError: sizes that do not divide, weights that do not fit, pairs to be packed.
@@ -67,15 +77,23 @@ class TrainBatches:
             raise ValueError(f"max_length is {max_length}, but an example has {longest} tokens")
         self._examples = examples
         self._shape = (batch_size // micro_batch_size, micro_batch_size)
-        order = _order(examples, weights, seed, epochs if steps is None else None)
-        if packing:
-            self.length = max_length
-            rows = _packed(order, examples, max_length)
+        self.length = max_length if packing else _rounded(longest, max_length)
+        members = _by_source(examples, weights)
+        self._sources = [
+            _Source(examples, indices, max_length if packing else None, (seed, number))
+            for number, indices in enumerate(members)
+        ]
+        rows_per_example = [
+            Fraction(len(source), len(indices))
+            for source, indices in zip(self._sources, members, strict=True)
+        ]
+        self._mixture = _Mixture(weights if len(members) > 1 else [1.0], rows_per_example)
+        if steps is None:
+            first = Fraction(self._mixture.period, self._mixture.counts[0])
+            self.rows = round(Fraction(epochs) * len(self._sources[0]) * first)
         else:
-            self.length = _rounded(longest, max_length)
-            rows = ([index] for index in order)
-        self._rows = list(rows if steps is None else islice(rows, steps * batch_size))
-        self._steps = -(-len(self._rows) // batch_size)
+            self.rows = steps * batch_size
+        self._steps = -(-self.rows // batch_size)
 
     def __len__(self) -> int:
         """Optimizer steps in total."""
@@ -95,13 +113,87 @@ class TrainBatches:
             raise IndexError(f"step must lie between 0 and {self._steps - 1}, found {step}")
         count, rows = self._shape
         first = step * count * rows
-        chosen = self._rows[first : first + count * rows]
-        chosen += [[]] * (count * rows - len(chosen))
-        documents = [[self._examples[i] for i in row] for row in chosen]
+        documents = [
+            [self._examples[i] for i in self._row(position)] if position < self.rows else []
+            for position in range(first, first + count * rows)
+        ]
         arrays = _stacked(documents, self.length, like=self._examples[0])
         return {
             name: array.reshape(count, rows, *array.shape[1:]) for name, array in arrays.items()
         }
+
+    def _row(self, position: int) -> Sequence[int]:
+        """The examples of the run's row at a position."""
+        number, place = self._mixture.at(position)
+        return self._sources[number].at(place)
+
+
+class _Source:
+    """The rows of one source, in an order that is drawn anew each time they are exhausted.
+
+    Args:
+      examples: of all sources.
+      members: which of them are of this one.
+      max_length: tokens of a packed row; None: a row is one example.
+      seed: of the orders.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        members: np.ndarray,
+        max_length: int | None,
+        seed: tuple[int, ...],
+    ) -> None:
+        self._rows: Sequence[Sequence[int]] | np.ndarray = members[:, None]
+        if max_length is not None:
+            shuffled = members[_permutation(len(members), seed)]
+            self._rows = _packed(shuffled, examples, max_length)
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: _permutation(len(self._rows), (*seed, epoch))
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def at(self, position: int) -> Sequence[int]:
+        """The examples of the row at a position, which counts on through all epochs."""
+        epoch, place = divmod(position, len(self._rows))
+        return self._rows[self._order(epoch)[place]]
+
+
+class _Mixture:
+    """Which source each row is of, so that none is ever a row ahead of its share or behind it.
+
+    Shares are whole numbers of rows in a period, so the period says it all.
+
+    Args:
+      weights: of the sources, in examples.
+      rows_per_example: of each source.
+
+    Attributes:
+      counts: rows of each source in a period.
+      period: their sum.
+    """
+
+    def __init__(self, weights: Sequence[float], rows_per_example: Sequence[Fraction]) -> None:
+        self.counts = _whole_numbers(
+            [
+                Fraction(weight).limit_denominator(10**6) * rows
+                for weight, rows in zip(weights, rows_per_example, strict=True)
+            ]
+        )
+        self.period = sum(self.counts)
+        self._source = _one_period(self.counts)
+        self._before = np.empty(self.period, np.int64)
+        for number, count in enumerate(self.counts):
+            self._before[self._source == number] = np.arange(count)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """The source of the row at a position, and how many of its rows come before."""
+        periods, place = divmod(position, self.period)
+        number = int(self._source[place])
+        return number, periods * self.counts[number] + int(self._before[place])
 
 
 def fixed_batches(
@@ -199,73 +291,87 @@ def _rounded(length: int, max_length: int) -> int:
     return min(max_length, -(-length // 64) * 64)
 
 
-def _order(
-    examples: Sequence[Example], weights: Sequence[float], seed: int, epochs: float | None
-) -> Iterator[int]:
-    """Indices of examples in the order in which they are seen; without end if `epochs` is None."""
-    if len(weights) <= max(example.source for example in examples) or min(weights) <= 0:
+def _by_source(examples: Sequence[Example], weights: Sequence[float]) -> list[np.ndarray]:
+    """The indices of each source's examples; of all as one source where all weights are 1."""
+    sources = np.asarray([example.source for example in examples])
+    if len(weights) <= sources.max() or min(weights) <= 0:
         raise ValueError(f"weights must hold a positive number for each source, found {weights}")
-    members: list[list[int]] = [[] for _ in weights]
-    for index, example in enumerate(examples):
-        members[example.source].append(index)
     if all(weight == 1 for weight in weights):
-        members, weights = [[index for indices in members for index in indices]], [1.0]
-    streams = [
-        grain.MapDataset.source(indices).shuffle(seed=seed + number).repeat()
-        for number, indices in enumerate(members)
-    ]
-    taken = [0] * len(weights)
-    # In fractions, because the exact comparison below must not hang on a rounding error.
-    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
-    total = None if epochs is None else round(epochs * len(members[0]) / float(shares[0]))
-    bar = quick_bar("laying out the run", total or 0, "rows")
-    for count in range(1, total + 1) if total is not None else itertools.count(1):
-        if total is not None:
-            bar.at(count)
-        number = _next_source(shares, [share * count for share in shares], taken)
-        yield int(streams[number][taken[number]])
-        taken[number] += 1
+        return [np.arange(len(examples))]
+    members = [np.flatnonzero(sources == number) for number in range(len(weights))]
+    if not all(map(len, members)):
+        raise ValueError(f"weights has {len(weights)} entries, but some source has no example")
+    return members
 
 
-def _next_source(shares: Sequence[Fraction], due: Sequence[Fraction], taken: Sequence[int]) -> int:
-    """Which source the next row is of, so that none is ever a row ahead of its share or behind it.
+def _permutation(count: int, seed: tuple[int, ...]) -> np.ndarray:
+    """A random order, from a stream of bits that numpy promises never to change."""
+    bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)
+    return np.argsort(bits, kind="stable")
 
-    Of the sources that are far enough behind, the one that would first be too far (the assignment
-    of Tijdeman, The chairman assignment problem, 1980).
+
+def _whole_numbers(weights: Sequence[Fraction]) -> list[int]:
+    """The smallest whole numbers in these proportions, to five digits where they would be large."""
+    unit = math.lcm(*(weight.denominator for weight in weights))
+    counts = [int(weight * unit) for weight in weights]
+    divisor = math.gcd(*counts)
+    if min(counts) == 0 or sum(counts) // divisor > _LONGEST_PERIOD:
+        total = sum(weights)
+        counts = [max(1, round(weight / total * _LONGEST_PERIOD)) for weight in weights]
+        divisor = math.gcd(*counts)
+    return [count // divisor for count in counts]
+
+
+def _one_period(counts: Sequence[int]) -> np.ndarray:
+    """The source of each row of a period that holds `counts` rows of the sources.
+
+    No source is ever ahead of its share or behind it by more than 1 - 1 / (2 n - 2) rows, n being
+    the number of sources. An order that keeps to it exists (Tijdeman, The chairman assignment
+    problem, 1980), and taking the most urgent row of those that may come finds it.
     """
-    if len(shares) == 1:
-        return 0
-    slack = 1 - Fraction(1, 2 * len(shares) - 2)
-    behind = [share - have for share, have in zip(due, taken, strict=True)]
-    waits = {
-        number: (slack - late) / shares[number]
-        for number, late in enumerate(behind)
-        if late >= 1 - slack
-    }
-    return min(waits, key=waits.__getitem__)
+    period, parts = sum(counts), 2 * len(counts) - 2
+    if len(counts) == 1:
+        return np.zeros(period, np.int64)
+    windows = sorted(  # the places at which the k-th row of a source may come, first and last
+        (
+            -(-(k * parts + 1) * period // (count * parts)) - 1,
+            (k * parts + parts - 1) * period // (count * parts),
+            number,
+        )
+        for number, count in enumerate(counts)
+        for k in range(count)
+    )
+    waiting: list[tuple[int, int]] = []
+    sources = np.empty(period, np.int64)
+    entered = 0
+    for place in range(period):
+        while entered < period and windows[entered][0] <= place:
+            heapq.heappush(waiting, windows[entered][1:])
+            entered += 1
+        sources[place] = heapq.heappop(waiting)[1]
+    return sources
 
 
 def _packed(
-    order: Iterator[int], examples: Sequence[Example], max_length: int
-) -> Iterator[list[int]]:
-    """First fit into a few open rows; the fullest is closed when none has room.
-
-    (The packers of grain are iterators: a step could only be reached through all before it.)
-    """
+    order: Sequence[int] | np.ndarray, examples: Sequence[Example], max_length: int
+) -> list[list[int]]:
+    """First fit into a few open rows; the fullest is closed when none has room."""
+    closed: list[list[int]] = []
     rows: list[list[int]] = []
     room: list[int] = []
-    for index in order:
+    bar = quick_bar("packing", len(order), "examples")
+    for index in map(int, order):
+        bar.more(1)
         need = examples[index].length
         fits = next((i for i, left in enumerate(room) if left >= need), None)
         if fits is None:
             if len(rows) == _OPEN_ROWS:
                 fullest = room.index(min(room))
-                yield rows.pop(fullest)
+                closed.append(rows.pop(fullest))
                 room.pop(fullest)
             rows.append([])
             room.append(max_length)
             fits = len(rows) - 1
         rows[fits].append(index)
         room[fits] -= need
-    yield from rows
+    return closed + rows

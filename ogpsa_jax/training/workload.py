@@ -22,7 +22,7 @@ from ogpsa_jax.training.prepare import RunData
 from ogpsa_jax.training.step import Objective
 
 _START_ROWS = 64  # of each reference set, on which the loss at the start is measured
-_MOST_ROWS = 10**8  # a run's rows are laid out before its first step
+_MOST_STEPS = 2**31 - 1  # the optimizer's counter is an int32
 
 
 def prepare_workload(config: RunConfig, data: RunData, mesh: Mesh) -> Workload:
@@ -61,13 +61,8 @@ def prepare_workload(config: RunConfig, data: RunData, mesh: Mesh) -> Workload:
     elif config.references.loss == "dpo":
         reference_loss = preference
     own_rows = config.train.batch_size - in_step_rows
-    _check_length(config, data, own_rows)
     batches = stream(data.train, config.data.train, own_rows, config.train.steps)
-    if not len(batches):
-        raise InputError(
-            f"train.epochs: {config.train.epochs:g} passes over {len(data.train)} rows come to no "
-            "row at all; raise it, or set train.steps."
-        )
+    _check_length(config, batches.rows, own_rows)
     in_step_batches = None
     if in_step_rows:
         pool = [
@@ -116,16 +111,15 @@ def prepare_workload(config: RunConfig, data: RunData, mesh: Mesh) -> Workload:
     )
 
 
-def _check_length(config: RunConfig, data: RunData, rows_per_step: int) -> None:
-    """Refuse a run whose rows could not be laid out in memory."""
-    settings = config.train
-    key, rows = f"train.epochs: {settings.epochs:g}", settings.epochs * len(data.train)
-    if settings.steps is not None:
-        key, rows = f"train.steps: {settings.steps}", float(settings.steps * rows_per_step)
-    if rows > _MOST_ROWS:
+def _check_length(config: RunConfig, rows: int, rows_per_step: int) -> None:
+    """Refuse epochs that come to no step, or to more steps than an optimizer can count."""
+    epochs = f"train.epochs: {config.train.epochs:g} passes over the data come to"
+    if not rows:
+        raise InputError(f"{epochs} no row at all; raise it, or set train.steps.")
+    if rows > _MOST_STEPS * rows_per_step:
         raise InputError(
-            f"{key} comes to {rows:.3g} rows, more than the {_MOST_ROWS:.0e} that a run may see; "
-            "lower it."
+            f"{epochs} {rows / rows_per_step:.3g} steps, more than the {_MOST_STEPS} that an "
+            "optimizer can count; lower it."
         )
 
 

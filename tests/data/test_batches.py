@@ -211,6 +211,58 @@ def test_proportions_are_exact_at_every_point(
         assert max(seen) - min(seen) <= 1  # the others start again only when they are exhausted
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_of_any_length_starts_at_once_and_reaches_its_last_step(
+    packing: bool, rng: random.Random
+) -> None:
+    """A layout of all rows would be of 10^15 here."""
+    examples = examples_of(random_lengths(rng, 50, 20), sources=[0] * 40 + [1] * 10)
+    batches = TrainBatches(
+        examples,
+        batch_size=8,
+        micro_batch_size=8,
+        max_length=32,
+        packing=packing,
+        seed=rng.randrange(2**31),
+        epochs=10.0**13,
+        weights=[0.7, 0.3],
+    )
+    last = len(batches) - 1
+    assert len(batches) > 10**12
+    assert documents(batches.batch(last)) == documents(batches.batch(last))
+    assert documents(batches.batch(last)) != documents(batches.batch(0))
+
+
+def test_packing_keeps_the_proportions_of_examples(rng: random.Random) -> None:
+    """Rows hold more of a source's examples where these are short; the shares are of examples."""
+    examples = examples_of([4] * 300 + [15] * 200, sources=[0] * 300 + [1] * 200)
+    order = run(
+        examples,
+        batch_size=8,
+        micro_batch_size=8,
+        max_length=32,
+        packing=True,
+        seed=rng.randrange(2**31),
+        epochs=4,
+        weights=[0.6, 0.4],
+    )
+    counts = Counter(i < 300 for i in order)
+    assert {order.count(i) for i in range(300)} == {4}  # an epoch is one pass over the first source
+    # The last batch may end within a row's share of the other source: a row holds two of it.
+    assert abs(counts[True] - 0.6 * len(order)) <= 8
+
+
+def test_an_order_is_the_same_in_every_version() -> None:
+    """A resumed run goes on in the order that it began with, whatever numpy is there by then."""
+    order = run(
+        examples_of([4] * 10),
+        **{"batch_size": 5, "micro_batch_size": 5, "max_length": 8, "packing": False},
+        **{"seed": 7, "epochs": 2},
+    )
+    assert order[:10] == [8, 4, 3, 6, 2, 1, 0, 5, 9, 7]
+    assert order[10:] == [3, 6, 5, 0, 1, 4, 9, 2, 7, 8]
+
+
 def test_there_is_no_batch_beyond_the_last_step() -> None:
     batches = TrainBatches(
         examples_of([4] * 5),
