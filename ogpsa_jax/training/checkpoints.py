@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.manifest import check_manifest, write_manifest
+from ogpsa_jax.training.mesh import everywhere
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Checkpoints:
             try:
                 if jax.process_index() == 0:
                     problem = check_manifest(self._folder / str(step), {"step": step})
-                if _everywhere(problem is None):
+                if everywhere(problem is None):
                     self._check_fits(step, abstract)
                     found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except (InputError, AssertionError, TypeError, AttributeError):
@@ -156,7 +157,7 @@ class Checkpoints:
                     ) from error
         if problem is not None:
             logger.warning("the checkpoint of step %d is torn: %s", step, problem)
-        return found if _everywhere(found is not None) else None
+        return found if everywhere(found is not None) else None
 
     def _check_fits(self, step: int, abstract: Any) -> None:
         """Tell a checkpoint of another model or optimizer from a torn one."""
@@ -223,13 +224,6 @@ class Checkpoints:
                 f"{self._folder}: the checkpoint of step {self._saving} could not be written "
                 f"({_reason(error)}); {rest}: make room and run the same command again."
             ) from error
-
-
-def _everywhere(here: bool) -> bool:
-    """Whether it is so in every process: all use a checkpoint, or none does."""
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
 
 
 def _outline(tree: Any) -> dict[str, str]:

@@ -18,6 +18,7 @@ from ogpsa_jax.config import RunConfig
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.evaluator import Evaluation, Evaluator
+from ogpsa_jax.training.hooks import Hooks
 from ogpsa_jax.training.mesh import shard_rows
 from ogpsa_jax.training.metrics import Line
 from ogpsa_jax.training.monitor import Monitor
@@ -90,6 +91,7 @@ def fit(
     mesh: Mesh,
     run_dir: Path,
     progress: RunProgress | None = None,
+    hooks: Hooks | None = None,
 ) -> tuple[Network, list[Line]]:
     """Train `network`, resuming from the newest checkpoint in `run_dir` if there is one.
 
@@ -100,12 +102,14 @@ def fit(
       mesh: the devices.
       run_dir: metrics and checkpoints are written here.
       progress: what a person sees, if it is shown already.
+      hooks: told of each step and evaluation.
 
     Returns:
       The trained network, and all lines of the run's metrics.
 
     Raises:
       Terminated: after SIGTERM, with everything saved.
+      HookError: after a hook has failed, with everything saved.
     """
     total = len(workload.batches)
     optimizer = make_optimizer(config, total)
@@ -121,7 +125,7 @@ def fit(
     start, state = checkpoints.restore_newest(state) or (0, state)
     with (
         SigtermFlag() as terminated,
-        Monitor(config, run_dir, start, total, progress) as monitor,
+        Monitor(config, run_dir, start, total, progress, hooks or Hooks()) as monitor,
     ):
         if start == 0:
             _measure_start(state, network, workload, mesh, evaluator, monitor)
@@ -136,7 +140,7 @@ def fit(
             if step == start:
                 monitor.doing("the first steps", say=False)
             # Asked once a step: a signal that comes later than this belongs to the next step.
-            stops = terminated(done)
+            stops = terminated(done) or monitor.hooks.failed
             saves = _is_multiple(done, config.train.save_every) or done == total or stops
             evaluates = _is_multiple(done, config.train.eval_every) or done == total
             if _is_multiple(done, config.train.log_every) or evaluates or saves:
@@ -149,11 +153,13 @@ def fit(
                 checkpoints.save(done, state)
             if stops and done < total:
                 checkpoints.close()
+                monitor.hooks.raise_failure(done)
                 logger.warning(
                     "terminated: step %d of %d is saved; run again to go on", done, total
                 )
                 raise Terminated(143)
-    checkpoints.close()
+        checkpoints.close()
+        monitor.hooks.raise_failure(total)
     return network._replace(trained=state.params), monitor.lines
 
 

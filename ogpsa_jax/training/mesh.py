@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.config import RunConfig
@@ -60,6 +61,13 @@ def join_processes() -> None:
             f"({str(error).splitlines()[0]}); check JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
             "and JAX_PROCESS_ID."
         ) from error
+
+
+def everywhere(here: bool) -> bool:
+    """Whether `here` holds in every process."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
 
 
 def make_mesh(section: MeshSection) -> Mesh:

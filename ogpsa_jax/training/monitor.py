@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes: its metrics on disk, a display, and warnings."""
+"""What is seen of a run while it goes: its metrics on disk, a display, warnings, and hooks."""
 
 import contextlib
 import logging
@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 
 from ogpsa_jax.config import RunConfig
+from ogpsa_jax.training.hooks import HookCalls, Hooks
 from ogpsa_jax.training.metrics import (
     Line,
     MetricsLog,
@@ -36,6 +37,7 @@ class Monitor:
       start: the step that the run resumes from.
       total: optimizer steps of the run.
       progress: the display, if there is one already.
+      hooks: called when metrics are on disk.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class Monitor:
         run_dir: Path,
         start: int,
         total: int,
-        progress: RunProgress | None = None,
+        progress: RunProgress | None,
+        hooks: Hooks,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -54,6 +57,7 @@ class Monitor:
         self._rate = jax.jit(learning_rate(config.optimizer, total))
         self._pending: list[tuple[int, Metrics]] = []
         self._warned: set[str] = set()
+        self.hooks = HookCalls(hooks)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opened:
@@ -82,7 +86,7 @@ class Monitor:
         self._pending.append((step, metrics))
 
     def flush(self) -> None:
-        """Write the metrics of the steps since the last time, show them, warn of what is wrong."""
+        """Write the metrics of the steps since the last time, show them, warn, call the hooks."""
         lines = [self._line(step, metrics) for step, metrics in self._pending]
         self._pending.clear()
         for line in lines:
@@ -95,6 +99,9 @@ class Monitor:
             if kind not in self._warned:
                 logger.warning("%s", problem)
             self._warned.add(kind)
+        for line in lines:
+            self.hooks.on_step(line["step"], line)
+        self.hooks.agree()
 
     def _line(self, step: int, metrics: Metrics) -> Line:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -127,3 +134,4 @@ class Monitor:
         if references:
             for problem in find_foreign_references(self.lines, self._config):
                 logger.warning("%s", problem)
+        self.hooks.on_evaluation(step, line)

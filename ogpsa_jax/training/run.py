@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ogpsa_jax.remote import check_local
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.evaluator import Evaluation
 from ogpsa_jax.training.export import export
+from ogpsa_jax.training.hooks import Hooks
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh
@@ -74,6 +75,7 @@ def train_stages(
     overrides: Sequence[str] = (),
     output_dirs: Sequence[str] | None = None,
     stage_overrides: Sequence[Sequence[str]] | None = None,
+    hooks: Callable[[RunConfig], Hooks] | None = None,
 ) -> list[dict[str, Any]]:
     """Run one stage per configuration, each starting from the export of the one before.
 
@@ -82,6 +84,7 @@ def train_stages(
       overrides: ``key.sub=value``, applied to every stage (``model.path`` to the first alone).
       output_dirs: a run directory per stage, instead of the configurations' own.
       stage_overrides: further overrides of each stage alone.
+      hooks: makes the hooks of each stage, when it starts, from its configuration.
 
     Returns:
       The summaries; of several stages, also in ``pipeline.json`` of the last one's directory.
@@ -112,18 +115,19 @@ def train_stages(
             architecture = model_config(configs[0])
         with located(config):
             prepare_data(config.model_copy(update={"model": model}), architecture)
-    summaries = [train(config) for config in configs]
+    summaries = [train(config, hooks(config) if hooks else None) for config in configs]
     if len(summaries) > 1 and jax.process_index() == 0:
         text = json.dumps({"stages": summaries}, indent=1) + "\n"
         write_whole(Path(configs[-1].output_dir) / "pipeline.json", text)
     return summaries
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, hooks: Hooks | None = None) -> dict[str, Any]:
     """Run one stage; resume it if its directory holds checkpoints; return its summary.
 
     Args:
       config: the resolved configuration.
+      hooks: told of each step and evaluation.
 
     Returns:
       What ``summary.json`` holds: losses before and after, samples and seconds spent, what the
@@ -132,12 +136,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
       InputError: before the first step, for bad data, model or settings; names the file and line
         of the configuration that they stand in.
+      HookError: a hook failed; the run is saved.
     """
     with located(config):
-        return _train(config)
+        return _train(config, hooks)
 
 
-def _train(config: RunConfig) -> dict[str, Any]:
+def _train(config: RunConfig, hooks: Hooks | None) -> dict[str, Any]:
     check_local(config.output_dir, "output_dir")
     run_dir = Path(config.output_dir)
     finished = run_dir / "summary.json"
@@ -162,10 +167,12 @@ def _train(config: RunConfig) -> dict[str, Any]:
     _check_writable(run_dir)
     join_processes()
     with progress_of(config) as progress:
-        return _carry_out(config, run_dir, progress)
+        return _carry_out(config, run_dir, progress, hooks)
 
 
-def _carry_out(config: RunConfig, run_dir: Path, progress: RunProgress) -> dict[str, Any]:
+def _carry_out(
+    config: RunConfig, run_dir: Path, progress: RunProgress, hooks: Hooks | None
+) -> dict[str, Any]:
     """Run a stage that is not finished."""
     finished = run_dir / "summary.json"
     started = time.perf_counter()
@@ -185,7 +192,7 @@ def _carry_out(config: RunConfig, run_dir: Path, progress: RunProgress) -> dict[
         if jax.process_index() == 0:
             held.enter_context(_started_run_dir(run_dir, config))
         check_same_inputs(run_dir, config, data)
-        network, lines = fit(network, workload, config, mesh, run_dir, progress)
+        network, lines = fit(network, workload, config, mesh, run_dir, progress, hooks)
         progress.doing("writing the export")
         model = network.model()
         rounding = None
