@@ -74,8 +74,8 @@ def test_two_processes_stopped_by_a_signal_to_one_and_resumed_give_the_numbers_o
     assert f"resuming from the checkpoint of step {max(steps)}" in ends[0][2]
     assert_same_numbers(run_dir, uninterrupted)
     # The first process alone writes and shows progress.
-    assert f"step {STEPS}/{STEPS}" in ends[0][2]
-    assert f"step {STEPS}/{STEPS}" not in ends[1][2]
+    assert f"{STEPS} of {STEPS} steps" in ends[0][2]
+    assert f"{STEPS} of {STEPS} steps" not in ends[1][2]
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(
         path.name for path in uninterrupted.iterdir()
     )
