@@ -18,7 +18,7 @@ import numpy as np
 from ogpsa_jax.data.examples import Example, Tokens
 from ogpsa_jax.progress import quick_bar
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 _OPEN_ROWS = 64  # rows that packing tries to fill at a time
 _LONGEST_PERIOD = 100_000  # rows after which the sources of a mixture follow each other as before
 
@@ -99,7 +99,7 @@ class TrainBatches:
         """Optimizer steps in total."""
         return self._steps
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> HostBatch:
         """The batch of a 0-based step.
 
         Returns:
@@ -198,7 +198,7 @@ class _Mixture:
 
 def fixed_batches(
     examples: Sequence[Example], *, batch_size: int, max_length: int, multiple: int = 1
-) -> Batch:
+) -> HostBatch:
     """All examples in order, stacked as ``[batches, rows, ...]``; the last batch is filled up.
 
     Args:
@@ -219,7 +219,7 @@ def fixed_batches(
     return {name: array.reshape(count, rows, *array.shape[1:]) for name, array in arrays.items()}
 
 
-def _stacked(rows: Sequence[Sequence[Example]], length: int, like: Example) -> Batch:
+def _stacked(rows: Sequence[Sequence[Example]], length: int, like: Example) -> HostBatch:
     """Arrays of rows, each holding any number of documents one after the other.
 
     Args:
@@ -236,7 +236,7 @@ def _stacked(rows: Sequence[Sequence[Example]], length: int, like: Example) -> B
     """
     width = len(like.sequences)
     shape = (len(rows), width, length)
-    batch: Batch = {
+    batch: HostBatch = {
         "input_ids": np.zeros(shape, np.int32),
         "segment_ids": np.zeros(shape, np.int32),
         "positions": np.zeros(shape, np.int32),
@@ -255,9 +255,9 @@ def _stacked(rows: Sequence[Sequence[Example]], length: int, like: Example) -> B
     return batch
 
 
-def _teachers(rows: Sequence[Sequence[Example]], length: int, kept: int) -> Batch:
+def _teachers(rows: Sequence[Sequence[Example]], length: int, kept: int) -> HostBatch:
     """Predictions of teachers, each at the position before the token that it is of."""
-    batch: Batch = {
+    batch: HostBatch = {
         "teacher_ids": np.zeros((len(rows), length, kept), np.int32),
         "teacher_log_probs": np.zeros((len(rows), length, kept), np.float32),
         "teacher_rest": np.zeros((len(rows), length), np.float32),
@@ -275,7 +275,7 @@ def _teachers(rows: Sequence[Sequence[Example]], length: int, kept: int) -> Batc
     return batch
 
 
-def _fill(batch: Batch, place: tuple[int, int], documents: list[Tokens]) -> None:
+def _fill(batch: HostBatch, place: tuple[int, int], documents: list[Tokens]) -> None:
     at = 0
     for number, tokens in enumerate(documents, start=1):
         stop = at + len(tokens.ids)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ogpsa_jax.models import Decoder
 from ogpsa_jax.models.generation import rows_multiple
+from ogpsa_jax.objectives.cross_entropy import log_probs_of, over_chunks, pairwise_sum
 
 # Tokens whose logits exist at a time, per row; lengths are rounded up to a multiple of it.
 _CHUNK = 32
@@ -132,30 +133,14 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of log-probabilities float32 [batch], and whether all were the largest, bool [batch]."""
     model: Decoder = nnx.merge(graphdef, state)
+
+    def measure(logits: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return log_probs_of(logits, wanted), jnp.argmax(logits, axis=-1) == wanted
+
     # Rows are padded on the right, where a causal model's earlier positions do not see it.
-    hidden = model.hidden_states(tokens)
-    batch, length = tokens.shape
-
-    def chunked(array: jax.Array) -> jax.Array:
-        cut = array.reshape(batch, length // _CHUNK, _CHUNK, *array.shape[2:])
-        return jnp.moveaxis(cut, 1, 0)
-
-    def step(
-        carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        total, greedy = carry
-        states, wanted, count = chunk
-        logits = model.unembed(states)
-        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
-        likeliest = jnp.argmax(logits, axis=-1) == wanted
-        total = total + jnp.sum(jnp.where(count, log_probs, 0.0), axis=1)
-        return (total, greedy & jnp.all(likeliest | ~count, axis=1)), None
-
-    start = (jnp.zeros((batch,), jnp.float32), jnp.ones((batch,), bool))
-    (total, greedy), _ = jax.lax.scan(
-        step, start, (chunked(hidden), chunked(targets), chunked(counted))
-    )
+    log_probs, likeliest = over_chunks(model, {"input_ids": tokens}, _CHUNK, measure, targets)
+    total = pairwise_sum(jnp.where(counted, log_probs, 0.0))
+    greedy = jnp.all(likeliest | ~counted, axis=1)
     mesh = model.placement.mesh
     if mesh is None:
         return total, greedy

@@ -5,7 +5,7 @@ from ogpsa_jax.models.decoder import Decoder
 from ogpsa_jax.models.generation import generate
 from ogpsa_jax.models.lora import LoraParam, add_lora, load_lora, merge_lora, save_lora
 from ogpsa_jax.models.merge import merge_pretrained
-from ogpsa_jax.models.names import from_huggingface, to_huggingface
+from ogpsa_jax.models.names import to_huggingface
 from ogpsa_jax.models.pretrained import abstract_decoder, load_pretrained, save_pretrained
 from ogpsa_jax.models.sharding import ShardingRules, param_shardings
 
@@ -17,7 +17,6 @@ __all__ = [
     "ShardingRules",
     "abstract_decoder",
     "add_lora",
-    "from_huggingface",
     "generate",
     "load_lora",
     "load_pretrained",

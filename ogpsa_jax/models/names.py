@@ -123,36 +123,6 @@ def pick(arrays: Mapping[ParameterPath, Any], tensor: TensorName) -> Any:
     return array if tensor.layer is None else array[tensor.layer]
 
 
-def from_huggingface(like: nnx.State, tensors: Mapping[str, np.ndarray]) -> nnx.State:
-    """The inverse of :func:`to_huggingface`, for tensors that are in memory anyway.
-
-    Args:
-      like: gives structure, dtypes and shardings.
-      tensors: every tensor of :func:`tensor_names`; more are ignored.
-
-    Raises:
-      KeyError: a tensor is missing.
-      ValueError: a tensor has the wrong shape.
-    """
-    stacks: dict[ParameterPath, list[np.ndarray]] = {}
-    for tensor in tensor_names(like):
-        value = np.asarray(tensors[tensor.name])
-        if value.shape != tensor.shape:
-            raise ValueError(
-                f"tensors[{tensor.name!r}] must have shape {tensor.shape}, got {value.shape}"
-            )
-        stacks.setdefault(tensor.path, []).append(value.T if tensor.transposed else value)
-    flat = []
-    for path, variable in nnx.to_flat_state(like):
-        if path in stacks:
-            old, parts = _array(variable), stacks[path]
-            value = np.stack(parts) if path[0] == "layers" else parts[0]
-            new = jax.device_put(value.astype(old.dtype), getattr(old, "sharding", None))
-            variable = variable.replace(new) if isinstance(variable, nnx.Variable) else new
-        flat.append((path, variable))
-    return nnx.from_flat_state(flat)
-
-
 def _array(leaf: Any) -> Any:
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 

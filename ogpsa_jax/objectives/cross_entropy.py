@@ -40,7 +40,7 @@ def over_chunks(
 
     Args:
       model: has ``hidden_states`` and ``unembed``.
-      batch: as for :func:`target_log_probs`.
+      batch: as for :func:`target_log_probs`; of `input_ids` alone, each row is one text.
       chunk_size: positions of each row whose logits exist at a time, forward and backward.
       function: ``(logits [B, C, V], *arrays [B, C, ...]) -> pytree of [B, C, ...]``.
       *arrays: ``[B, T, ...]``, cut as the logits are.
@@ -52,8 +52,8 @@ def over_chunks(
     dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
     hidden = model.hidden_states(
         batch["input_ids"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
         **dropout,
     )
     chunk = min(chunk_size, length)
@@ -90,10 +90,11 @@ def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Arr
     Returns:
       float32 ``[B, T]``, zero outside the loss mask, and the mask, bool ``[B, T]``.
     """
-    return _of_every_target(model, batch, chunk_size, _log_probs)
+    return _of_every_target(model, batch, chunk_size, log_probs_of)
 
 
-def _log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def log_probs_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """float32 ``[B, C]``: of targets ``[B, C]`` by logits ``[B, C, V]``."""
     # Picking the target by comparison, not by index, leaves a sharded vocabulary sharded.
     vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     picked = jnp.sum(jnp.where(vocabulary == targets[..., None], logits, 0.0), axis=-1)
@@ -102,7 +103,7 @@ def _log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _log_probs_and_entropies(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     every = jax.nn.log_softmax(logits, axis=-1)
-    return _log_probs(logits, targets), -jnp.sum(jnp.exp(every) * every, axis=-1)
+    return log_probs_of(logits, targets), -jnp.sum(jnp.exp(every) * every, axis=-1)
 
 
 def _of_every_target(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ogpsa_jax.data.batches import HostBatch
 from ogpsa_jax.training.mesh import shard_rows
 from ogpsa_jax.training.step import Network, Objective, Params, make_evaluation
 
@@ -20,7 +21,7 @@ class Evaluation:
     them, so that both can be compared row by row.
     """
 
-    batches: dict[str, np.ndarray]
+    batches: HostBatch
     objective: Objective
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from ogpsa_jax import diagnostics
 from ogpsa_jax.config import RunConfig
+from ogpsa_jax.data.batches import HostBatch
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.objectives.cross_entropy import Batch
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.evaluator import Evaluation, Evaluator
 from ogpsa_jax.training.hooks import Hooks
@@ -27,7 +28,6 @@ from ogpsa_jax.training.preemption import SigtermFlag, Terminated
 from ogpsa_jax.training.progress import RunProgress
 from ogpsa_jax.training.refreshing import refresh_when_due
 from ogpsa_jax.training.step import (
-    Batch,
     Metrics,
     Network,
     Objective,
@@ -38,7 +38,6 @@ from ogpsa_jax.training.step import (
 )
 
 logger = logging.getLogger(__name__)
-HostBatch = dict[str, np.ndarray]
 _OVERSAMPLED = 64  # columns of a wide layer's sketch beyond the rank
 
 

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.config import RunConfig
 from ogpsa_jax.config.sections import MeshSection
+from ogpsa_jax.data.batches import HostBatch
 from ogpsa_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
                 )
 
 
-def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_rows(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     """Put a batch on the devices, rows (axis 1) over data and fsdp.
 
     Args:

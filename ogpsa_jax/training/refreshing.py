@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ogpsa_jax.config.sections import RefreshSection
+from ogpsa_jax.data.batches import HostBatch
 from ogpsa_jax.projection.find import find_states
 from ogpsa_jax.training.mesh import shard_rows
 from ogpsa_jax.training.step import (
@@ -21,7 +22,7 @@ from ogpsa_jax.training.step import (
 
 def refresh_when_due(
     network: Network,
-    sets: Sequence[Mapping[str, np.ndarray]],
+    sets: Sequence[HostBatch],
     loss: Objective,
     section: RefreshSection,
     mesh: Mesh,
@@ -45,7 +46,7 @@ def refresh_when_due(
       no refresh was due.
     """
     refresh = make_refresh(network.graphdef, loss, project_momentum=project_momentum)
-    on_devices = tuple(shard_rows(dict(batches), mesh) for batches in sets)
+    on_devices = tuple(shard_rows(batches, mesh) for batches in sets)
 
     def refreshed(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         if not is_due(state, step, section):

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax import diagnostics, input_moments, project_parameters, refresh
+from ogpsa_jax.objectives.cross_entropy import Batch
 from ogpsa_jax.projection.diagnostics import captured_fraction, mean_cosine
 from ogpsa_jax.projection.find import projects
 from ogpsa_jax.projection.reference import losses_and_gradients
@@ -23,7 +24,6 @@ from ogpsa_jax.training.mesh import replicate_rest
 from ogpsa_jax.training.optimizer import apply_updates, global_norm
 
 Params = Any
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (model, batch) -> loss summed over its weight, the weight, further sums to report
 Objective = Callable[[Any, Batch], tuple[jax.Array, jax.Array, Metrics]]

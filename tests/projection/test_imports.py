@@ -14,7 +14,7 @@ ROOMS = {
     "projection": set(),
     "models": set(),
     "data": set(),
-    "evaluation": {"models", "data"},
+    "evaluation": {"objectives", "models", "data"},
     "reporting": {"evaluation"},
     "objectives": {"projection", "models", "data"},
     "config": {"objectives"},
