@@ -154,17 +154,20 @@ def _file_rows(path: Path) -> list[Located]:
         )
     if kind == ".parquet":
         return _parquet_rows(path)
-    content = _content(path)
+    content = content_of(path)
     if kind == ".txt":
         return [({"text": content}, str(path))]
     if kind == ".csv":
         return csv_rows(content, path)
-    if kind == ".json" and content[_space(content, 0) :][:1] == "[":
-        return _json_rows(content, path)
-    return _json_lines_rows(content, path)
+    return [(_row(value, where), where) for value, where in json_values(content, path)]
 
 
-def _content(path: Path) -> str:
+def content_of(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+      InputError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -216,19 +219,29 @@ def csv_rows(content: str, path: Path) -> list[Located]:
     return located
 
 
-def _json_rows(content: str, path: Path) -> list[Located]:
-    """The rows of a JSON array, one decoded at a time so that each one's line is known."""
+def json_values(content: str, path: Path) -> list[tuple[Any, str]]:
+    """The items of a list in a .json file, or the values of JSON Lines, each with its place.
+
+    Raises:
+      InputError: not JSON, or a key that stands twice in an object.
+    """
+    if path.suffix.lower() == ".json" and content[_space(content, 0) :][:1] == "[":
+        return _array_items(content, path)
+    return _line_values(content, path)
+
+
+def _array_items(content: str, path: Path) -> list[tuple[Any, str]]:
+    """The items of a JSON array, one decoded at a time so that each one's line is known."""
     decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
     at = _space(content, _space(content, 0) + 1)
     line, counted = 1, 0
-    located: list[Located] = []
+    located: list[tuple[Any, str]] = []
     try:
         done = content[at : at + 1] == "]"
         while not done:
             line, counted = line + content.count("\n", counted, at), at
             item, at = decode(content, at)
-            where = f"{path}, row {len(located) + 1}, line {line}"
-            located.append((_row(item, where), where))
+            located.append((item, f"{path}, row {len(located) + 1}, line {line}"))
             at = _space(content, at)
             done = content[at : at + 1] == "]"
             if not done and content[at : at + 1] != ",":
@@ -240,8 +253,6 @@ def _json_rows(content: str, path: Path) -> list[Located]:
         raise InputError(
             f"{path}, line {error.lineno}: not valid JSON: {error.msg}; fix the file."
         ) from error
-    except InputError:
-        raise
     except _Twice as error:
         raise InputError(f"{path}, line {line}: {error}") from None
     except (RecursionError, ValueError):
@@ -249,7 +260,7 @@ def _json_rows(content: str, path: Path) -> list[Located]:
     return located
 
 
-def _json_lines_rows(content: str, path: Path) -> list[Located]:
+def _line_values(content: str, path: Path) -> list[tuple[Any, str]]:
     located = []
     # Only a newline ends a row: str.splitlines would also cut at U+2028 inside a text.
     for number, line in enumerate(content.split("\n"), start=1):
@@ -257,13 +268,12 @@ def _json_lines_rows(content: str, path: Path) -> list[Located]:
             continue
         where = f"{path}, line {number}"
         try:
-            item = parse_json(line, where)
+            located.append((parse_json(line, where), where))
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{where}: not valid JSON: {error.msg}; expected one row ({{...}}) on each line, "
                 "or, in a .json file, a list of rows."
             ) from error
-        located.append((_row(item, where), where))
     return located
 
 

@@ -1,6 +1,5 @@
 """From a task's file to the items that are scored, all of them checked before a model is loaded."""
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ogpsa_jax.data.files import csv_rows, parse_json
+from ogpsa_jax.data.files import content_of, csv_rows, json_values, parse_json
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.suite import (
     ExactMatchTask,
@@ -87,17 +86,9 @@ def read_items(suite: Suite, task: Task) -> list[Item]:
     return [_item(task, row, number, f"{path}, row {number}") for number, row in located]
 
 
-def items_digest(items: list[Item]) -> str:
-    """A hash of all that the items hold."""
-    return hashlib.sha256(repr(items).encode()).hexdigest()
-
-
 def _rows(path: Path, separator: str | None) -> list[Row]:
     """The rows of a file; a separator cuts a txt file into them, without it they are one."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    content = content_of(path)
     if path.suffix == ".csv":
         return [row for row, _ in csv_rows(content, path)]
     if path.suffix == ".txt":
@@ -105,44 +96,35 @@ def _rows(path: Path, separator: str | None) -> list[Row]:
         return [{"prompt": part, "text": part} for part in parts if part.strip()]
     if path.suffix not in (".json", ".jsonl"):
         raise InputError(f"{path}: expected a csv, json, jsonl or txt file.")
-    if path.suffix == ".json":
-        try:
-            return _json_rows(parse_json(content, str(path)), path)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # more than one value: JSON lines under another name
-                raise InputError(
-                    f"{path}, line {error.lineno}: not valid JSON: {error.msg}."
-                ) from error
+    name, values = "prompt", None
+    if path.suffix == ".json" and content.lstrip()[:1] != "[":
+        name, values = _only_list(content, path)
+    if values is None:
+        values = [value for value, _ in json_values(content, path)]
     rows = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(parse_json(line, f"{path}, line {number}"))
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path}, line {number}: not valid JSON: {error.msg}; fix the line."
-                ) from error
-    return _json_rows(rows, path)
-
-
-def _json_rows(value: Any, path: Path) -> list[Row]:
-    """Rows of a JSON value: a list, or an object with one list (``{"instructions": [...]}``)."""
-    name = "prompt"
-    if isinstance(value, dict):
-        lists = [key for key, items in value.items() if isinstance(items, list)]
-        if len(lists) != 1:
-            raise InputError(f"{path}: expected a list of rows, or an object that holds one list.")
-        name, value = lists[0], value[lists[0]]
-    if not isinstance(value, list):
-        raise InputError(f"{path}: expected a list of rows, found {type(value).__name__}.")
-    rows = []
-    for number, row in enumerate(value, start=1):
+    for number, row in enumerate(values, start=1):
         if isinstance(row, str):
             row = {name: row, "prompt": row, "text": row}
         if not isinstance(row, dict):
             raise InputError(f"{path}, row {number}: expected an object or a text.")
         rows.append(row)
     return rows
+
+
+def _only_list(content: str, path: Path) -> tuple[str, list[Any] | None]:
+    """The one list of a JSON object and its key; None where the file holds JSON lines."""
+    try:
+        value = parse_json(content, str(path))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # more than one value: JSON lines under another name
+            return "prompt", None
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a list of rows, found {type(value).__name__}.")
+    lists = [key for key, items in value.items() if isinstance(items, list)]
+    if len(lists) != 1:
+        raise InputError(f"{path}: expected a list of rows, or an object that holds one list.")
+    return lists[0], value[lists[0]]
 
 
 def _wanted(task: Task, row: Row, typed: bool, where: str) -> bool:
