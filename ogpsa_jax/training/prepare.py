@@ -134,84 +134,13 @@ def prepare_data(
         )
     tokenizer = tokenizer_of(config)
     check_initial_model(config, model, tokenizer)
-    tokenizer_key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
-    with about(tokenizer_key if config.data.template is None else "data.template"):
+    with about(_tokenizer_key(config) if config.data.template is None else "data.template"):
         template = ChatTemplate(tokenizer, config.data.template, date=date)
-    reports: dict[str, DataReport] = {}
-
-    def read(
-        name: str,
-        sources: Sequence[SourceSection],
-        keys: Sequence[str],
-        *,
-        pairs: bool,
-        all_tokens: bool = False,
-        answers: Answers = "required",
-    ) -> list[Example]:
-        with _about_one(sources, keys):
-            examples, reports[name] = prepare(
-                [data_source(source) for source in sources],
-                template,
-                kind="preference" if pairs else "sft",
-                max_length=config.data.max_length,
-                all_tokens=all_tokens,
-                too_long=config.data.too_long,
-                answers=answers,
-                seed=config.seed,
-            )
-        if skipped := reports[name].skipped:
-            logger.info("%s: %s", name, told_skipped(skipped))
-        largest = max(int(t.ids.max()) for example in examples for t in example.sequences)
-        if largest >= model.vocab_size:
-            raise InputError(
-                f"{tokenizer_key}: {config.model.tokenizer or config.model.path}: the tokenizer "
-                f"gives token {largest}, but the model knows {model.vocab_size}; name its own "
-                "tokenizer."
-            )
-        return examples
-
-    own = config.data.train
-    train = read(
-        "train",
-        own,
-        [f"data.train.{i}" for i in range(len(own))],
-        pairs=config.objective == "dpo",
+    train, references, evaluations = (
+        {wanted.name: _read(wanted, config, model, template) for wanted in sets}
+        for sets in (_training_sets(config), _reference_sets(config), _held_out_sets(config))
     )
-    pairs = config.references.loss in ("dpo", "official")
-    answers: Answers = "required"
-    if config.references.target == "initial" or not config.differentiates_references:
-        answers = "optional"
-    if config.references.answers == "own":
-        answers = "left out"
-    try:
-        references = [
-            read(
-                f"references.{i}",
-                [section],
-                [f"references.sets.{i}"],
-                pairs=pairs,
-                all_tokens=config.references.loss == "all_tokens",
-                answers=answers,
-            )
-            for i, section in enumerate(config.references.sets if config.projects else ())
-        ]
-    except InputError as error:
-        if not pairs:
-            raise
-        raise InputError(
-            f"{str(error).removesuffix('.')} (references.loss: {config.references.loss} needs "
-            "pairs; `response` and `all_tokens` do not)."
-        ) from error
-    evaluations = {
-        name: read(
-            f"eval.{name}",
-            [section],
-            [f"data.eval.{name}"],
-            pairs=section.measure == "preference",
-            all_tokens=section.measure == "all_tokens",
-        )
-        for name, section in config.data.eval.items()
-    }
+    reports = {name: found[1] for name, found in (train | references | evaluations).items()}
     warnings = data_warnings(reports, config.data, model.max_position_embeddings)
     if template.unknown_end and any(report.lengths for report in reports.values()):
         warnings.append(
@@ -221,7 +150,114 @@ def prepare_data(
         )
     for warning in warnings:
         logger.warning("%s", warning)
-    return RunData(train, references, evaluations, reports, warnings, date)
+    return RunData(
+        train["train"][0],
+        [examples for examples, _ in references.values()],
+        {name.removeprefix("eval."): examples for name, (examples, _) in evaluations.items()},
+        reports,
+        warnings,
+        date,
+    )
+
+
+@dataclass(frozen=True)
+class _DataSet:
+    """A data set that a run reads.
+
+    Attributes:
+      name: of its report.
+      sources: what it is read from.
+      keys: where the sources stand in the configuration.
+      pairs: whether its rows are pairs.
+      all_tokens: whether all tokens are in the loss mask.
+      answers: whether its rows need answers.
+      hint: what an error about its rows ends with.
+    """
+
+    name: str
+    sources: Sequence[SourceSection]
+    keys: Sequence[str]
+    pairs: bool
+    all_tokens: bool = False
+    answers: Answers = "required"
+    hint: str = ""
+
+
+def _training_sets(config: RunConfig) -> list[_DataSet]:
+    sources = config.data.train
+    keys = [f"data.train.{i}" for i in range(len(sources))]
+    return [_DataSet("train", sources, keys, pairs=config.objective == "dpo")]
+
+
+def _reference_sets(config: RunConfig) -> list[_DataSet]:
+    section = config.references
+    pairs = section.loss in ("dpo", "official")
+    answers: Answers = "required"
+    if section.target == "initial" or not config.differentiates_references:
+        answers = "optional"
+    if section.answers == "own":
+        answers = "left out"
+    hint = (
+        f" (references.loss: {section.loss} needs pairs; `response` and `all_tokens` do not)"
+        if pairs
+        else ""
+    )
+    return [
+        _DataSet(
+            f"references.{i}",
+            [source],
+            [f"references.sets.{i}"],
+            pairs,
+            all_tokens=section.loss == "all_tokens",
+            answers=answers,
+            hint=hint,
+        )
+        for i, source in enumerate(section.sets if config.projects else ())
+    ]
+
+
+def _held_out_sets(config: RunConfig) -> list[_DataSet]:
+    return [
+        _DataSet(
+            f"eval.{name}",
+            [source],
+            [f"data.eval.{name}"],
+            pairs=source.measure == "preference",
+            all_tokens=source.measure == "all_tokens",
+        )
+        for name, source in config.data.eval.items()
+    ]
+
+
+def _read(
+    wanted: _DataSet, config: RunConfig, model: DecoderConfig, template: ChatTemplate
+) -> tuple[list[Example], DataReport]:
+    """The examples of a data set, whose tokens the model must know, and their report."""
+    with _about_one(wanted):
+        examples, report = prepare(
+            [data_source(source) for source in wanted.sources],
+            template,
+            kind="preference" if wanted.pairs else "sft",
+            max_length=config.data.max_length,
+            all_tokens=wanted.all_tokens,
+            too_long=config.data.too_long,
+            answers=wanted.answers,
+            seed=config.seed,
+        )
+    if report.skipped:
+        logger.info("%s: %s", wanted.name, told_skipped(report.skipped))
+    largest = max(int(t.ids.max()) for example in examples for t in example.sequences)
+    if largest >= model.vocab_size:
+        raise InputError(
+            f"{_tokenizer_key(config)}: {config.model.tokenizer or config.model.path}: the "
+            f"tokenizer gives token {largest}, but the model knows {model.vocab_size}; name its "
+            "own tokenizer."
+        )
+    return examples, report
+
+
+def _tokenizer_key(config: RunConfig) -> str:
+    return "model.path" if config.model.tokenizer is None else "model.tokenizer"
 
 
 def tokenizer_of(config: RunConfig) -> Any:
@@ -230,25 +266,31 @@ def tokenizer_of(config: RunConfig) -> Any:
     Raises:
       InputError: none there, or not as it must be.
     """
-    key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
     path = config.model.tokenizer or str(config.model.path)
-    with about(key):
+    with about(_tokenizer_key(config)):
         return load_tokenizer(
             str(resolve_folder(path)) if Path(path).is_dir() or is_remote(path) else path
         )
 
 
 @contextlib.contextmanager
-def _about_one(sources: Sequence[SourceSection], keys: Sequence[str]) -> Iterator[None]:
+def _about_one(wanted: _DataSet) -> Iterator[None]:
     """Put the key of the source whose path an error names before it, or that of their list."""
     try:
         yield
     except InputError as error:
+        keys = wanted.keys
         named = [
-            key for source, key in zip(sources, keys, strict=True) if source.path in str(error)
+            key
+            for source, key in zip(wanted.sources, keys, strict=True)
+            if source.path in str(error)
         ]
-        whole = keys[0] if len(keys) == 1 else keys[0].rpartition(".")[0]
-        raise InputError(f"{named[0] if len(named) == 1 else whole}: {error}") from error
+        key = keys[0] if len(keys) == 1 else keys[0].rpartition(".")[0]
+        key = named[0] if len(named) == 1 else key
+        sentence = f"{key}: {error}"
+        if wanted.hint:
+            sentence = f"{sentence.removesuffix('.')}{wanted.hint}."
+        raise InputError(sentence) from error
 
 
 def data_source(section: SourceSection) -> DataSource:

@@ -1,15 +1,15 @@
-"""From a run's examples to the loop's task: objectives, batches, references, held-out sets."""
+"""From a run's examples to the loop's workload: objectives, batches, references, held-out sets."""
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from jax.sharding import Mesh
 
 from ogpsa_jax.config import RunConfig
 from ogpsa_jax.config.sections import SourceSection
 from ogpsa_jax.data import Example, TrainBatches, fixed_batches
+from ogpsa_jax.data.batches import HostBatch
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.objectives.cross_entropy import surprise
 from ogpsa_jax.objectives.distillation import distillation_loss
@@ -26,88 +26,86 @@ _MOST_STEPS = 2**31 - 1  # the optimizer's counter is an int32
 
 
 def prepare_workload(config: RunConfig, data: RunData, mesh: Mesh) -> Workload:
-    """Objective, batches, references and held-out sets."""
-    shards = row_shards(mesh)
+    """Objective, batches, references and held-out sets.
+
+    Raises:
+      InputError: the epochs come to no step, or to too many.
+    """
     in_step_rows = config.reference_rows
-
-    def micro_rows(batch_size: int) -> int:
-        return rows_per_micro_batch(batch_size, config.train.micro_batch_size, mesh)
-
-    def stream(
-        examples: list[Example], sources: Sequence[SourceSection], rows: int, steps: int | None
-    ) -> TrainBatches:
-        return TrainBatches(
-            examples,
-            batch_size=rows,
-            micro_batch_size=micro_rows(rows),
-            max_length=config.data.max_length,
-            packing=config.data.packing and len(examples[0].sequences) == 1,
-            seed=config.seed,
-            epochs=config.train.epochs,
-            steps=steps,
-            weights=[section.weight for section in sources],
-        )
-
-    def fixed(examples: list[Example], batch_size: int) -> Any:
-        return fixed_batches(
-            examples, batch_size=batch_size, max_length=config.data.max_length, multiple=shards
-        )
-
-    preference = preference_objective(config)
-    cross_entropy = partial(sft_loss, chunk_size=config.train.loss_chunk)
-    reference_loss: Objective = cross_entropy
-    if config.references.target == "initial":
-        reference_loss = partial(distillation_loss, chunk_size=config.train.loss_chunk)
-    elif config.references.loss == "dpo":
-        reference_loss = preference
     own_rows = config.train.batch_size - in_step_rows
-    batches = stream(data.train, config.data.train, own_rows, config.train.steps)
+    batches = _stream(config, mesh, data.train, config.data.train, own_rows, config.train.steps)
     _check_length(config, batches.rows, own_rows)
-    in_step_batches = None
-    if in_step_rows:
-        pool = [
-            dataclasses.replace(example, source=number)
-            for number, examples in enumerate(data.references)
-            for example in examples
-        ]
-        in_step_batches = stream(pool, config.references.sets, in_step_rows, len(batches))
-    inputs = config.projects and config.ogpsa.subspace == "inputs"
-    sets = [
-        fixed(examples, config.references.batch_size)
-        for examples in data.references
-        if inputs or not in_step_rows
-    ]
+    spans_inputs = config.projects and config.ogpsa.subspace == "inputs"
+    sets: list[HostBatch] = []
+    if spans_inputs or not in_step_rows:
+        size = config.references.batch_size
+        sets = [_fixed(config, mesh, examples, size) for examples in data.references]
     return Workload(
-        objective=preference if config.objective == "dpo" else cross_entropy,
+        objective=preference_objective(config) if config.objective == "dpo" else _sft(config),
         batches=batches,
-        references=[] if in_step_rows or inputs else sets,
-        input_rows=sets if inputs else [],
+        references=[] if in_step_rows or spans_inputs else sets,
+        input_rows=sets if spans_inputs else [],
         reference_rows=in_step_rows or sum(len(examples) for examples in data.references),
-        batches_per_refresh=None
-        if config.references.rows_per_refresh is None
-        else config.references.rows_per_refresh
-        // (config.references.batch_size * len(config.references.sets)),
-        reference_loss=reference_loss,
-        in_step_batches=in_step_batches,
-        reference_starts={
-            f"references.{number}": Evaluation(
-                fixed(examples[:_START_ROWS], micro_rows(own_rows)),
-                partial(surprise, chunk_size=config.train.loss_chunk),
-            )
-            for number, examples in enumerate(data.references)
-            if config.differentiates_references
-            and config.references.loss != "dpo"
-            and config.references.target == "answers"
-        },
-        evaluations={
-            name: Evaluation(
-                fixed(examples, micro_rows(own_rows)),
-                preference_objective(config, per_row=True)
-                if len(examples[0].sequences) == 2
-                else partial(cross_entropy, per_row=True),
-            )
-            for name, examples in data.evaluations.items()
-        },
+        batches_per_refresh=_batches_per_refresh(config),
+        reference_loss=_reference_loss(config),
+        in_step_batches=_in_step_batches(config, mesh, data, len(batches)),
+        reference_starts=_reference_starts(config, mesh, data),
+        evaluations=_evaluations(config, mesh, data),
+    )
+
+
+def preference_objective(config: RunConfig, *, per_row: bool = False) -> Objective:
+    """The configured preference loss."""
+    return partial(
+        dpo_loss,
+        loss=config.dpo.loss,
+        beta=config.dpo.beta,
+        label_smoothing=config.dpo.label_smoothing,
+        simpo_gamma=config.dpo.simpo_gamma,
+        chunk_size=config.train.loss_chunk,
+        per_row=per_row,
+    )
+
+
+def _sft(config: RunConfig, *, per_row: bool = False) -> Objective:
+    return partial(sft_loss, chunk_size=config.train.loss_chunk, per_row=per_row)
+
+
+def _reference_loss(config: RunConfig) -> Objective:
+    if config.references.target == "initial":
+        return partial(distillation_loss, chunk_size=config.train.loss_chunk)
+    return preference_objective(config) if config.references.loss == "dpo" else _sft(config)
+
+
+def _stream(
+    config: RunConfig,
+    mesh: Mesh,
+    examples: list[Example],
+    sources: Sequence[SourceSection],
+    rows: int,
+    steps: int | None,
+) -> TrainBatches:
+    """The batches of a run, with `rows` a step."""
+    return TrainBatches(
+        examples,
+        batch_size=rows,
+        micro_batch_size=rows_per_micro_batch(rows, config.train.micro_batch_size, mesh),
+        max_length=config.data.max_length,
+        packing=config.data.packing and len(examples[0].sequences) == 1,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        steps=steps,
+        weights=[section.weight for section in sources],
+    )
+
+
+def _fixed(config: RunConfig, mesh: Mesh, examples: list[Example], batch_size: int) -> HostBatch:
+    """All examples, in batches that the mesh can share."""
+    return fixed_batches(
+        examples,
+        batch_size=batch_size,
+        max_length=config.data.max_length,
+        multiple=row_shards(mesh),
     )
 
 
@@ -123,14 +121,57 @@ def _check_length(config: RunConfig, rows: int, rows_per_step: int) -> None:
         )
 
 
-def preference_objective(config: RunConfig, *, per_row: bool = False) -> Objective:
-    """The configured preference loss."""
-    return partial(
-        dpo_loss,
-        loss=config.dpo.loss,
-        beta=config.dpo.beta,
-        label_smoothing=config.dpo.label_smoothing,
-        simpo_gamma=config.dpo.simpo_gamma,
-        chunk_size=config.train.loss_chunk,
-        per_row=per_row,
-    )
+def _batches_per_refresh(config: RunConfig) -> int | None:
+    section = config.references
+    if section.rows_per_refresh is None:
+        return None
+    return section.rows_per_refresh // (section.batch_size * len(section.sets))
+
+
+def _in_step_batches(
+    config: RunConfig, mesh: Mesh, data: RunData, steps: int
+) -> TrainBatches | None:
+    """The reference batch of every step, drawn from all sets; None where a run has none."""
+    if not config.reference_rows:
+        return None
+    pool = [
+        dataclasses.replace(example, source=number)
+        for number, examples in enumerate(data.references)
+        for example in examples
+    ]
+    return _stream(config, mesh, pool, config.references.sets, config.reference_rows, steps)
+
+
+def _measured_rows(config: RunConfig, mesh: Mesh) -> int:
+    """Rows of a batch that is only measured: those of a micro-batch of training."""
+    rows = config.train.batch_size - config.reference_rows
+    return rows_per_micro_batch(rows, config.train.micro_batch_size, mesh)
+
+
+def _reference_starts(config: RunConfig, mesh: Mesh, data: RunData) -> dict[str, Evaluation]:
+    """Some rows of the reference sets, where it is their answers that are trained on."""
+    section, rows = config.references, _measured_rows(config, mesh)
+    if not config.differentiates_references:
+        return {}
+    if section.loss == "dpo" or section.target != "answers":
+        return {}
+    measured = partial(surprise, chunk_size=config.train.loss_chunk)
+    return {
+        f"references.{number}": Evaluation(
+            _fixed(config, mesh, examples[:_START_ROWS], rows), measured
+        )
+        for number, examples in enumerate(data.references)
+    }
+
+
+def _evaluations(config: RunConfig, mesh: Mesh, data: RunData) -> dict[str, Evaluation]:
+    rows = _measured_rows(config, mesh)
+    return {
+        name: Evaluation(
+            _fixed(config, mesh, examples, rows),
+            preference_objective(config, per_row=True)
+            if len(examples[0].sequences) == 2
+            else _sft(config, per_row=True),
+        )
+        for name, examples in data.evaluations.items()
+    }
