@@ -81,44 +81,57 @@ def prepare(
     examples: list[Example] = []
     report = DataReport()
     for number, source in enumerate(sources):
-        found = read_records(source, kind, prompts_alone=answers != "required")
-        records, skipped, notes = found
+        records, skipped, notes = read_records(source, kind, prompts_alone=answers != "required")
         if answers == "left out":
             records = [without_answer(record) for record in records]
         report.skipped += skipped
         report.notes += notes + _rendered(source, records, template)
         outcomes = _drawn(source, records, tokenise, seed)
-        told = [outcome.problem for outcome in outcomes if outcome.problem]
-        made = [outcome for outcome in outcomes if not outcome.problem]
-        # A draw passes over what teaches nothing; who asks for all rows must not lose any unasked.
-        refused = [
-            outcome
-            for outcome in outcomes
-            if outcome.problem
-            and source.samples is None
-            and (too_long == "refuse" if outcome.too_long else kind == "sft")
-        ]
-        if told and not made:
-            refused = [outcome for outcome in outcomes if outcome.problem]
-        if refused:
+        if refused := _refused(outcomes, source, kind, too_long):
             raise InputError(_refusal(refused, too_long))
-        report.refused += told
+        _count(outcomes, report, max_length)
+        made = [outcome for outcome in outcomes if not outcome.problem]
         if source.samples is not None and len(made) < source.samples:
             raise InputError(
                 f"{source.path}: {source.samples} samples asked for, but split '{source.split}' "
                 f"contains {len(made)} usable rows; request at most {len(made)}."
             )
-        report.truncated += sum(outcome.length > max_length for outcome in made)
-        report.cut_prompts += sum(outcome.cut_prompt for outcome in made)
-        report.split += sum(outcome.split for outcome in made)
-        report.lengths += [outcome.length for outcome in made if outcome.length]
-        report.prompts_alone += sum(outcome.prompt_alone for outcome in made)
         examples += [Example(tokens, number) for outcome in made for tokens in outcome.examples]
     report.rows = len(examples)
     for example in examples:
         report.tokens += sum(len(tokens.ids) for tokens in example.sequences)
         report.loss_tokens += sum(int(tokens.loss_mask.sum()) for tokens in example.sequences)
     return examples, report
+
+
+def _count(outcomes: Sequence[Outcome], report: DataReport, max_length: int) -> None:
+    """Add to a report what became of the rows of a source."""
+    made = [outcome for outcome in outcomes if not outcome.problem]
+    report.refused += [outcome.problem for outcome in outcomes if outcome.problem]
+    report.truncated += sum(outcome.length > max_length for outcome in made)
+    report.cut_prompts += sum(outcome.cut_prompt for outcome in made)
+    report.split += sum(outcome.split for outcome in made)
+    report.lengths += [outcome.length for outcome in made if outcome.length]
+    report.prompts_alone += sum(outcome.prompt_alone for outcome in made)
+
+
+def _refused(
+    outcomes: Sequence[Outcome], source: DataSource, kind: Kind, too_long: TooLong
+) -> list[Outcome]:
+    """The rows that end the run.
+
+    A draw passes over what teaches nothing; who asks for all rows must not lose any unasked.
+    """
+    problems = [outcome for outcome in outcomes if outcome.problem]
+    if len(problems) == len(outcomes):
+        return problems
+    if source.samples is not None:
+        return []
+    return [
+        outcome
+        for outcome in problems
+        if (too_long == "refuse" if outcome.too_long else kind == "sft")
+    ]
 
 
 def _refusal(refused: Sequence[Outcome], too_long: TooLong) -> str:
