@@ -9,9 +9,18 @@ from dataclasses import dataclass
 
 from ogpsa_jax.data.fields import SYSTEM
 from ogpsa_jax.data.pairs import TURNS, chosen_after, pair_after, pku_saferlhf, pku_saferlhf_sft
-from ogpsa_jax.data.readers import PAIRS, Reader, ask_and_answer, halueval, text, turns_in
-from ogpsa_jax.data.records import Kind, Row
-from ogpsa_jax.data.turns import ROLES
+from ogpsa_jax.data.readers import (
+    PAIRS,
+    Reader,
+    ask_and_answer,
+    given_turns,
+    halueval,
+    text,
+    turns_in,
+    with_system,
+)
+from ogpsa_jax.data.records import Kind, Record, Row
+from ogpsa_jax.data.turns import ROLES, conversation
 from ogpsa_jax.errors import InputError
 
 _ASKS = ("instruction", "prompt", "question", "query", "input")
@@ -61,12 +70,16 @@ def _has_answered(column: str) -> Callable[[Row], bool]:
     """Conversations; without an answer at their end they are the prompt of a pair."""
 
     def recognised(row: Row) -> bool:
-        turns = row.get(column)
-        last = turns[-1] if isinstance(turns, list) and turns else None
-        role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
-        return column in row and not (_is_pair(row) and ROLES.get(str(role)) == "user")
+        return column in row and not (_is_pair(row) and _ends_asking(row[column]))
 
     return recognised
+
+
+def _ends_asking(turns: object) -> bool:
+    """Whether a list of turns ends with the user's."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+    return ROLES.get(str(role)) == "user"
 
 
 _SYSTEM = frozenset(SYSTEM)
@@ -151,3 +164,43 @@ def format_of(rows: Sequence[Row], kind: Kind, name: str, where: str) -> Format:
         f"{where}: no {kind} format has the columns {', '.join(map(str, first))}; known formats: "
         f"{names}."
     )
+
+
+# Rows with a prompt and no answer: they suffice if the initial model gives the target.
+REMEDY = (
+    "as reference rows, prompts alone go with ogpsa.preset: recommended, references.target: "
+    "initial or references.answers: own"
+)
+_PROMPTS = ("instruction", "prompt", "question", "query", "user_query", "input")
+# Where the formats keep answers, or text that is no prompt.
+_NO_PROMPTS = (*_ANSWERS, "chatgpt_response", "response_0", "response_1", "text", *_COMPARED)
+
+
+def asks_alone(row: Row) -> bool:
+    """Whether a row has a prompt and no answer.
+
+    That is so if every column in which a format keeps its answers is missing or null, and there is
+    a list of turns that ends with the user's, or no such list and a prompt.
+    """
+    if any(row.get(column) is not None for column in _NO_PROMPTS):
+        return False
+    turns = next((row[column] for column in TURNS if row.get(column) is not None), None)
+    if turns is not None:
+        return _ends_asking(turns)
+    return any(row.get(column) is not None for column in _PROMPTS)
+
+
+def _prompt_alone(row: Row, where: str) -> Record:
+    column = next((column for column in TURNS if row.get(column) is not None), None)
+    if column is not None:
+        return Record(where, with_system(row, where, conversation(row[column], where)))
+    ask = next(column for column in _PROMPTS if row.get(column) is not None)
+    return Record(where, given_turns(row, ask, where))
+
+
+PROMPT_ALONE = Format(
+    "prompt",
+    frozenset((*SYSTEM, *TURNS, *_PROMPTS, *_NO_PROMPTS, "history", "context")),
+    asks_alone,
+    _prompt_alone,
+)

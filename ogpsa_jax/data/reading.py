@@ -2,15 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ogpsa_jax.data import fields
 from ogpsa_jax.data.files import Located, located_rows, mixed_files
-from ogpsa_jax.data.formats import Format, format_of
-from ogpsa_jax.data.prompts import PROMPT_ALONE, REMEDY, asks_alone
+from ogpsa_jax.data.formats import PROMPT_ALONE, REMEDY, Format, asks_alone, format_of
 from ogpsa_jax.data.records import DataSource, Kind, Record, Row, Skipped
 from ogpsa_jax.errors import InputError
 
@@ -101,13 +100,13 @@ def split_by_prompt(
 
 
 def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone: bool) -> ReadRows:
+    """The rows' records; all malformed ones are refused together."""
     known = _format(located, source, kind, prompts_alone)
     records: list[Record] = []
     skipped: Counter[str] = Counter()
     unused: dict[str, list[str]] = {}  # where each field stands
     rated: dict[str, list[float]] = {}
     malformed: list[tuple[str, str]] = []
-    columns = list(located[0][0])
     for row, where in located:
         try:
             alone = prompts_alone and asks_alone(row)
@@ -116,10 +115,11 @@ def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone:
             problem = str(error).removesuffix(".")
             if kind == "sft" and asks_alone(row) and not prompts_alone:
                 problem += f"; {REMEDY}"
-            elif source.format == "auto" and set(row) != set(columns):
+            elif source.format == "auto" and set(row) != set(located[0][0]):
                 problem += (
                     f"; the format was taken from the first row, whose columns are "
-                    f"{', '.join(map(str, columns))}: rows of another one need a file of their own"
+                    f"{', '.join(map(str, located[0][0]))}: rows of another one need a file of "
+                    "their own"
                 )
             malformed.append((problem, where))
             continue
@@ -132,11 +132,23 @@ def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone:
     if malformed:
         others = and_others([where for _, where in malformed[1:]])
         raise InputError(f"{malformed[0][0]}{others}.")
+    files = mixed_files((where for _, where in located), source.path)
+    return ReadRows(records, skipped, _notes(source.path, known.name, files, unused, rated))
+
+
+def _notes(
+    path: str,
+    format_name: str,
+    files: Sequence[str],
+    unused: Mapping[str, Sequence[str]],
+    rated: Mapping[str, Sequence[float]],
+) -> list[str]:
+    """What to say of files that are read together, of unused fields, and of ratings."""
     notes = []
-    if files := mixed_files((where for _, where in located), source.path):
+    if files:
         told = ", ".join(files[:_TOLD]) + (f" and {len(files) - _TOLD} more" * (len(files) > _TOLD))
         notes.append(
-            f"{source.path}: the rows of {told} are read together; name one of these files if it "
+            f"{path}: the rows of {told} are read together; name one of these files if it "
             "alone is meant"
         )
     if unused:
@@ -145,17 +157,16 @@ def _read(located: list[Located], source: DataSource, kind: Kind, prompts_alone:
         )
         more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
         notes.append(
-            f"{source.path}: the format {known.name} does not use {told}{more}; remove what says "
+            f"{path}: the format {format_name} does not use {told}{more}; remove what says "
             "nothing of the prompt or the answer, and write the rest into them"
         )
-    notes += [
-        f"{source.path}: '{column}' rates the answers from {min(found):g} to {max(found):g}, and "
+    return notes + [
+        f"{path}: '{column}' rates the answers from {min(found):g} to {max(found):g}, and "
         f"all {'above 0 ' if column in fields.RATINGS else ''}are trained on; leave those out of "
         "the file that must not be"
         for column, found in rated.items()
         if min(found) < max(found)
     ]
-    return ReadRows(records, skipped, notes)
 
 
 def _record(row: Row, where: str, known: Format, unused: dict[str, list[str]]) -> Record | Skipped:
