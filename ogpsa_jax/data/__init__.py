@@ -1,4 +1,9 @@
-"""Records and their validation, chat templates and loss masks, packing, the input pipeline."""
+"""Records and their validation, chat templates and loss masks, packing, the input pipeline.
+
+The way of a row: ``located_rows`` reads it from its file, ``read_records`` checks it and makes a
+record of it by the reader of its format, ``ChatTemplate.encode_all`` tokenises the record,
+``outcomes_of`` cuts it into examples, and ``TrainBatches.batch`` puts these into arrays.
+"""
 
 from ogpsa_jax.data.batches import TrainBatches, fixed_batches
 from ogpsa_jax.data.built_in import BUILT_IN

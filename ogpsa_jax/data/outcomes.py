@@ -1,12 +1,11 @@
 """From a record to examples that fit the length limit, or to the reason why it is skipped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from ogpsa_jax.data.examples import Tokens
+from ogpsa_jax.data.examples import Example, Tokens
 from ogpsa_jax.data.records import (
     Message,
     Record,
@@ -20,7 +19,7 @@ from ogpsa_jax.errors import InputError
 class Outcome:
     """The examples of a record, or the reason why it has none."""
 
-    examples: tuple[tuple[Tokens, ...], ...] = ()
+    examples: tuple[Example, ...] = ()
     length: int = 0  # of a conversation, before it was cut
     cut_prompt: bool = False
     split: bool = False
@@ -30,55 +29,46 @@ class Outcome:
     too_long: bool = False
 
 
-def outcomes_of(
-    records: Sequence[Record],
-    *,
-    template: ChatTemplate,
-    max_length: int,
-    all_tokens: bool,
-    cut_prompts: bool,
-    leave_room: bool,
-) -> list[Outcome]:
-    """The outcome of each record.
+@dataclass(frozen=True)
+class Tokenizing:
+    """How records become examples.
 
-    Args:
-      records: of one source.
+    Attributes:
       template: of the chat.
       max_length: tokens a row may have.
       all_tokens: learn the prompts too.
       cut_prompts: cut prompts that fill the row; else they are a reason to leave it out.
       leave_room: of prompts alone, ask for room for an answer.
     """
-    conversations = [
-        (messages, record.where)
-        for record in records
-        for messages in ([] if record.flaw else _conversations(record))
+
+    template: ChatTemplate
+    max_length: int
+    all_tokens: bool
+    cut_prompts: bool
+    leave_room: bool
+
+
+def outcomes_of(records: Sequence[Record], source: int, how: Tokenizing) -> list[Outcome]:
+    """The outcome of each record of a source; all are tokenised in one call."""
+    conversations = [_conversations(record) for record in records]
+    encoded = iter(
+        how.template.encode_all(
+            [
+                (messages, record.where)
+                for record, asked in zip(records, conversations, strict=True)
+                for messages in asked
+            ]
+        )
+    )
+    return [
+        _outcome(record, [next(encoded) for _ in asked], source, how)
+        for record, asked in zip(records, conversations, strict=True)
     ]
-    encoded = iter(template.encode_all(conversations))
-    outcomes = []
-    for record in records:
-        if record.flaw:
-            outcomes.append(Outcome(problem=f"{record.where}: {record.flaw}"))
-        elif record.text is not None:
-            outcomes.append(Outcome(_pieces(template.encode_text(record.text), max_length)))
-        elif record.prompt_alone:
-            outcomes.append(_prompt(record, template, max_length, cut_prompts, leave_room))
-        else:
-            found = [next(encoded) for _ in _conversations(record)]
-            cut = partial(
-                _cut,
-                where=record.where,
-                max_length=max_length,
-                all_tokens=all_tokens,
-                cut_prompts=cut_prompts,
-            )
-            outcomes.append(_of_conversations(found, cut, all_tokens))
-    return outcomes
 
 
 def _conversations(record: Record) -> list[tuple[Message, ...]]:
     """The record's conversation; of a pair two, in which the last answer alone is trained on."""
-    if record.text is not None or record.prompt_alone:
+    if record.flaw or record.text is not None or record.prompt_alone:
         return []
     if record.chosen is None or record.rejected is None:
         return [record.messages]
@@ -87,21 +77,26 @@ def _conversations(record: Record) -> list[tuple[Message, ...]]:
     return [(*given, Message("assistant", answer)) for answer in answers]
 
 
-def _of_conversations(
-    found: Sequence[list[Encoded] | InputError],
-    cut: Callable[[list[Encoded]], Outcome],
-    all_tokens: bool,
+def _outcome(
+    record: Record, encoded: list[list[Encoded] | InputError], source: int, how: Tokenizing
 ) -> Outcome:
-    conversations = []
-    for sequences in found:
+    if record.flaw:
+        return Outcome(problem=f"{record.where}: {record.flaw}")
+    if record.text is not None:
+        rows = _pieces(how.template.encode_text(record.text), how.max_length)
+        return Outcome(tuple(Example((tokens,), source) for tokens in rows))
+    if record.prompt_alone:
+        return _prompt(record, source, how)
+    conversations: list[list[Encoded]] = []
+    for sequences in encoded:
         if isinstance(sequences, InputError):
             return Outcome(problem=str(sequences).removesuffix("."), remedied=True)
         # The last one contains the whole conversation: the others would teach parts of it again.
-        conversations.append(sequences[-1:] if all_tokens else sequences)
+        conversations.append(sequences[-1:] if how.all_tokens else sequences)
     # A pair is one example of two sequences, any other conversation one example for each sequence.
     if len(conversations) > 1:
-        return cut([sequences[0] for sequences in conversations])
-    parts = [cut([sequence]) for sequence in conversations[0]]
+        return _cut([sequences[0] for sequences in conversations], record.where, source, how)
+    parts = [_cut([sequence], record.where, source, how) for sequence in conversations[0]]
     made = [part for part in parts if not part.problem]
     if not made:
         return parts[0]
@@ -113,30 +108,30 @@ def _of_conversations(
     )
 
 
-def _cut(
-    sequences: list[Encoded], where: str, max_length: int, all_tokens: bool, cut_prompts: bool
-) -> Outcome:
+def _cut(sequences: list[Encoded], where: str, source: int, how: Tokenizing) -> Outcome:
+    """An example of these sequences, within the length that there is."""
+    limit = how.max_length
     whole = []
     for ids, loss_mask in sequences:
-        flags = np.arange(len(ids)) > 0 if all_tokens else np.asarray(loss_mask, bool)
+        flags = np.arange(len(ids)) > 0 if how.all_tokens else np.asarray(loss_mask, bool)
         whole.append(Tokens(np.asarray(ids, np.int32), flags))
-    tokens = [Tokens(t.ids[:max_length], t.loss_mask[:max_length]) for t in whole]
+    tokens = [Tokens(t.ids[:limit], t.loss_mask[:limit]) for t in whole]
     longest = max(len(ids) for ids, _ in sequences)
     cut_prompt = not all(sequence.loss_mask[1:].any() for sequence in tokens)
-    if cut_prompt and not cut_prompts:
+    if cut_prompt and not how.cut_prompts:
         return Outcome(
-            problem=f"{where}: the prompt alone fills data.max_length ({max_length} tokens), so "
+            problem=f"{where}: the prompt alone fills data.max_length ({limit} tokens), so "
             "nothing is left to learn",
             too_long=True,
         )
     if cut_prompt:
-        tokens = list(_without_middle(whole, max_length))
+        tokens = list(_without_middle(whole, limit))
     if len(tokens) == 2 and np.array_equal(tokens[0].ids, tokens[1].ids):
         return Outcome(
             problem=f"{where}: chosen and rejected are the same tokens within data.max_length "
-            f"({max_length} tokens)"
+            f"({limit} tokens)"
         )
-    return Outcome((tuple(tokens),), longest, cut_prompt=cut_prompt)
+    return Outcome((Example(tuple(tokens), source),), longest, cut_prompt=cut_prompt)
 
 
 def _without_middle(whole: Sequence[Tokens], max_length: int) -> tuple[Tokens, ...]:
@@ -155,28 +150,27 @@ def _without_middle(whole: Sequence[Tokens], max_length: int) -> tuple[Tokens, .
     return tuple(found)
 
 
-def _prompt(
-    record: Record, template: ChatTemplate, max_length: int, cut_prompts: bool, leave_room: bool
-) -> Outcome:
+def _prompt(record: Record, source: int, how: Tokenizing) -> Outcome:
     """A prompt up to where its answer would begin, or as much of it as there may be."""
-    ids = np.asarray(template.encode_prompt(record.messages), np.int32)
+    limit = how.max_length
+    ids = np.asarray(how.template.encode_prompt(record.messages), np.int32)
     if len(ids) < 2:
         return Outcome(problem=f"{record.where}: the prompt has no token to predict")
-    too_long = leave_room and len(ids) >= max_length
-    if too_long and not cut_prompts:
+    too_long = how.leave_room and len(ids) >= limit
+    if too_long and not how.cut_prompts:
         return Outcome(
-            problem=f"{record.where}: the prompt alone fills data.max_length ({max_length} "
+            problem=f"{record.where}: the prompt alone fills data.max_length ({limit} "
             "tokens), so there is no room for an answer",
             too_long=True,
         )
-    kept = max_length - max_length // 2
+    kept = limit - limit // 2
     cut = np.concatenate([ids[: kept // 2], ids[len(ids) - (kept - kept // 2) :]])
-    shown = cut if too_long else ids[:max_length]
-    tokens = Tokens(shown, np.arange(len(shown)) > 0)
-    return Outcome(((tokens,),), len(ids), cut_prompt=too_long, prompt_alone=True)
+    shown = cut if too_long else ids[:limit]
+    example = Example((Tokens(shown, np.arange(len(shown)) > 0),), source)
+    return Outcome((example,), len(ids), cut_prompt=too_long, prompt_alone=True)
 
 
-def _pieces(ids: list[int], max_length: int) -> tuple[tuple[Tokens, ...], ...]:
+def _pieces(ids: list[int], max_length: int) -> list[Tokens]:
     """Rows of a document.
 
     Each begins with the last token of the one before, so that every token but the document's first
@@ -184,4 +178,4 @@ def _pieces(ids: list[int], max_length: int) -> tuple[tuple[Tokens, ...], ...]:
     """
     starts = range(0, max(len(ids) - 1, 1), max_length - 1)
     rows = [np.asarray(ids[start : start + max_length], np.int32) for start in starts]
-    return tuple((Tokens(row, np.arange(len(row)) > 0),) for row in rows)
+    return [Tokens(row, np.arange(len(row)) > 0) for row in rows]

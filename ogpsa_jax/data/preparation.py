@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from ogpsa_jax.data.examples import DataReport, Example
-from ogpsa_jax.data.outcomes import Outcome, outcomes_of
+from ogpsa_jax.data.outcomes import Outcome, Tokenizing, outcomes_of
 from ogpsa_jax.data.reading import and_others, read_records
 from ogpsa_jax.data.records import (
     DataSource,
@@ -70,11 +70,10 @@ def prepare(
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, found {max_length}")
-    tokenise = partial(
-        outcomes_of,
-        template=template,
-        max_length=max_length,
-        all_tokens=all_tokens,
+    how = Tokenizing(
+        template,
+        max_length,
+        all_tokens,
         cut_prompts=too_long == "cut",
         leave_room=answers == "left out",
     )
@@ -86,7 +85,7 @@ def prepare(
             records = [without_answer(record) for record in records]
         report.skipped += skipped
         report.notes += notes + _rendered(source, records, template)
-        outcomes = _drawn(source, records, tokenise, seed)
+        outcomes = _drawn(source, records, partial(outcomes_of, source=number, how=how), seed)
         if refused := _refused(outcomes, source, kind, too_long):
             raise InputError(_refusal(refused, too_long))
         _count(outcomes, report, max_length)
@@ -96,7 +95,7 @@ def prepare(
                 f"{source.path}: {source.samples} samples asked for, but split '{source.split}' "
                 f"contains {len(made)} usable rows; request at most {len(made)}."
             )
-        examples += [Example(tokens, number) for outcome in made for tokens in outcome.examples]
+        examples += [example for outcome in made for example in outcome.examples]
     report.rows = len(examples)
     for example in examples:
         report.tokens += sum(len(tokens.ids) for tokens in example.sequences)
