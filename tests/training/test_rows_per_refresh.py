@@ -42,7 +42,7 @@ def test_all_rows_in_turn_is_the_run_without(configured, tmp_path, on_some_devic
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (("references.rows_per_refresh=5",), r"no multiple .* \(4\); take 8"),
+        (("references.rows_per_refresh=5",), r"not a multiple .* \(4\); take 8"),
         (
             ("references.in_step={share: 0.5}", "ogpsa.refresh=null"),
             "nothing is refreshed at intervals here",
