@@ -117,11 +117,11 @@ RANKS = {"unlike": 4, "duplicate": 2, "collinear": 2, "dependent": 3, "all zero"
 
 
 def sample(projector: Projector, kind: str, rng: np.random.Generator) -> Any:
-    """References of a kind; where they are "scaled", from 1e-15 to 1e15 (inputs: all alike)."""
+    """References of a kind; where they are "scaled", from 1e-25 to 1e25 (inputs: 1e-14 to 1e14)."""
     count, inputs = projector.count, projector.of_inputs
     weights_MxM = np.asarray(KINDS[kind])[:count, :count]
     if kind == "scaled":
-        exponents = rng.uniform(-14, 14) if inputs else rng.uniform(-15, 15, (count, 1))
+        exponents = rng.uniform(-14, 14) if inputs else rng.uniform(-25, 25, (count, 1))
         weights_MxM = weights_MxM * 10.0**exponents
     if inputs:
         unlike = input_helpers.inputs_of(rng, count)
