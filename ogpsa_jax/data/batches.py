@@ -1,4 +1,4 @@
-"""Batches by step: packed, shuffled anew each epoch, resumable at once.
+"""Batches by step: packed, shuffled again each epoch, resumable at any step.
 
 The batch of a step is a function of (data, settings, step) alone, so the position in the data is
 the step, and neither the number of processes (each makes the whole batch, and puts its devices'
@@ -129,7 +129,7 @@ class TrainBatches:
 
 
 class _Source:
-    """The rows of one source, in an order that is drawn anew each time they are exhausted.
+    """The rows of one source, in an order that is drawn again each time they are exhausted.
 
     Args:
       examples: of all sources.
@@ -295,7 +295,7 @@ def _by_source(examples: Sequence[Example], weights: Sequence[float]) -> list[np
     """The indices of each source's examples; of all as one source where all weights are 1."""
     sources = np.asarray([example.source for example in examples])
     if len(weights) <= sources.max() or min(weights) <= 0:
-        raise ValueError(f"weights must hold a positive number for each source, found {weights}")
+        raise ValueError(f"weights must contain a positive number for each source, found {weights}")
     if all(weight == 1 for weight in weights):
         return [np.arange(len(examples))]
     members = [np.flatnonzero(sources == number) for number in range(len(weights))]
@@ -323,7 +323,7 @@ def _whole_numbers(weights: Sequence[Fraction]) -> list[int]:
 
 
 def _one_period(counts: Sequence[int]) -> np.ndarray:
-    """The source of each row of a period that holds `counts` rows of the sources.
+    """The source of each row of a period that contains `counts` rows of the sources.
 
     No source is ever ahead of its share or behind it by more than 1 - 1 / (2 n - 2) rows, n being
     the number of sources. An order that keeps to it exists (Tijdeman, The chairman assignment

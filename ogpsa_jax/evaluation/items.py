@@ -70,7 +70,7 @@ def read_items(suite: Suite, task: Task) -> list[Item]:
     if isinstance(task, PerplexityTask):
         separator = task.separator
     located = list(enumerate(_rows(path, separator), start=1))
-    # XSTest's layout: without a label, the type tells which requests are unsafe.
+    # XSTest's layout: without a label, the type says which requests are unsafe.
     typed = any(str(row.get("type")).startswith(_PREFIX) for _, row in located)
     located = [
         (number, row)
@@ -112,7 +112,7 @@ def _rows(path: Path, separator: str | None) -> list[Row]:
 
 
 def _only_list(content: str, path: Path) -> tuple[str, list[Any] | None]:
-    """The one list of a JSON object and its key; None where the file holds JSON lines."""
+    """The one list of a JSON object and its key; None where the file contains JSON lines."""
     try:
         value = parse_json(content, str(path))
     except json.JSONDecodeError as error:
@@ -123,7 +123,7 @@ def _only_list(content: str, path: Path) -> tuple[str, list[Any] | None]:
         raise InputError(f"{path}: expected a list of rows, found {type(value).__name__}.")
     lists = [key for key, items in value.items() if isinstance(items, list)]
     if len(lists) != 1:
-        raise InputError(f"{path}: expected a list of rows, or an object that holds one list.")
+        raise InputError(f"{path}: expected a list of rows, or an object that contains one list.")
     return lists[0], value[lists[0]]
 
 
@@ -252,7 +252,7 @@ def _text(value: Any, field: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{where}: field '{field}' holds half a surrogate pair, which is no text; fix the row."
+            f"{where}: field '{field}' has half a surrogate pair, which is not text; fix the row."
         ) from None
     return text
 

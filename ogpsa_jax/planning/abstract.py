@@ -131,7 +131,7 @@ class AbstractRun:
           rows: of the whole batch.
           pairs: whether a row is a chosen and a rejected sequence.
           distilled: whether the initial model's predictions come with it.
-          most: rows that a device contains at a time; by default ``train.micro_batch_size``.
+          most: rows that a device processes at a time; by default ``train.micro_batch_size``.
         """
         config = self.config
         micro = rows_per_micro_batch(rows, most or config.train.micro_batch_size, self.mesh)

@@ -1,4 +1,4 @@
-"""Functions of the caller that are told of each step and evaluation, to log them elsewhere."""
+"""Functions of the caller that a run calls at each step and evaluation, to log elsewhere."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

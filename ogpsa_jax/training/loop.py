@@ -1,4 +1,4 @@
-"""The training loop: refresh, step, evaluate, log, save; killed at any instant, it goes on exactly.
+"""The training loop: refresh, step, evaluate, log, save; exact resume after a kill at any instant.
 
 Nothing here reads files of models or data: see :mod:`ogpsa_jax.training.run` for that.
 """

@@ -65,7 +65,7 @@ def join_processes() -> None:
 
 
 def everywhere(here: bool) -> bool:
-    """Whether `here` holds in every process."""
+    """Whether `here` is true in every process."""
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.asarray(here)).all())

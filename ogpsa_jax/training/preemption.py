@@ -16,8 +16,8 @@ class Terminated(SystemExit):
 class SigtermFlag:
     """While active, SIGTERM only sets a flag, so that the step under way is finished and saved.
 
-    Of several processes some may get the signal earlier or alone; JAX's preemption service, which
-    holds the signal's handler then, makes all of them agree on one step.
+    With several processes, only some may get the signal, or some may get it earlier. JAX's
+    preemption service then handles the signal and makes all processes agree on one step.
     """
 
     def __enter__(self) -> Callable[[int], bool]:

@@ -1,4 +1,4 @@
-"""When the basis is spanned anew, and with which of the reference rows."""
+"""When the basis is refreshed, and with which of the reference rows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,7 +65,7 @@ def refresh_when_due(
 def is_due(state: TrainState, step: int, section: RefreshSection) -> bool:
     """Whether the basis is to be refreshed before 0-based `step`.
 
-    By the distance, it is decided from the state alone, as a checkpoint holds it, so that a resumed
+    By the distance, it is decided from the state alone, as a checkpoint has it, so that a resumed
     run decides the same.
     """
     if section.every is not None:

@@ -1,4 +1,4 @@
-"""A stage from configuration to exported checkpoint, and several stages in a row."""
+"""A stage from its configuration to its export, and pipelines of several stages."""
 
 import contextlib
 import functools
@@ -123,14 +123,14 @@ def train_stages(
 
 
 def train(config: RunConfig, hooks: Hooks | None = None) -> dict[str, Any]:
-    """Run one stage; resume it if its directory holds checkpoints; return its summary.
+    """Run one stage; resume it if its directory contains checkpoints; return its summary.
 
     Args:
       config: the resolved configuration.
       hooks: told of each step and evaluation.
 
     Returns:
-      What ``summary.json`` holds: losses before and after, samples and seconds spent, what the
+      What ``summary.json`` contains: losses before and after, samples and seconds spent, what the
       projection did.
 
     Raises:
@@ -148,12 +148,12 @@ def _train(config: RunConfig, hooks: Hooks | None) -> dict[str, Any]:
     finished = run_dir / "summary.json"
     _check_same_run(run_dir, config)
     if finished.exists():
-        remedy = "delete it, and the same command makes it anew from the last checkpoint"
+        remedy = "delete it, and the same command writes it again from the last checkpoint"
         summary = read_json(finished, remedy) | {"export": str(run_dir / "export")}
         if not (run_dir / "export").is_dir():
             raise InputError(
                 f"{run_dir}: this run is finished, but its export is gone; "
-                f"`ogpsa-jax export {run_dir} {run_dir / 'export'}` makes it anew."
+                f"`ogpsa-jax export {run_dir} {run_dir / 'export'}` writes it again."
             )
         if load_config(run_dir / "config.yaml").export != config.export:
             raise InputError(
@@ -162,7 +162,7 @@ def _train(config: RunConfig, hooks: Hooks | None) -> dict[str, Any]:
             )
         if not (run_dir / "export" / MODEL_CARD).exists():  # killed before its last file
             write_model_card(run_dir)
-        logger.info("%s is finished, its results stand; delete it to run it again", run_dir)
+        logger.info("%s is finished and was not changed; delete it to run it again", run_dir)
         return summary
     _check_writable(run_dir)
     join_processes()
@@ -258,7 +258,7 @@ def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").exists():
-        raise InputError(f"{run_dir}: holds no config.yaml; give a run directory.")
+        raise InputError(f"{run_dir}: contains no config.yaml; give a run directory.")
     place = Path(target).resolve()
     if (run_dir / "checkpoints").resolve() in (place, *place.parents):
         raise InputError(f"{target}: is among the run's checkpoints; choose another place.")
@@ -282,7 +282,7 @@ def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None
     found = checkpoints.restore_newest(like)
     checkpoints.close()
     if found is None:
-        raise InputError(f"{run_dir}: holds no readable checkpoint yet.")
+        raise InputError(f"{run_dir}: contains no readable checkpoint yet.")
     step, state = found
     model = network._replace(trained=state.params).model()
     del state, like
@@ -297,7 +297,7 @@ def export_checkpoint(run_dir: str | Path, target: str | Path, dtype: str | None
 def _measure_later(
     config: RunConfig, mesh: Mesh, model: Decoder, run_dir: Path, target: str | Path
 ) -> dict[str, Any]:
-    """What rounding costs an export that is made after or during a run, told at once."""
+    """What rounding costs an export that is made after or during a run, reported at once."""
     evaluations: Mapping[str, Evaluation] = {}
     try:
         data = prepare_data(config, model_config(config), run_date(run_dir))
@@ -331,7 +331,7 @@ def _check_same_run(run_dir: Path, config: RunConfig) -> None:
             name = next(name for name in value if value[name] != before[section].get(name))
             key, old, new = f"{section}.{name}", before[section].get(name), value[name]
         raise InputError(
-            f"{path}: this directory holds a run with {key}: {old!r}, not {new!r}; choose another "
+            f"{path}: this directory has a run with {key}: {old!r}, not {new!r}; choose another "
             "output_dir, or delete the directory."
         )
 
@@ -350,8 +350,8 @@ def _check_writable(run_dir: Path) -> None:
         for name in ours:
             if (run_dir / name).exists():
                 raise InputError(
-                    f"output_dir: {run_dir} holds {name} but no config.yaml, so it is not known "
-                    "what run that is of; choose another output_dir."
+                    f"output_dir: {run_dir} contains {name} but no config.yaml, so its run is "
+                    "unknown; choose another output_dir."
                 )
 
 

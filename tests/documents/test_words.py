@@ -12,7 +12,10 @@ _SEARCHED = ("README.md", "CHANGELOG.md", "docs", "ogpsa_jax", "configs", "scrip
 _TEXT = {".md", ".py", ".yaml", ".yml"}
 
 # Where such a word means something else, or is somebody else's: the file, and why.
-ALLOWED: dict[tuple[str, str], str] = {}
+ALLOWED = {
+    ("ogpsa_jax/demo/findings.py", "holds"): "a claim holds",
+    ("ogpsa_jax/demo/page.py", "holds"): "a claim holds",
+}
 
 
 def rows() -> Iterator[tuple[list[str], list[str]]]:

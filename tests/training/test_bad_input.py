@@ -292,13 +292,13 @@ def test_a_torn_summary_is_told(refused, interrupted):
     (interrupted / "summary.json").write_text('{"name": ')
     sentence = refused("mesh.fsdp=8", output_dir=interrupted)
     assert "summary.json: cannot be read" in sentence
-    assert "delete it, and the same command makes it anew" in sentence
+    assert "delete it, and the same command writes it again" in sentence
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted, ground, capsys, caplog):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
     with caplog.at_level("INFO", "ogpsa_jax"):
         assert cli.main(["train", str(ground / "run.yaml"), f"output_dir={uninterrupted}"]) == 0
-    assert "is finished, its results stand; delete it to run it again" in caplog.text
+    assert "is finished and was not changed; delete it to run it again" in caplog.text
     assert "8 steps" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
