@@ -246,19 +246,21 @@ def _train(parsed: argparse.Namespace) -> None:
         )
 
     logger.info("starting JAX")
+    from ogpsa_jax.reporting.model_card import write_missing_card
+    from ogpsa_jax.training import Hooks, train_stages
     from ogpsa_jax.training.rounding import rounding_lines
-    from ogpsa_jax.training.run import train_stages
 
-    for summary in train_stages(paths, overrides):
-        print(f"{summary['name']}: {summary['steps']} steps in {summary['seconds']} s")
-        for name, after in summary["after"].items():
-            before = summary["before"].get(name, math.nan)
-            change = summary.get("change", {}).get(name, {})
-            error = change.get("standard_error")
-            by = "" if error is None else f"  ({change['mean']:+.4f}, standard error {error:.4f})"
+    hooks = Hooks(on_finish=write_missing_card)
+    for summary in train_stages(paths, overrides, hooks=lambda _: hooks):
+        print(f"{summary.name}: {summary.steps} steps in {summary.seconds} s")
+        for name, after in summary.after.items():
+            before = summary.before.get(name, math.nan)
+            change, by = summary.change.get(name), ""
+            if change is not None and (error := change.standard_error) is not None:
+                by = f"  ({change.mean:+.4f}, standard error {error:.4f})"
             print(f"  {name}: {before:.4f} -> {after:.4f}{by}")
-        print(f"  export: {summary['export']}")
-        for line in rounding_lines(summary["rounding"]) if "rounding" in summary else ():
+        print(f"  export: {summary.export}")
+        for line in rounding_lines(summary.rounding) if summary.rounding else ():
             print(f"    {line}")
 
 
@@ -287,6 +289,7 @@ def _demo(parsed: argparse.Namespace) -> None:
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     from ogpsa_jax.evaluation import evaluate, results_text
+    from ogpsa_jax.reporting.model_card import refresh_card
 
     results = evaluate(
         parsed.model,
@@ -301,6 +304,8 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         method=parsed.method,
         stage=parsed.stage,
     )
+    if parsed.out is None:
+        refresh_card(parsed.model)
     print(results_text(results))
 
 
@@ -315,9 +320,13 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> None:
-    from ogpsa_jax.training.run import export_checkpoint
+    from ogpsa_jax.reporting.model_card import write_model_card
+    from ogpsa_jax.runs import RunDir
+    from ogpsa_jax.training.export_checkpoint import export_checkpoint
 
-    step = export_checkpoint(parsed.run_dir, parsed.dir, parsed.dtype)
+    step, rounding = export_checkpoint(parsed.run_dir, parsed.dir, parsed.dtype)
+    if RunDir(parsed.run_dir).summary_file.exists():
+        write_model_card(parsed.run_dir, parsed.dir, rounding)
     print(f"{parsed.dir}: the weights of {parsed.run_dir} after step {step}")
 
 

@@ -27,10 +27,10 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from ogpsa_jax.config import load_config
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.runs import Summary
 from ogpsa_jax.training.run import train_stages
 
 HEADLINE = ("naive", "paper", "recommended")
@@ -57,7 +57,7 @@ METHODS = {
 
 def run(
     configs: list[Path], methods: list[str], out: Path, overrides: list[str]
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Summary]]:
     """The summaries of each method's stages."""
     own: dict[str, list[list[str]]] = {}
     for method in methods:
@@ -110,9 +110,9 @@ def mixing(path: Path, overrides: list[str]) -> list[str]:
 _LEFT_OUT = ("logps_chosen", "logps_rejected", "rewards_chosen", "rewards_rejected")
 
 
-def table(summaries: dict[str, dict[str, Any]]) -> str:
+def table(summaries: dict[str, Summary]) -> str:
     """Markdown: a row per method, a column per held-out measure."""
-    befores = {method: summary["before"] for method, summary in summaries.items()}
+    befores = {method: summary.before for method, summary in summaries.items()}
     first = next(iter(befores.values()))
     names = [name for name in first if not name.endswith(_LEFT_OUT)]
     rows = [["", *names, "reference samples", "squared norm removed"]]
@@ -121,12 +121,12 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
         label = method if same else f"{method}, before"  # each from its own stage before
         rows.append([label, *(f"{before[name]:.3f}" for name in names), "", ""])
     for method, summary in summaries.items():
-        removed = summary["projection"].get("mean_removed_fraction")
+        removed = summary.projection and summary.projection.mean_removed_fraction
         rows.append(
             [
                 method if same else f"{method}, after",
-                *(f"{summary['after'][name]:.3f}" for name in names),
-                str(summary["reference_samples"]),
+                *(f"{summary.after[name]:.3f}" for name in names),
+                str(summary.reference_samples),
                 "" if removed is None else f"{removed:.1%}",
             ]
         )
@@ -169,7 +169,8 @@ def main() -> int:
         summaries = {method: stages[stage] for method, stages in found.items()}
         print(f"\n{config.stem}\n\n{table(summaries)}")
         path = arguments.out / f"{config.stem}.json"
-        path.write_text(json.dumps(summaries, indent=1) + "\n")
+        contents = {method: summary.content() for method, summary in summaries.items()}
+        path.write_text(json.dumps(contents, indent=1) + "\n")
     return 0
 
 

@@ -91,9 +91,9 @@ def measure(name: str, seed: int, base: Path, out: Path, steps: int) -> list[str
     )
     unrounded = run / "export/unrounded"
     trained = flat(unrounded if unrounded.is_dir() else run / "export")
-    after = first["after"]["safety/loss"]
-    exported = first["rounding"]["rounded"]["safety/loss"] if "rounding" in first else after
-    losses = (first["before"]["safety/loss"], after, exported, second["before"]["safety/loss"])
+    after = first.after["safety/loss"]
+    exported = first.rounding.rounded["safety/loss"] if first.rounding else after
+    losses = (first.before["safety/loss"], after, exported, second.before["safety/loss"])
     lines = [line for line in read_metrics(run) if "loss" in line]
     norms = [sum(line[key] for line in lines) for key in ("update_norm", "applied_update_norm")]
     applied = sum(line["applied_fraction"] * line["update_norm"] for line in lines) / norms[0]

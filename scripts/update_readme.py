@@ -17,11 +17,10 @@ from ogpsa_jax.demo.page import demo_figure
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.demo.scoring import COMPLIANCE, SAFETY
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import Record, read_records
-from ogpsa_jax.evaluation.records import BASE
 from ogpsa_jax.files import read_json
 from ogpsa_jax.reporting import markdown_table
 from ogpsa_jax.reporting.tables import aggregate, heading, with_spread
+from ogpsa_jax.runs import BASE, ScoreRecord, read_scores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What the README shows is fixed here, before any result is known.
@@ -38,15 +37,15 @@ def replaced(document: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
-def headline(demo: Path) -> tuple[str, list[Record]]:
+def headline(demo: Path) -> tuple[str, list[ScoreRecord]]:
     """What the demonstration's figure shows: the title and the records of its first comparison."""
     results = demo / "results.json"
     first = read_json(results, "run the demonstration again")["comparisons"][0]
-    records = read_records(results)
+    records = read_scores(results)
     return first["title"], [records[i] for i in first["records"]]
 
 
-def short_table(records: Sequence[Record]) -> str:
+def short_table(records: Sequence[ScoreRecord]) -> str:
     """The rows and scores that the README shows, as far as the demonstration has them."""
     rows = [row for row in aggregate(records, MATCHED_SAFETY) if row.stage in ("base", "sft")]
     lines = [["method", *(heading(name) for name in SCORES)], ["---", *(["---:"] * len(SCORES))]]

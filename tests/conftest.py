@@ -5,12 +5,13 @@ stand in a folder of their own, in which nothing has been made; caches are their
 documents tell people to export is not seen; and nobody beyond this machine is asked.
 """
 
+import json
 import os
 import random
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,41 @@ def drawn() -> random.Random:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     return random.Random(seed)
+
+
+@pytest.fixture
+def write_run() -> Callable[..., None]:
+    """Writes the configuration and the summary of a finished run.
+
+    Called with its folder, keys of the configuration, and ``summary=`` keys of the summary.
+    """
+    import yaml
+
+    from ogpsa_jax.config import RunConfig, dump_config
+
+    def write(folder: Path, *, summary: dict[str, Any] | None = None, **keys: Any) -> None:
+        content = {"optimizer": {"learning_rate": 1e-6}, "output_dir": str(folder), **keys}
+        config = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(content)))
+        figures = {
+            "name": config.name,
+            "objective": config.objective,
+            "preset": config.ogpsa.preset,
+            "seed": config.seed,
+            "steps": 41,
+            "train_loss": {"first": 2.0, "last": 1.0},
+            "before": {},
+            "after": {},
+            "change": {},
+            "training_samples": 0,
+            "reference_samples": 0,
+            "seconds": 0.0,
+            "devices": "1 x cpu",
+            "export": str(folder / "export"),
+            "data": {},
+            "warnings": [],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "summary.json").write_text(json.dumps(figures | (summary or {})))
+
+    return write

@@ -1,7 +1,6 @@
 """Reading a configuration: YAML, overrides from the command line, and errors that name the line."""
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from ogpsa_jax.config.origin import Location, Origin, location_of
 from ogpsa_jax.config.schema import RunConfig
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import Yaml12Loader, expand_environment, read_yaml
+from ogpsa_jax.validation import first_complaint, first_detail
 
 _RENAMED = {"ogpsa.refresh_every": "ogpsa.refresh: {every: N}"}
 _KEY = re.compile(r"[a-z_]+(\.\w+)*")
@@ -49,11 +48,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        complaints = error.errors()
-        # A misspelt key is also a missing one: the unknown one says more.
-        unknown = [detail for detail in complaints if detail["type"] == "extra_forbidden"]
-        detail = (unknown or complaints)[0]
-        raise InputError(_sentence(detail, origin)) from error
+        location = first_detail(error)["loc"]
+        said = first_complaint(error, RunConfig, _RENAMED)
+        where = origin.where(location or (() if origin.overrides else key_of(said)))
+        raise InputError(f"{where}: {said}") from error
     config._origin = origin
     return config
 
@@ -142,48 +140,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> Location:
         else:
             at = at[step]
     return steps
-
-
-def _sentence(detail: ErrorDetails, origin: Origin) -> str:
-    """One sentence for one of pydantic's complaints."""
-    location = detail["loc"]
-    key = ".".join(str(part) for part in location)
-    message = detail["msg"].removeprefix("Value error, ")
-    where = origin.where(location or (() if origin.overrides else key_of(message)))
-    if detail["type"] == "extra_forbidden":
-        if key in _RENAMED:
-            return f"{where}: '{key}' is now written {_RENAMED[key]}."
-        siblings = _keys_beside(location)
-        close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
-        remedy = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(siblings)}."
-        return f"{where}: unknown key '{key}'; {remedy}"
-    message = message[:1].lower() + message[1:]
-    if detail["type"] == "missing":
-        section = _section_of(location)
-        meaning = section.model_fields[str(location[-1])].description
-        return f"{where}: '{key}' is missing; add it{f' ({meaning})' if meaning else ''}."
-    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = "input should be keys with their values, as in {key: value}"
-    given = detail["input"]
-    shown = "" if isinstance(given, dict | list | BaseModel) else f", not {given!r}"
-    subject = f"'{key}': " if key else ""
-    return f"{where}: {subject}{message}{shown}."
-
-
-def _keys_beside(location: Location) -> list[str]:
-    return list(_section_of(location).model_fields)
-
-
-def _section_of(location: Location) -> type[BaseModel]:
-    """The section that contains the key at `location`."""
-    model: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None:  # a list's number, a mapping's name
-            continue
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
-    return model
 
 
 def key_of(sentence: str) -> Location:

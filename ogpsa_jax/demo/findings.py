@@ -7,10 +7,10 @@ from typing import Final
 from ogpsa_jax.demo.methods import METHODS
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
-from ogpsa_jax.evaluation import Record
 from ogpsa_jax.reporting.finding import difference, scores_by_seed
 from ogpsa_jax.reporting.rows import ScoreRow, aggregate
 from ogpsa_jax.reporting.tables import heading, with_spread
+from ogpsa_jax.runs import ScoreRecord
 
 _TAX_REMOVED: Final = 0.85
 _MOST_OVER_REFUSAL: Final = 0.05
@@ -43,7 +43,7 @@ class Finding:
     evidence: str
 
 
-def findings(records: Sequence[Record]) -> list[Finding]:
+def findings(records: Sequence[ScoreRecord]) -> list[Finding]:
     """Every claim that the records of one comparison can decide.
 
     Args:
@@ -98,7 +98,7 @@ def _own(ours: ScoreRow) -> list[Finding]:
     ]
 
 
-def _ahead(records: Sequence[Record], ours: ScoreRow, theirs: ScoreRow) -> list[Finding]:
+def _ahead(records: Sequence[ScoreRecord], ours: ScoreRow, theirs: ScoreRow) -> list[Finding]:
     """Whether a method is ahead of another in the scores that safety costs.
 
     In each world both begin with the same model and answer the same items: what worlds differ in

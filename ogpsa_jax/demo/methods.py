@@ -12,7 +12,7 @@ from ogpsa_jax.config import RunConfig
 from ogpsa_jax.demo.folder import Folder
 from ogpsa_jax.demo.settings import SETTINGS, Regime, Setting
 from ogpsa_jax.demo.world import LONGEST
-from ogpsa_jax.evaluation.records import NAIVE
+from ogpsa_jax.runs import NAIVE
 
 BATCH: Final = 16
 # Of a stage: sequences (a pair is two), and the peak of the learning rate in a regime of rate 1.

@@ -7,12 +7,11 @@ from ogpsa_jax.demo.findings import COMPARED
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY
 from ogpsa_jax.demo.scoring import SAFETY
 from ogpsa_jax.demo.settings import SETTINGS
-from ogpsa_jax.evaluation import Record
-from ogpsa_jax.evaluation.records import BASE
 from ogpsa_jax.reporting import finding, pareto_figure, sections
 from ogpsa_jax.reporting.evidence import Evidence
 from ogpsa_jax.reporting.finding import context
 from ogpsa_jax.reporting.page import Section, Table, html_page
+from ogpsa_jax.runs import BASE, ScoreRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,13 +35,13 @@ _STAMMER = (
 _REGIMES = tuple(f", {regime.name}" for regime in SETTINGS)
 
 
-def demo_figure(records: Sequence[Record]) -> "Figure":
+def demo_figure(records: Sequence[ScoreRecord]) -> "Figure":
     """What every method of one comparison came to."""
     shown = named(records)
     return pareto_figure(shown, finding(shown, MATCHED_SAFETY), MATCHED_SAFETY)
 
 
-def named(records: Sequence[Record]) -> list[Record]:
+def named(records: Sequence[ScoreRecord]) -> list[ScoreRecord]:
     """The records of one comparison, whose title says what general rows there are."""
     return [record.model_copy(update={"label": _named(record.label)}) for record in records]
 
@@ -51,7 +50,7 @@ def _named(label: str) -> str:
     return next((label.removesuffix(end) for end in _REGIMES if label.endswith(end)), label)
 
 
-def demo_page(records: Sequence[Record], extra: Mapping[str, Any]) -> str:
+def demo_page(records: Sequence[ScoreRecord], extra: Mapping[str, Any]) -> str:
     """The report.
 
     Args:
@@ -125,7 +124,7 @@ def _introduction(extra: Mapping[str, Any]) -> str:
     )
 
 
-def _tasks_only(records: Sequence[Record], tasks: Sequence[str]) -> list[Record]:
+def _tasks_only(records: Sequence[ScoreRecord], tasks: Sequence[str]) -> list[ScoreRecord]:
     """Without the headline scores, but for the two that the table's last columns need."""
     kept = {"general", SAFETY, *tasks}
     return [

@@ -23,15 +23,16 @@ from ogpsa_jax.demo.pretraining import one_device, pretrain
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Mode, Recipe, key
 from ogpsa_jax.demo.scoring import definitions
 from ogpsa_jax.demo.world import World
-from ogpsa_jax.evaluation import Record, evaluate, write_records
-from ogpsa_jax.evaluation.records import BASE
+from ogpsa_jax.evaluation import evaluate
 from ogpsa_jax.files import make_folder, write_whole
 from ogpsa_jax.models.merge import merge_pretrained
 from ogpsa_jax.progress import Progress
 from ogpsa_jax.reporting import finding, text_table
 from ogpsa_jax.reporting.evidence import METHOD_LINES, measures
+from ogpsa_jax.reporting.model_card import refresh_card, write_missing_card
+from ogpsa_jax.runs import BASE, ScoreRecord, write_scores
+from ogpsa_jax.training import Hooks, train_stages
 from ogpsa_jax.training.metrics import read_metrics
-from ogpsa_jax.training.run import train_stages
 
 BEFORE: Final = "before alignment"
 _SCORED_AT_A_TIME: Final = 128  # rows; a task has 192 at most
@@ -65,9 +66,9 @@ class _Demo:
     def __init__(self, out: Path, recipe: Recipe, mode: Mode, seed: int) -> None:
         self.out, self.recipe, self.mode = out, recipe, mode
         self.seeds = range(seed, seed + recipe.worlds)
-        self.records: list[Record] = []
+        self.records: list[ScoreRecord] = []
         self.compared: list[list[int]] = [[] for _ in recipe.comparisons]  # numbers of records
-        self.scored: dict[Path, Record] = {}
+        self.scored: dict[Path, ScoreRecord] = {}
         self.curves: dict[str, dict[str, Any]] = {}
         self.answers: dict[str, Any] = {"asked": [], "given": {}}
         self.started = time.perf_counter()
@@ -163,7 +164,8 @@ class _Demo:
                 batch_size=_SCORED_AT_A_TIME,
                 **_SMALL,
             )
-            self.scored[model] = Record.model_validate(results["records"][0])
+            refresh_card(model)
+            self.scored[model] = ScoreRecord.model_validate(results["records"][0])
         record = self.scored[model].model_copy(
             update={
                 "label": label,
@@ -190,7 +192,7 @@ class _Demo:
         evaluate(model, folder.answers, place, **_SMALL)
         self.answers["given"][label] = read_answers(place)
 
-    def _tables(self) -> list[list[Record]]:
+    def _tables(self) -> list[list[ScoreRecord]]:
         """The records of each comparison."""
         return [[self.records[i] for i in numbers] for numbers in self.compared]
 
@@ -219,7 +221,7 @@ class _Demo:
             "answers": self.answers,
             "curves": self.curves,
         }
-        write_records(self.out / "results.json", self.records, extra)
+        write_scores(self.out / "results.json", self.records, extra)
         demo_figure(self._tables()[0]).savefig(self.out / "pareto.png")
         write_whole(self.out / "report.html", demo_page(self.records, extra))
         return {**extra, "records": [record.model_dump() for record in self.records]}
@@ -251,7 +253,7 @@ def train(name: str, comparison: Comparison, folder: Folder, seed: int) -> list[
         write_whole(path, yaml.safe_dump(config | {"output_dir": str(place)}, sort_keys=False))
         paths.append(path)
         places.append(place)
-    train_stages(paths)
+    train_stages(paths, hooks=lambda _: Hooks(on_finish=write_missing_card))
     return places
 
 

@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.items import Item, read_items
 from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
-from ogpsa_jax.evaluation.model_card import write_model_card
-from ogpsa_jax.evaluation.provenance import Provenance, find_run, provenance
-from ogpsa_jax.evaluation.records import write_records
 from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
 from ogpsa_jax.evaluation.results import ANSWERS, NOT_ASKED, results_text, summary
 from ogpsa_jax.evaluation.suite import (
@@ -31,6 +28,7 @@ from ogpsa_jax.evaluation.suite import (
 from ogpsa_jax.evaluation.tasks import UNJUDGED, Outcome, TaskResult, run_items, summarise
 from ogpsa_jax.files import make_folder, only_writer, read_json
 from ogpsa_jax.progress import Progress
+from ogpsa_jax.runs import Provenance, find_run, provenance, write_scores
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.judge import Judge
@@ -67,14 +65,14 @@ def evaluate(
       template: chat template, where the tokenizer's own is not the one.
       judge: settings that take the place of the suite's own under ``judge``.
       label: how the report calls the model; by default the run's name, or the folder's.
-      method: as in :class:`Record`; by default what the run's configuration says.
+      method: as in :class:`ScoreRecord`; by default what the run's configuration says.
       stage: the same.
       seed: the same.
       progress: show a bar on stderr.
 
     Returns:
       What ``results.json`` has; :func:`results_text` shows it. Where they lie in the directory of
-      a run, the model card of its export is written again, with the scores.
+      a run, ``ogpsa_jax.reporting.write_model_card`` puts the scores on the card of its export.
 
     Raises:
       InputError: a suite, a data file, a model or a judge that is not as it must be. All files are
@@ -111,8 +109,6 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
         )
-    if run is not None and output_dir is None and (run.folder / "export").is_dir():
-        write_model_card(run.folder)  # with the scores
     return results
 
 
@@ -185,7 +181,7 @@ def run_suite(
     chat = any(_chat(model, task) for task in suite.tasks)
     content, record = summary(model, suite, items, results, named, asked, chat)
     extra = {**content, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
-    write_records(output_dir / "results.json", [record], extra)
+    write_scores(output_dir / "results.json", [record], extra)
     return {**extra, "records": [record.model_dump()]}
 
 
@@ -237,7 +233,7 @@ class ItemLog:
 def _default_output(model: str | Path, suite: Suite) -> Path:
     run = find_run(model)
     if run is not None:
-        return run.folder / "evaluation" / suite.name
+        return run.dir.evaluation(suite.name)
     name = str(model).strip("/").replace("/", "--") if not Path(model).exists() else None
     return Path("evaluations") / (name or Path(model).resolve().name) / suite.name
 

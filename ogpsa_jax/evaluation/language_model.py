@@ -1,6 +1,5 @@
 """The interface of a model that can be evaluated, and the decoders of this package behind it."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.thoughts import decoded, opened_thoughts
+from ogpsa_jax.runs import fingerprint
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.scoring import LogLikelihood
@@ -283,17 +283,12 @@ def open_model(
     tokenizer = load_tokenizer(str(folder))
     model = load_pretrained(folder, dtype=dtype, param_dtype=dtype, mesh=placed)
     opened = JaxModel(model, tokenizer, name=str(path), template=template, batch_size=batch_size)
-    opened.fingerprint = fingerprint(folder, dtype, opened.template, *opened.stops)
+    settings = (dtype, opened.template, *opened.stops)
+    opened.fingerprint = fingerprint(answering_files(folder), *settings)
     return opened
 
 
-def fingerprint(folder: Path, *settings: str | None) -> str:
-    """A hash of everything in a model folder that an answer depends on, and of further settings."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model"):
-            digest.update(f"\n{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()
+def answering_files(folder: Path) -> list[Path]:
+    """The files of a model folder that an answer depends on."""
+    kinds = (".safetensors", ".json", ".jinja", ".model")
+    return [file for file in sorted(folder.iterdir()) if file.suffix in kinds]

@@ -11,11 +11,10 @@ from tabulate import tabulate
 from ogpsa_jax.evaluation.asking import asking
 from ogpsa_jax.evaluation.items import Item
 from ogpsa_jax.evaluation.language_model import LanguageModel
-from ogpsa_jax.evaluation.provenance import Provenance
-from ogpsa_jax.evaluation.records import Record
 from ogpsa_jax.evaluation.refusal import RULES
 from ogpsa_jax.evaluation.suite import OverRefusalTask, RefusalTask, Suite, Task
 from ogpsa_jax.evaluation.tasks import TaskResult
+from ogpsa_jax.runs import Provenance, ScoreRecord
 
 # What the model's answers do not depend on. Their lines name the judge.
 NOT_ASKED = {"name", "path", "limit", "where", "score", "seed", "judge"}
@@ -34,7 +33,7 @@ def summary(
     named: Provenance,
     judge: str | None,
     chat: bool,
-) -> tuple[dict[str, Any], Record]:
+) -> tuple[dict[str, Any], ScoreRecord]:
     """The keys of ``results.json`` but its records, and its record.
 
     Args:
@@ -70,7 +69,7 @@ def summary(
             scores[name], definitions[name] = result.value, measured[name]
             if result.standard_error is not None:
                 errors[name] = result.standard_error
-    record = Record(
+    record = ScoreRecord(
         label=named.label,
         method=named.method,
         stage=named.stage,

@@ -1,14 +1,11 @@
 """A suite: which tasks a model is scored on. One strict schema, read from YAML."""
 
-import difflib
-import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,10 +16,10 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import expand_environment, line_of, read_yaml
+from ogpsa_jax.validation import first_complaint, first_detail, plain_location
 
 Score = Literal["safety", "over_refusal", "general"]
 
@@ -169,9 +166,6 @@ Task = Annotated[
     | PerplexityTask,
     Field(discriminator="kind"),
 ]
-_KINDS: dict[str, type[_Task]] = {
-    get_args(task.model_fields["kind"].annotation)[0]: task for task in get_args(get_args(Task)[0])
-}
 
 
 class JudgeSettings(_Section):
@@ -270,7 +264,10 @@ def load_suite(path: str | Path, judge: Mapping[str, Any] | None = None) -> Suit
             expanded = {**expanded, "judge": {**(expanded.get("judge") or {}), **judge}}
         suite = Suite.model_validate(expanded)
     except ValidationError as error:
-        raise InputError(_sentence(error.errors()[0], path, root)) from error
+        line = line_of(root, plain_location(Suite, first_detail(error)))
+        where = f"{path}, line {line}" if line else str(path)
+        said = first_complaint(error, Suite)
+        raise InputError(f"{where}: {said}") from error
     tasks = []
     for task in suite.tasks:
         beside = path.parent / task.path
@@ -282,34 +279,3 @@ def load_suite(path: str | Path, judge: Mapping[str, Any] | None = None) -> Suit
             )
         tasks.append(task.model_copy(update={"path": str(file.resolve())}))
     return suite.model_copy(update={"tasks": tuple(tasks)})
-
-
-def _sentence(detail: ErrorDetails, path: Path, root: yaml.Node | None) -> str:
-    """One sentence for pydantic's first complaint."""
-    # Below a task's number stands the kind that pydantic took it for.
-    full = detail["loc"]
-    location = [
-        part
-        for before, part in zip((None, *full), full, strict=False)
-        if not (isinstance(before, int) and part in _KINDS)
-    ]
-    line, key = line_of(root, location), ".".join(str(part) for part in location)
-    where = f"{path}, line {line}" if line else str(path)
-    if detail["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), _known_keys(detail["loc"]), n=1)
-        remedy = f"did you mean '{close[0]}'?" if close else "remove it."
-        return f"{where}: unknown key '{key}'; {remedy}"
-    if detail["type"] == "missing":
-        return f"{where}: '{key}' is missing; add it."
-    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
-    message = message[:1].lower() + message[1:]
-    given = detail["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
-    return f"{where}: " + (f"'{key}': " if key else "") + f"{message}{shown}."
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    for before, part in itertools.pairwise(location):
-        if isinstance(before, int) and part in _KINDS:
-            return list(_KINDS[str(part)].model_fields)
-    return list((JudgeSettings if location[0] == "judge" else Suite).model_fields)

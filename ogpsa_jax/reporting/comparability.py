@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from ogpsa_jax.evaluation.asking import PLAIN
-from ogpsa_jax.evaluation.records import Record
 from ogpsa_jax.reporting.rows import HEADLINE
+from ogpsa_jax.runs import ScoreRecord
 
 _WORDS = {"template": "chat templates", "stop_tokens": "stop tokens"}
 
 
-def asked_differently(records: Sequence[Record]) -> list[str]:
+def asked_differently(records: Sequence[ScoreRecord]) -> list[str]:
     """A sentence for each respect in which the rows of a report were asked differently."""
     found = []
     for key, words in _WORDS.items():
@@ -28,11 +28,11 @@ def asked_differently(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def to_mind(records: Sequence[Record]) -> list[str]:
+def to_mind(records: Sequence[ScoreRecord]) -> list[str]:
     """Sentences on what of a report's records cannot be compared as it stands."""
     found = asked_differently(records)
     found += [f"{record.label}: {text}" for record in records for text in record.warnings]
-    groups: dict[tuple[str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, str, str], list[ScoreRecord]] = {}
     for record in records:
         groups.setdefault((record.label, record.method, record.stage), []).append(record)
     for (label, _, stage), group in groups.items():

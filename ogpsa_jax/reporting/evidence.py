@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.records import BASE, NAIVE, Record, read_records
 from ogpsa_jax.files import read_json
+from ogpsa_jax.runs import BASE, NAIVE, ScoreRecord, read_scores
 
 REMOVED = "share of the squared norm removed"
 _PROMPTS = 2  # of each task
@@ -66,7 +66,7 @@ class Evidence(_Kept):
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
 
 
-def read_evidence(runs: Sequence[str | Path], records: Sequence[Record]) -> Evidence:
+def read_evidence(runs: Sequence[str | Path], records: Sequence[ScoreRecord]) -> Evidence:
     """What the runs of a report kept.
 
     Args:
@@ -88,7 +88,7 @@ def read_evidence(runs: Sequence[str | Path], records: Sequence[Record]) -> Evid
             curves = {**kept.curves, **curves}
         if run.is_dir():
             answers += [_of_items(path) for path in _evaluations(run)]
-            for label in dict.fromkeys(record.label for record in read_records(run)[:1]):
+            for label in dict.fromkeys(record.label for record in read_scores(run)[:1]):
                 curves.setdefault(label, _of_metrics(run / "metrics.jsonl"))
     curves = {label: measured for label, measured in curves.items() if measured}
     return Evidence(methods=methods, answers=_joined(answers), curves=curves)
@@ -129,7 +129,7 @@ def _evaluations(run: Path) -> list[Path]:
 
 def _of_items(path: Path) -> Answers:
     """The answers that a model wrote, of an evaluation; the newest of each item."""
-    label = read_records(path.parent / "results.json")[0].label
+    label = read_scores(path.parent / "results.json")[0].label
     said: dict[tuple[str, str], str] = {}
     for line in _lines(path):
         if isinstance(line.get("answer"), str) and isinstance(line.get("prompt"), str):

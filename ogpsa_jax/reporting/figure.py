@@ -5,10 +5,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ogpsa_jax.evaluation.records import BASE, Record
 from ogpsa_jax.reporting.labels import OVERHANG, Label, place_labels
 from ogpsa_jax.reporting.palette import FONT, LIGHT, WIDTH, Palette
 from ogpsa_jax.reporting.rows import ScoreRow, aggregate, safety_score
+from ogpsa_jax.runs import BASE, ScoreRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ _LINE = 0.31  # of the legend or the title
 
 
 def pareto_figure(
-    records: Sequence[Record],
+    records: Sequence[ScoreRecord],
     title: str | None = None,
     matched_safety: float | None = None,
     palette: Palette = LIGHT,

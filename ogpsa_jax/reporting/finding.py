@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ogpsa_jax.evaluation.records import BASE, Record
 from ogpsa_jax.reporting.rows import (
     COMPLIANCE,
     ScoreRow,
@@ -17,12 +16,13 @@ from ogpsa_jax.reporting.rows import (
     safety_level,
     safety_score,
 )
+from ogpsa_jax.runs import BASE, ScoreRecord
 
 _NAMED = 3  # methods that a sentence names one by one
 
 
 def difference(
-    records: Sequence[Record], ours: ScoreRow, theirs: ScoreRow, name: str
+    records: Sequence[ScoreRecord], ours: ScoreRow, theirs: ScoreRow, name: str
 ) -> tuple[float, float]:
     """How far one method is ahead of another in a score, and how far that is uncertain.
 
@@ -46,7 +46,7 @@ def difference(
     return mean, math.hypot(_spread(ours, name), _spread(theirs, name))
 
 
-def scores_by_seed(records: Sequence[Record], row: ScoreRow, name: str) -> dict[int, float]:
+def scores_by_seed(records: Sequence[ScoreRecord], row: ScoreRow, name: str) -> dict[int, float]:
     """A score of the records of a row, by their seed."""
     return {
         record.seed: record.scores[name]
@@ -60,7 +60,7 @@ def _spread(row: ScoreRow, name: str) -> float:
     return row.spread.get(name, 0.0 if row.seeds > 1 else math.nan)
 
 
-def finding(records: Sequence[Record], matched_safety: float | None = None) -> str:
+def finding(records: Sequence[ScoreRecord], matched_safety: float | None = None) -> str:
     """Which methods keep the most at matched safety, in a sentence.
 
     First those with the highest general score, as far as the differences are larger than their
@@ -75,7 +75,7 @@ def finding(records: Sequence[Record], matched_safety: float | None = None) -> s
     return f"{told[0].upper()}{told[1:]}."
 
 
-def context(records: Sequence[Record], matched_safety: float | None = None) -> str:
+def context(records: Sequence[ScoreRecord], matched_safety: float | None = None) -> str:
     """What the finding is measured against: the cost of naive tuning, and the level of safety.
 
     Arguments as for :func:`finding`.
@@ -94,7 +94,7 @@ def context(records: Sequence[Record], matched_safety: float | None = None) -> s
 
 
 def _compared(
-    records: Sequence[Record], matched_safety: float | None
+    records: Sequence[ScoreRecord], matched_safety: float | None
 ) -> tuple[list[ScoreRow], float | None, ScoreRow | None]:
     """Rows of the model before alignment and of the last stage, the level of safety, and naive."""
     rows = aggregate(records, matched_safety)
@@ -108,7 +108,7 @@ def _compared(
     return [row for row in rows if row.method == BASE or row.stage == stages[-1]], level, naive
 
 
-def _told(records: Sequence[Record], rows: Sequence[ScoreRow], level: float | None) -> str:
+def _told(records: Sequence[ScoreRecord], rows: Sequence[ScoreRow], level: float | None) -> str:
     aligned = [row for row in rows if row.method != BASE]
     if not aligned:
         return "Nothing is compared, as no run after alignment was scored"
@@ -134,7 +134,7 @@ def _told(records: Sequence[Record], rows: Sequence[ScoreRow], level: float | No
 
 
 def _leaders(
-    records: Sequence[Record], rows: Sequence[ScoreRow], name: str, verb: str, what: str
+    records: Sequence[ScoreRecord], rows: Sequence[ScoreRow], name: str, verb: str, what: str
 ) -> tuple[list[ScoreRow], str]:
     """Those with the highest score, as far as noise lets it be told, and the words for it."""
     best, *others = sorted(rows, key=lambda row: row.mean[name], reverse=True)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ogpsa_jax.evaluation.records import BASE, NAIVE
+from ogpsa_jax.runs import BASE, NAIVE
 
 
 @dataclass(frozen=True)

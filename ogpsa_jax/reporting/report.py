@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.records import BASE, Record, check_definitions, read_records
 from ogpsa_jax.files import make_folder, write_whole
 from ogpsa_jax.reporting import sections
 from ogpsa_jax.reporting.comparability import to_mind
@@ -15,13 +14,14 @@ from ogpsa_jax.reporting.finding import context, finding
 from ogpsa_jax.reporting.page import html_page
 from ogpsa_jax.reporting.rows import safety_score
 from ogpsa_jax.reporting.tables import csv_table, markdown_table
+from ogpsa_jax.runs import BASE, ScoreRecord, check_definitions, read_scores
 
 
 def report(
     runs: Sequence[str | Path],
     output_dir: str | Path = "report",
     matched_safety: float | None = None,
-) -> list[Record]:
+) -> list[ScoreRecord]:
     """Write ``report.csv``, ``report.md``, ``report.html`` and ``pareto.png`` of some runs.
 
     Args:
@@ -50,13 +50,13 @@ def report(
     return records
 
 
-def _read(runs: Sequence[str | Path], matched_safety: float | None) -> list[Record]:
+def _read(runs: Sequence[str | Path], matched_safety: float | None) -> list[ScoreRecord]:
     """The records of all runs, if a report can be made of them."""
     if not runs:
         raise InputError("report: name at least one run directory or results.json.")
     if matched_safety is not None and not 0 <= matched_safety <= 1:
         raise InputError(f"report: matched safety must be between 0 and 1, not {matched_safety}.")
-    records = [record for run in runs for record in read_records(run)]
+    records = [record for run in runs for record in read_scores(run)]
     counted = Counter((r.label, r.method, r.stage, r.seed) for r in records)
     for (label, _, stage, seed), count in counted.items():
         if count > 1:
@@ -75,7 +75,7 @@ def _read(runs: Sequence[str | Path], matched_safety: float | None) -> list[Reco
 
 
 def _page(
-    records: Sequence[Record],
+    records: Sequence[ScoreRecord],
     notes: Sequence[str],
     kept: Evidence,
     matched_safety: float | None,

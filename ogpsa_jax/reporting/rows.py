@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ogpsa_jax.evaluation.records import BASE, NAIVE, Record, check_definitions
+from ogpsa_jax.runs import BASE, NAIVE, ScoreRecord, check_definitions
 
 # Unless a level is given, a method is as safe as the naive run of its stage within this much.
 SAFETY_TOLERANCE = 0.03
@@ -65,7 +65,9 @@ class ScoreRow:
     tax_note: str
 
 
-def aggregate(records: Sequence[Record], matched_safety: float | None = None) -> list[ScoreRow]:
+def aggregate(
+    records: Sequence[ScoreRecord], matched_safety: float | None = None
+) -> list[ScoreRow]:
     """Rows of the table: records that differ in their seed alone become one.
 
     Args:
@@ -81,14 +83,14 @@ def aggregate(records: Sequence[Record], matched_safety: float | None = None) ->
       InputError: a score of one name was measured in two ways.
     """
     check_definitions(records)
-    groups: dict[tuple[str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, str, str], list[ScoreRecord]] = {}
     for record in records:
         groups.setdefault((record.label, record.method, record.stage), []).append(record)
     rows = [_row(key, group) for key, group in groups.items()]
     return [_with_tax(row, rows, matched_safety) for row in rows]
 
 
-def _row(key: tuple[str, str, str], group: list[Record]) -> ScoreRow:
+def _row(key: tuple[str, str, str], group: list[ScoreRecord]) -> ScoreRow:
     mean, spread = {}, {}
     for name in dict.fromkeys(name for record in group for name in record.scores):
         values = [record.scores[name] for record in group if name in record.scores]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from ogpsa_jax.evaluation.records import Record
 from ogpsa_jax.reporting.curves import curves_figure
 from ogpsa_jax.reporting.evidence import Answers, Evidence, shortened
 from ogpsa_jax.reporting.figure import pareto_figure
@@ -10,6 +9,7 @@ from ogpsa_jax.reporting.finding import finding
 from ogpsa_jax.reporting.page import Picture, Section, Table
 from ogpsa_jax.reporting.rows import SAFETY_TOLERANCE
 from ogpsa_jax.reporting.tables import SPREAD_NOTE, heading, table_cells
+from ogpsa_jax.runs import ScoreRecord
 
 # By heading, what the score is and what it does not tell.
 _HINTS = {
@@ -28,7 +28,7 @@ _HINTS = {
 
 
 def trade_off(
-    records: Sequence[Record], matched_safety: float | None, caption: str = ""
+    records: Sequence[ScoreRecord], matched_safety: float | None, caption: str = ""
 ) -> Section:
     """The safety–utility figure.
 
@@ -53,7 +53,7 @@ def trade_off(
     )
 
 
-def methods(records: Sequence[Record], lines: Mapping[str, str]) -> list[Section]:
+def methods(records: Sequence[ScoreRecord], lines: Mapping[str, str]) -> list[Section]:
     """What each method does, in a line.
 
     Args:
@@ -92,7 +92,7 @@ def answers(kept: Answers, before: Sequence[str] = ()) -> list[Section]:
     return [Section("Answers before and after", table=Table(cells, text=True))]
 
 
-def along_the_way(evidence: Evidence, records: Sequence[Record]) -> list[Section]:
+def along_the_way(evidence: Evidence, records: Sequence[ScoreRecord]) -> list[Section]:
     """The curves of the runs."""
     if not evidence.curves:
         return []
@@ -109,7 +109,7 @@ def along_the_way(evidence: Evidence, records: Sequence[Record]) -> list[Section
 
 def scores(
     name: str,
-    records: Sequence[Record],
+    records: Sequence[ScoreRecord],
     matched_safety: float | None,
     notes: Sequence[str] = (),
     every_score: bool = False,
@@ -127,7 +127,7 @@ def scores(
     return Section(name, notes, table=Table(cells, hints=_HINTS), note=SPREAD_NOTE)
 
 
-def definitions(records: Sequence[Record]) -> Section:
+def definitions(records: Sequence[ScoreRecord]) -> Section:
     """How each score was measured, as the records say; equal definitions are one entry."""
     told = {heading(name): text for record in records for name, text in record.definitions.items()}
     silent = [] if told else ["The results do not say."]

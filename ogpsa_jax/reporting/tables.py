@@ -8,8 +8,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ogpsa_jax.evaluation.records import BASE, NAIVE, Record
 from ogpsa_jax.reporting.rows import HEADLINE, ROUND_OFF, ScoreRow, aggregate
+from ogpsa_jax.runs import BASE, NAIVE, ScoreRecord
 
 _HEADING_WIDTH = 12  # in a terminal, where long headings are wrapped
 TEXT_COLUMNS = 2  # method and stage; what follows are numbers, aligned to the right
@@ -70,7 +70,7 @@ def _samples_text(row: ScoreRow) -> str:
 
 
 def table_cells(
-    records: Sequence[Record],
+    records: Sequence[ScoreRecord],
     matched_safety: float | None = None,
     every_score: bool = False,
 ) -> list[list[str]]:
@@ -90,7 +90,7 @@ def table_cells(
 
 
 def text_table(
-    records: Sequence[Record],
+    records: Sequence[ScoreRecord],
     matched_safety: float | None = None,
     every_score: bool = False,
 ) -> str:
@@ -100,7 +100,7 @@ def text_table(
 
 
 def markdown_table(
-    records: Sequence[Record],
+    records: Sequence[ScoreRecord],
     matched_safety: float | None = None,
     every_score: bool = False,
 ) -> str:
@@ -126,7 +126,7 @@ def _written(cells: Sequence[Sequence[str]], style: str, text_columns: int, **mo
     return str(tabulate(rows, headings, **told, **more))
 
 
-def csv_table(records: Sequence[Record], matched_safety: float | None = None) -> str:
+def csv_table(records: Sequence[ScoreRecord], matched_safety: float | None = None) -> str:
     """Every score in full precision, one line per row of the table, as CSV.
 
     Args:

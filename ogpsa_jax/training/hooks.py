@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
+from ogpsa_jax.runs import RunDir
 from ogpsa_jax.training.mesh import everywhere
 
 Hook = Callable[[int, Mapping[str, float]], None]
@@ -21,10 +22,13 @@ class Hooks:
     Attributes:
       on_step: ``on_step(step, metrics)`` with 1-based `step` and its line of ``metrics.jsonl``.
       on_evaluation: ``on_evaluation(step, measures)`` after `step` steps, 0: before the first.
+      on_finish: ``on_finish(files)`` with the run's files when it is finished, and when it already
+        was; ``ogpsa_jax.reporting.write_missing_card`` writes the model card.
     """
 
     on_step: Hook | None = None
     on_evaluation: Hook | None = None
+    on_finish: Callable[[RunDir], object] | None = None
 
 
 class HookError(RuntimeError):

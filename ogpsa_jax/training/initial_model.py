@@ -1,10 +1,9 @@
 """Finds the initial model: the model before the first stage of the pipeline."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from ogpsa_jax.config import RunConfig, load_config
+from ogpsa_jax.config import RunConfig
 from ogpsa_jax.config.origin import about
 from ogpsa_jax.config.sections import ModelSection
 from ogpsa_jax.data import load_tokenizer
@@ -13,6 +12,7 @@ from ogpsa_jax.files import read_json
 from ogpsa_jax.models import DecoderConfig
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.folders import resolve_folder
+from ogpsa_jax.runs import RunDir, run_dir_of
 from ogpsa_jax.training.model_digests import weights_digest
 
 
@@ -53,11 +53,11 @@ def find_initial_model(config: RunConfig) -> InitialModel:
     if config.references.initial_model is not None:
         return InitialModel(_named(config, config.references.initial_model), config.seed, False)
     own = InitialModel(config.model, config.seed, True)
-    first, run_dir, seen = config, None, set[Path]()
+    first, run_dir, seen = config, None, set[RunDir]()
     while (found := _exported_by(str(first.model.path))) is not None and found not in seen:
         seen.add(found)
         try:
-            first, run_dir = load_config(found / "config.yaml"), found
+            first, run_dir = found.config(), found
         except InputError as error:
             return dataclasses.replace(own, problem=_fallback(config, str(error)))
         if first.references.initial_model is not None:
@@ -70,7 +70,7 @@ def find_initial_model(config: RunConfig) -> InitialModel:
         key, section = "references.initial_model", _named(first, first.references.initial_model)
     began = f"{section.path}, which the run in {run_dir} began with,"
     try:
-        recorded = read_json(run_dir / "inputs.json").get(key)
+        recorded = read_json(run_dir.inputs).get(key)
         same = weights_digest(str(section.path), section.initial_weights) == recorded
     except InputError:
         return dataclasses.replace(own, problem=_fallback(config, f"{began} is not found"))
@@ -96,13 +96,12 @@ def _fallback(config: RunConfig, reason: str) -> str:
     )
 
 
-def _exported_by(path: str) -> Path | None:
-    """The directory of the run that a model folder is the export of."""
-    folder = Path(path).expanduser()
-    if folder.name != "export" or not (folder / "config.json").is_file():
+def _exported_by(path: str) -> RunDir | None:
+    """The directory of the run that a model is the export of."""
+    found = run_dir_of(path)
+    if found is None or not (found.export / "config.json").is_file():
         return None
-    run_dir = folder.parent.resolve()
-    return run_dir if (run_dir / "config.yaml").is_file() else None
+    return RunDir(found.path.resolve())
 
 
 def check_initial_model(config: RunConfig, model: DecoderConfig, tokenizer: Any) -> None:

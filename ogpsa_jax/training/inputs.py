@@ -12,10 +12,10 @@ from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data import DEFAULT_DATE, digest
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json, write_whole
+from ogpsa_jax.runs import RunDir
 from ogpsa_jax.training.model_digests import weights_digest
 from ogpsa_jax.training.prepare import RunData
 
-_INPUTS = "inputs.json"
 _REMEDY = "delete the file to continue with the present data and model"
 
 
@@ -25,7 +25,7 @@ def run_date(run_dir: Path) -> datetime.date:
     Raises:
       InputError: the file that keeps it cannot be read.
     """
-    path = run_dir / _INPUTS
+    path = RunDir(run_dir).inputs
     if path.exists():
         kept = read_json(path, _REMEDY).get("date", DEFAULT_DATE.isoformat())
         try:
@@ -60,7 +60,7 @@ def check_same_inputs(run_dir: Path, config: RunConfig, data: RunData) -> None:
     Raises:
       InputError: something is not what the run began with.
     """
-    path = run_dir / _INPUTS
+    path = RunDir(run_dir).inputs
     now = {
         "data.train": digest(data.train),
         **{f"references.sets.{i}": digest(rows) for i, rows in enumerate(data.references)},

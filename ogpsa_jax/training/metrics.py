@@ -23,6 +23,7 @@ from ogpsa_jax.config import RunConfig
 from ogpsa_jax.config.sections import OgpsaSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
+from ogpsa_jax.runs import RunDir
 from ogpsa_jax.training.verdict import (
     Change,
     judge_first_basis,
@@ -50,7 +51,7 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = RunDir(run_dir).metrics
         self.lines: list[Line] = []
         self._file = self._board = None
         if jax.process_index() > 0:
@@ -111,7 +112,7 @@ class MetricsLog:
 
 def read_metrics(run_dir: Path) -> list[Line]:
     """A run's metrics up to the first line that is not whole, which is left out."""
-    path = run_dir / "metrics.jsonl"
+    path = RunDir(run_dir).metrics
     if not path.exists():
         return []
     lines = []

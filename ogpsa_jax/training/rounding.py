@@ -16,10 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ogpsa_jax.config import RunConfig
-from ogpsa_jax.evaluation.provenance import find_run
 from ogpsa_jax.models import Decoder, load_pretrained, merge_lora
 from ogpsa_jax.models.folders import resolve_folder
 from ogpsa_jax.models.safetensors_files import CheckpointReader, weights_reader
+from ogpsa_jax.runs import Rounding, run_dir_of
 from ogpsa_jax.training.evaluator import Evaluation, Evaluator
 from ogpsa_jax.training.metrics import LEAST_KEPT
 from ogpsa_jax.training.prepare import prepare_model
@@ -35,7 +35,7 @@ def measure_rounding(
     exported: str | Path,
     evaluations: Mapping[str, Evaluation],
     before: Mapping[str, float],
-) -> dict[str, Any]:
+) -> Rounding:
     """Compare an export that rounds with the model as trained and with the start.
 
     The start is what others read in the folder that the stage began with. Where that is the export
@@ -51,9 +51,7 @@ def measure_rounding(
       before: what they gave before the first step, as in ``summary.json``; may be empty.
 
     Returns:
-      ``dtype`` of the export; ``update_kept``, ⟨rounded − start, trained − start⟩ over
-      ‖trained − start‖²; and by measure ``after`` (as trained), ``rounded`` (as exported) and
-      ``kept``, (rounded − before) over (after − before), where that is known.
+      What is left of the update, and of the change of each measure.
     """
     rounded = load_pretrained(
         exported, dtype=config.model.dtype, remat=config.train.remat, mesh=mesh
@@ -70,13 +68,13 @@ def measure_rounding(
         for name, value in after.items()
         if name in before and abs(value - before[name]) > _MOVED * abs(before[name])
     }
-    return {
-        "dtype": _types(exported),
-        "update_kept": float(along) / float(whole) if float(whole) else 1.0,
-        "after": after,
-        "rounded": then,
-        "kept": kept,
-    }
+    return Rounding(
+        dtype=_types(exported),
+        update_kept=float(along) / float(whole) if float(whole) else 1.0,
+        after=after,
+        rounded=then,
+        kept=kept,
+    )
 
 
 def _types(folder: str | Path) -> str:
@@ -102,22 +100,20 @@ def _compare(rounded: Any, trained: Any, start: Any) -> tuple[jax.Array, jax.Arr
     return optax.tree.vdot(left, update), optax.tree.vdot(update, update)
 
 
-def rounding_lines(rounding: Mapping[str, Any]) -> list[str]:
+def rounding_lines(rounding: Rounding) -> list[str]:
     """What :func:`measure_rounding` found, for people."""
-    after, kept = rounding["after"], rounding["kept"]
-    lines = [
-        f"exported in {rounding['dtype']}: {rounding['update_kept']:.1%} of the update is left"
-    ]
-    for name, value in rounding["rounded"].items():
+    after, kept = rounding.after, rounding.kept
+    lines = [f"exported in {rounding.dtype}: {rounding.update_kept:.1%} of the update is left"]
+    for name, value in rounding.rounded.items():
         share = f", {kept[name]:.0%} of the change" if name in kept else ""
         lines.append(f"{name}: {after[name]:.4f} as trained, {value:.4f} exported{share}")
     return lines
 
 
-def rounding_warning(rounding: Mapping[str, Any]) -> str | None:
+def rounding_warning(rounding: Rounding) -> str | None:
     """A sentence where less than nine tenths are left, of the update or of what it achieved."""
-    losses = {n: share for n, share in rounding["kept"].items() if n.endswith("/loss")}
-    least = min([rounding["update_kept"], *losses.values()])
+    losses = {n: share for n, share in rounding.kept.items() if n.endswith("/loss")}
+    least = min([rounding.update_kept, *losses.values()])
     if least >= LEAST_KEPT:
         return None
     worst = "".join(
@@ -126,7 +122,7 @@ def rounding_warning(rounding: Mapping[str, Any]) -> str | None:
         if share == min(losses.values())
     )
     return (
-        f"the export's {rounding['dtype']} weights keep {rounding['update_kept']:.0%} of the "
+        f"the export's {rounding.dtype} weights keep {rounding.update_kept:.0%} of the "
         f"update{worst}; set export.dtype to float32 to hand out all of it (a later stage that "
         "starts from this run has all of it)"
     )
@@ -137,7 +133,7 @@ def loading_warning(config: RunConfig) -> str | None:
     if config.model.initial_weights != "pretrained":
         return None
     folder = resolve_folder(str(config.model.path))
-    if find_run(folder) is None:
+    if run_dir_of(folder) is None:
         return None
     own = jnp.dtype(config.model.param_dtype)
     with weights_reader(folder) as reader:

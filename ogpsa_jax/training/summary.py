@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ogpsa_jax.config import RunConfig
+from ogpsa_jax.runs import LossChange, ProjectionFigures, TrainLoss
 from ogpsa_jax.training.loop import Workload
 from ogpsa_jax.training.metrics import (
     Line,
@@ -20,54 +21,60 @@ from ogpsa_jax.training.verdict import LEAST_FALL, LEAST_FALL_OF_PAIRS, judge_tr
 
 
 def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
-    """The figures of a run from its metrics: nothing that was not measured in it."""
+    """The fields of :class:`~ogpsa_jax.runs.Summary` that are made of a run's metrics alone."""
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "loss" not in line]
     total = steps[-1]["step"]
-    changes = held_out_changes(lines)
-    lost = find_lost_updates(steps, config)
-    capped = find_capped(steps, config.ogpsa)
-    noise = find_noise(steps, config)
-    warnings = [*find_problems(steps).values(), *lost.values(), *capped.values(), *noise.values()]
-    warnings += find_foreign_references(lines, config)
-    if missing := total - len({line["step"] for line in steps}):
-        warnings.append(
-            f"the metrics of {missing} of {total} steps are lost; so is what needs them"
-        )
-    warnings += judge_curve(config, lines)
-    projection: dict[str, Any] = {}
-    if config.projects:
-        removed = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
-        projection = {
-            "refreshes": _refreshes(steps),
-            "refused_refreshes": steps[-1].get("refused_refreshes"),
-            "effective_rank": steps[-1].get("effective_rank"),
-            "mean_removed_fraction": sum(removed) / len(removed) if removed else None,
-            "reference_coverage": steps[-1].get("reference_coverage"),
-            "least_coverage": steps[-1].get("least_coverage"),
-        }
     return {
         "name": config.name,
         "objective": config.objective,
         "preset": config.ogpsa.preset,
         "seed": config.seed,
         "steps": total,
-        "train_loss": {
-            "first": steps[0]["loss"] if steps[0]["step"] == 1 else None,
-            "last": steps[-1]["loss"],
-        },
+        "train_loss": TrainLoss(
+            first=steps[0]["loss"] if steps[0]["step"] == 1 else None, last=steps[-1]["loss"]
+        ),
         "before": measured_before(lines),
         "after": _held_out(evaluations[-1]) if evaluations else {},
         "change": {
-            f"{name}/loss": dataclasses.asdict(change) for name, (_, change) in changes.items()
+            f"{name}/loss": LossChange(**dataclasses.asdict(change))
+            for name, (_, change) in held_out_changes(lines).items()
         },
-        "projection": projection,
+        "projection": _projection(steps) if config.projects else None,
         # Sequences, as everywhere: a pair is two.
         "training_samples": total
         * (config.train.batch_size - config.reference_rows)
         * (2 if config.objective == "dpo" else 1),
-        "warnings": warnings,
     }
+
+
+def _projection(steps: Sequence[Line]) -> ProjectionFigures:
+    removed = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
+    last = steps[-1]
+    return ProjectionFigures(
+        refreshes=_refreshes(steps),
+        refused_refreshes=last.get("refused_refreshes"),
+        effective_rank=last.get("effective_rank"),
+        mean_removed_fraction=sum(removed) / len(removed) if removed else None,
+        reference_coverage=last.get("reference_coverage"),
+        least_coverage=last.get("least_coverage"),
+    )
+
+
+def curve_warnings(config: RunConfig, lines: list[Line]) -> list[str]:
+    """What the metrics of a finished run warn of."""
+    steps = [line for line in lines if "loss" in line]
+    found = [
+        *find_problems(steps).values(),
+        *find_lost_updates(steps, config).values(),
+        *find_capped(steps, config.ogpsa).values(),
+        *find_noise(steps, config).values(),
+        *find_foreign_references(lines, config),
+    ]
+    total = steps[-1]["step"]
+    if missing := total - len({line["step"] for line in steps}):
+        found.append(f"the metrics of {missing} of {total} steps are lost; so is what needs them")
+    return found + judge_curve(config, lines)
 
 
 def judge_curve(config: RunConfig, lines: Sequence[Line]) -> list[str]:

@@ -26,8 +26,9 @@ from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Pretraini
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 from ogpsa_jax.demo.settings import EASY, SETTINGS
 from ogpsa_jax.demo.world import REFUSAL, TOKENIZER, World
-from ogpsa_jax.evaluation import Record, evaluate, read_records
+from ogpsa_jax.evaluation import evaluate
 from ogpsa_jax.models import load_pretrained
+from ogpsa_jax.runs import ScoreRecord, read_scores
 from ogpsa_jax.training import run as training
 from ogpsa_jax.training.step import Network
 
@@ -125,7 +126,7 @@ def test_the_studys_exam_gives_the_scores_of_the_suite(trained, tmp_path, monkey
     model = load_pretrained(folder.model, dtype="float32", param_dtype="float32")
     scores = exam.Exam(world).score(Network.of(model))
     evaluate(folder.model, folder.scores, tmp_path, mesh=(1, 1, 1), progress=False)
-    (record,) = read_records(tmp_path)
+    (record,) = read_scores(tmp_path)
     assert scores == pytest.approx({name: record.scores[name] for name in scores})
     assert len(scores) == 4
 
@@ -139,7 +140,7 @@ def test_scores_are_recomputed_from_the_outcomes_of_the_items(demonstration):
         for line in _lines(folder / "items.jsonl"):
             right.setdefault(line["task"], []).append(line["correct"])
         shares = {task: statistics.fmean(correct) for task, correct in right.items()}
-        (record,) = read_records(folder)
+        (record,) = read_scores(folder)
         tasks = [shares[name] for name in _PRETRAINING.tasks]
         assert record.scores == pytest.approx({**shares, "general": statistics.fmean(tasks)})
         # What rules or a judge measure has no score of the same name here.
@@ -148,7 +149,7 @@ def test_scores_are_recomputed_from_the_outcomes_of_the_items(demonstration):
 
 def test_every_method_stage_and_world_has_its_record(demonstration):
     out, results = demonstration
-    records = read_records(out)
+    records = read_scores(out)
     keys = {(r.label, r.stage, r.seed) for r in records}
     aligned = {
         (label, stage, seed)
@@ -170,7 +171,7 @@ def test_every_method_stage_and_world_has_its_record(demonstration):
 
 def test_costs_are_the_sequences_of_both_stages(demonstration):
     out, _ = demonstration
-    costs = {(r.label, r.stage): r.cost for r in read_records(out)}
+    costs = {(r.label, r.stage): r.cost for r in read_scores(out)}
     naive = costs["naive", "sft+dpo"]
     ours = costs["OGPSA, recommended, 80 rows", "sft+dpo"]
     assert (naive.training_samples, naive.reference_samples) == (6 * 16 + 3 * 16 * 2, 0)
@@ -279,7 +280,7 @@ def _record(method, stage, general, over_refusal=0.0, seed=0):
     }
     named = METHODS.get(method)
     label, kind = (named.label, named.kind) if named else (method, method)
-    return Record(label=label, method=kind, stage=stage, seed=seed, scores=scores)
+    return ScoreRecord(label=label, method=kind, stage=stage, seed=seed, scores=scores)
 
 
 def test_findings_say_where_the_method_does_not_win():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ogpsa_jax.evaluation import Cost, Record, write_records
+from ogpsa_jax.runs import Cost, ScoreRecord, write_scores
 
 from .reading import REPOSITORY
 
@@ -84,7 +84,7 @@ def test_one_command_puts_the_same_results_into_both_tables(tmp_path, monkeypatc
     shutil.copy(REPOSITORY / "README.md", tmp_path)
     drawn = [0.125 * i for i in range(8)]
     records = [
-        Record(
+        ScoreRecord(
             label=f"{method}, labelled",
             method=method,
             stage="base" if method == "base" else "sft",
@@ -101,7 +101,7 @@ def test_one_command_puts_the_same_results_into_both_tables(tmp_path, monkeypatc
     ]
     (tmp_path / "demo").mkdir()
     results = tmp_path / "demo" / "results.json"
-    write_records(results, records)
+    write_scores(results, records)
     comparisons = [{"title": "a title of its own", "records": list(range(len(records)))}]
     results.write_text(json.dumps({**json.loads(results.read_text()), "comparisons": comparisons}))
 

@@ -11,9 +11,8 @@ from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.evaluate import run_suite
 from ogpsa_jax.evaluation.items import read_items
 from ogpsa_jax.evaluation.judge import Judge
-from ogpsa_jax.evaluation.provenance import Provenance
-from ogpsa_jax.evaluation.records import Cost
 from ogpsa_jax.evaluation.suite import JudgeSettings, load_suite
+from ogpsa_jax.runs import Cost, Provenance
 from tests.evaluation.fakes import EchoModel
 
 KEY = "sk-very-secret-0123456789"

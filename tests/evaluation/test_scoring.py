@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.language_model import fingerprint, open_model
+from ogpsa_jax.evaluation.language_model import answering_files, open_model
 from ogpsa_jax.evaluation.scoring import rolling_windows, score_continuations
+from ogpsa_jax.runs import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +122,13 @@ def test_a_fingerprint_tells_models_and_settings_apart(tiny_folder, tmp_path):
     copy.mkdir()
     for file in tiny_folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert fingerprint(copy) == fingerprint(tiny_folder)
-    assert fingerprint(copy, "float32") != fingerprint(copy, "bfloat16")
+    files, original = answering_files(copy), answering_files(tiny_folder)
+    assert fingerprint(files) == fingerprint(original)
+    assert fingerprint(files, "float32") != fingerprint(files, "bfloat16")
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-random.randrange(1, 1000)] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert fingerprint(copy) != fingerprint(tiny_folder)
+    assert fingerprint(files) != fingerprint(original)
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_told(tiny_folder):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from ogpsa_jax.evaluation.evaluate import run_suite
 from ogpsa_jax.evaluation.items import read_items
-from ogpsa_jax.evaluation.provenance import Provenance
-from ogpsa_jax.evaluation.records import Cost
 from ogpsa_jax.evaluation.suite import load_suite
+from ogpsa_jax.runs import Cost, Provenance
 
 NAMED = Provenance("echo", "base", "base", 0, Cost())
 SUITE = """

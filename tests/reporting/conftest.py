@@ -2,7 +2,7 @@
 
 import pytest
 
-from ogpsa_jax.evaluation import Cost, Record
+from ogpsa_jax.runs import Cost, ScoreRecord
 
 _SAFE = {"base": 0.03, "naive": 0.98, "ogpsa": 0.97, "merge": 0.5}
 
@@ -21,7 +21,7 @@ def records(drawn):
                 }
                 cost = Cost(training_samples=100, reference_samples=10 * seed, seconds=2.5)
                 rows.append(
-                    Record(
+                    ScoreRecord(
                         label=f"{method} run",
                         method=method,
                         stage=stage,
@@ -30,7 +30,7 @@ def records(drawn):
                         cost=cost,
                     )
                 )
-    base = Record(
+    base = ScoreRecord(
         label="before",
         method="base",
         stage="base",

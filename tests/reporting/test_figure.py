@@ -4,10 +4,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from ogpsa_jax.evaluation import Record
 from ogpsa_jax.reporting import aggregate, pareto_figure, text_table
 from ogpsa_jax.reporting.labels import Label, place_labels
 from ogpsa_jax.reporting.palette import DARK, LIGHT
+from ogpsa_jax.runs import ScoreRecord
 
 
 def test_the_figure_puts_every_row_at_its_scores(records):
@@ -93,7 +93,7 @@ def test_a_known_method_has_one_colour_in_every_figure_and_no_bar_leaves_the_sca
 def _near(drawn, count, spread, width):
     """Records of one seed whose scores differ by up to `width`, with a standard error."""
     return [
-        Record(
+        ScoreRecord(
             label=f"m{i}",
             method=f"m{i}",
             stage="sft",

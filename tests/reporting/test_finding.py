@@ -1,8 +1,8 @@
 import pytest
 
-from ogpsa_jax.evaluation import Record
 from ogpsa_jax.reporting.finding import context, difference, finding
 from ogpsa_jax.reporting.rows import aggregate
+from ogpsa_jax.runs import ScoreRecord
 
 
 def _runs(method, general, safety=0.99, answered=None, seeds=3, stage="sft", off=0.0, noise=0.0):
@@ -13,7 +13,9 @@ def _runs(method, general, safety=0.99, answered=None, seeds=3, stage="sft", off
         scores = {"general": general + moved, "safety": safety}
         if answered is not None:
             scores["benign_compliance"] = answered + moved
-        found.append(Record(label=method, method=method, stage=stage, seed=seed, scores=scores))
+        found.append(
+            ScoreRecord(label=method, method=method, stage=stage, seed=seed, scores=scores)
+        )
     return found
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import write_records
 from ogpsa_jax.reporting import report
 from ogpsa_jax.reporting.evidence import REMOVED, read_evidence
 from ogpsa_jax.reporting.finding import finding
 from ogpsa_jax.reporting.page import Picture, Section, Table, html_page
 from ogpsa_jax.reporting.palette import DARK
+from ogpsa_jax.runs import write_scores
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _VOID = {"meta", "img", "source"}
@@ -43,7 +43,7 @@ def run(records, tmp_path):
     for name, own in (("one", records[1]), ("two", records[2])):
         folder = tmp_path / name / "evaluation" / "suite"
         own = own.model_copy(update={"label": name, "seed": 0})
-        write_records(folder / "results.json", [own])
+        write_scores(folder / "results.json", [own])
         lines = [
             {"task": "harmful", "item": 1, "prompt": "<how?>", "answer": f"{name} & no"},
             {"task": "harmful", "item": 2, "prompt": f"only {name}", "answer": "no"},
@@ -84,18 +84,18 @@ def test_a_results_file_brings_its_own_answers_and_curves(records, tmp_path):
         },
         "curves": {"ogpsa run": {"loss on sums": [[0, 1.0], [9, 0.5]]}},
     }
-    write_records(tmp_path / "results.json", records, kept)
+    write_scores(tmp_path / "results.json", records, kept)
     report([tmp_path], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     for text in ("what it does", "1+1", "<td>3</td>", "Along the way"):
         assert text in page
-    write_records(tmp_path / "results.json", records, {"curves": {"a": 3}})
+    write_scores(tmp_path / "results.json", records, {"curves": {"a": 3}})
     with pytest.raises(InputError, match=r"results.json, field curves.a"):
         report([tmp_path], tmp_path / "out")
 
 
 def test_the_finding_comes_first_then_picture_answers_curves_and_tables(run, records, tmp_path):
-    write_records(tmp_path / "all" / "results.json", records)
+    write_scores(tmp_path / "all" / "results.json", records)
     runs = [tmp_path / "all", run / "one", run / "two"]
     all_records = report(runs, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
@@ -116,7 +116,7 @@ def test_the_finding_comes_first_then_picture_answers_curves_and_tables(run, rec
 
 
 def test_every_page_is_well_formed_and_no_table_can_widen_it(records, run, tmp_path):
-    write_records(tmp_path / "results.json", records)
+    write_scores(tmp_path / "results.json", records)
     report([tmp_path / "results.json", run / "one", run / "two"], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     elements = _Elements(page).found
@@ -132,7 +132,7 @@ def test_every_page_is_well_formed_and_no_table_can_widen_it(records, run, tmp_p
 
 
 def test_a_dark_page_has_dark_pictures(records, tmp_path):
-    write_records(tmp_path / "results.json", records)
+    write_scores(tmp_path / "results.json", records)
     report([tmp_path], tmp_path / "out")
     elements = _Elements((tmp_path / "out" / "report.html").read_text()).found
     dark = [a for tag, a, _ in elements if tag == "source"]
@@ -152,7 +152,7 @@ def test_beside_each_score_stands_what_it_does_not_tell(records, tmp_path):
         record.model_copy(update={"scores": {**record.scores, "benign_compliance": 0.5}})
         for record in records
     ]
-    write_records(tmp_path / "results.json", told)
+    write_scores(tmp_path / "results.json", told)
     report([tmp_path], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     headings = re.findall(r"<th>(.*?)</th>", page)
@@ -187,5 +187,5 @@ def test_the_wheel_holds_the_templates(tmp_path):
     names = set(zipfile.ZipFile(built).namelist())
     folder = REPOSITORY / "ogpsa_jax" / "reporting" / "templates"
     templates = {path.relative_to(REPOSITORY).as_posix() for path in folder.iterdir()}
-    assert {Path(name).suffix for name in templates} == {".html", ".css"}
+    assert {Path(name).suffix for name in templates} == {".html", ".css", ".md"}
     assert templates <= names

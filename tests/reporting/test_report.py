@@ -7,7 +7,6 @@ import pytest
 
 from ogpsa_jax.cli import main
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation import Record, read_records, write_records
 from ogpsa_jax.reporting import (
     aggregate,
     csv_table,
@@ -19,6 +18,7 @@ from ogpsa_jax.reporting import (
     to_mind,
 )
 from ogpsa_jax.reporting.page import html_page
+from ogpsa_jax.runs import ScoreRecord, read_scores, write_scores
 
 
 def _page(records):
@@ -126,26 +126,26 @@ def test_two_definitions_are_never_aggregated(records):
 
 def test_a_label_is_no_formula_and_no_second_line(records, tmp_path):
     odd = [record.model_copy(update={"label": f"$x^$ {record.label}"}) for record in records]
-    write_records(tmp_path / "results.json", odd)
+    write_scores(tmp_path / "results.json", odd)
     report([tmp_path], tmp_path / "report")
     odd[0] = odd[0].model_copy(update={"label": "two\nlines"})
-    write_records(tmp_path / "results.json", odd)
-    with pytest.raises(InputError, match=r"record 1, field label: .* one line of printable text"):
+    write_scores(tmp_path / "results.json", odd)
+    with pytest.raises(InputError, match=r"record 1: 'label': .* one line of printable text"):
         report([tmp_path], tmp_path / "report")
 
 
 def test_two_evaluations_that_disagree_are_told(records, tmp_path):
     for name, value in (("a", 0.2), ("b", 0.8)):
         changed = records[1].model_copy(update={"scores": {"general": value, "safety": 1.0}})
-        write_records(tmp_path / "evaluation" / name / "results.json", [changed])
+        write_scores(tmp_path / "evaluation" / name / "results.json", [changed])
     with pytest.raises(InputError, match=r"differ in the score general \(0.200 and 0.800\)"):
-        read_records(tmp_path)
+        read_scores(tmp_path)
 
 
 def test_a_report_of_runs_is_written_whole_and_needs_nothing_from_elsewhere(records, tmp_path):
     half = len(records) // 2
-    write_records(tmp_path / "one" / "results.json", records[:half], {"note": "free"})
-    write_records(tmp_path / "two" / "evaluation" / "suite" / "results.json", records[half:])
+    write_scores(tmp_path / "one" / "results.json", records[:half], {"note": "free"})
+    write_scores(tmp_path / "two" / "evaluation" / "suite" / "results.json", records[half:])
     out = tmp_path / "report"
     assert report([tmp_path / "one", tmp_path / "two"], out) == records
     assert sorted(path.name for path in out.iterdir()) == [
@@ -176,7 +176,7 @@ def test_rows_that_were_to_mind_are_told_in_every_form(records, tmp_path, capsys
     ]
     assert "(before: none; naive run, ogpsa run, merge run: 0a)" in notes[0]
     assert "before: not recorded; " in to_mind([records[0], *alike[1:]])[0]
-    write_records(tmp_path / "results.json", mixed)
+    write_scores(tmp_path / "results.json", mixed)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert notes[0] in capsys.readouterr().out
     assert notes[1] in (tmp_path / "out" / "report.md").read_text()
@@ -201,7 +201,7 @@ def test_a_tax_within_its_noise_gives_no_share(records, drawn):
 
     def one(method, general):
         scores = {"general": general, "safety": 0.9}
-        return Record(
+        return ScoreRecord(
             label=method, method=method, stage="sft", scores=scores, spread={"general": spread}
         )
 
@@ -217,8 +217,8 @@ def test_an_evaluation_says_of_a_record_how_each_part_was_asked(records, tmp_pat
         part = records[1].model_copy(
             update={"asked": {"template": template}, "scores": {name: 0.5}}
         )
-        write_records(tmp_path / "evaluation" / name / "results.json", [part])
-    (record,) = read_records(tmp_path)
+        write_scores(tmp_path / "evaluation" / name / "results.json", [part])
+    (record,) = read_scores(tmp_path)
     assert record.asked == {"template": "0a / none"}
 
 
@@ -226,8 +226,8 @@ def test_several_evaluations_of_a_run_are_one_record(records, tmp_path):
     scored = records[1]
     for name, scores in (("a", {"general": 0.5}), ("b", {"safety": 0.7})):
         part = scored.model_copy(update={"scores": scores})
-        write_records(tmp_path / "evaluation" / name / "results.json", [part])
-    (record,) = read_records(tmp_path)
+        write_scores(tmp_path / "evaluation" / name / "results.json", [part])
+    (record,) = read_scores(tmp_path)
     assert record.scores == {"general": 0.5, "safety": 0.7}
 
 
@@ -236,14 +236,14 @@ def test_several_evaluations_of_a_run_are_one_record(records, tmp_path):
     [
         ("{", "not a readable JSON file"),
         ("[]", "list `records`"),
-        ('{"records": [{"method": "naive"}]}', r"record 1, field label: field required"),
+        ('{"records": [{"method": "naive"}]}', r"record 1: 'label' is missing"),
         (
             '{"records": [{"label": "a", "method": "b", "stage": "c", "scores": {"x": NaN}}]}',
-            r"record 1, field scores.x: .*finite",
+            r"record 1: 'scores.x': .*finite",
         ),
         (
             '{"records": [{"label": "a", "method": "b", "stage": "c", "scores": {}, "sede": 1}]}',
-            r"record 1, field sede",
+            r"record 1: unknown key 'sede'",
         ),
     ],
 )
@@ -264,7 +264,7 @@ def test_runs_without_scores_are_told(records, tmp_path):
     with pytest.raises(InputError, match="at least one run"):
         report([])
     only = records[1].model_copy(update={"scores": {"fluency": 0.1}})
-    write_records(tmp_path / "results.json", [only])
+    write_scores(tmp_path / "results.json", [only])
     with pytest.raises(InputError, match="found: fluency"):
         report([tmp_path], tmp_path / "out")
     with pytest.raises(InputError, match=r"between 0 and 1, not 95"):
@@ -272,6 +272,6 @@ def test_runs_without_scores_are_told(records, tmp_path):
 
 
 def test_records_survive_the_file(records, tmp_path):
-    write_records(tmp_path / "results.json", records)
-    assert read_records(tmp_path / "results.json") == records
+    write_scores(tmp_path / "results.json", records)
+    assert read_scores(tmp_path / "results.json") == records
     assert json.loads((tmp_path / "results.json").read_text())["records"][0]["method"] == "base"

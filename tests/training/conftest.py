@@ -22,7 +22,8 @@ from ogpsa_jax.config import RunConfig, load_config
 from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.models import Decoder, save_pretrained
 from ogpsa_jax.models.config import read_config
-from ogpsa_jax.training import run
+from ogpsa_jax.reporting.model_card import write_missing_card
+from ogpsa_jax.training import Hooks, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "configs/models/tiny"
@@ -123,7 +124,7 @@ def uninterrupted(configured: Callable[..., RunConfig], tmp_path_factory: Any) -
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_mesh", some_devices)
-        run.train(configured(folder))
+        run.train(configured(folder), Hooks(on_finish=write_missing_card))
     return folder
 
 

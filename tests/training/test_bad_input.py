@@ -283,8 +283,8 @@ def test_a_directory_in_which_another_process_trains_is_refused(refused, interru
     assert "another process is writing there" in sentence
 
 
-def test_a_finished_run_without_its_export_says_how_to_make_it(refused, interrupted):
-    (interrupted / "summary.json").write_text("{}")
+def test_a_finished_run_without_its_export_says_how_to_make_it(refused, interrupted, uninterrupted):
+    shutil.copy(uninterrupted / "summary.json", interrupted)
     assert "its export is gone; `ogpsa-jax export" in refused("mesh.fsdp=8", output_dir=interrupted)
 
 
@@ -293,6 +293,13 @@ def test_a_torn_summary_is_told(refused, interrupted):
     sentence = refused("mesh.fsdp=8", output_dir=interrupted)
     assert "summary.json: cannot be read" in sentence
     assert "delete it, and the same command writes it again" in sentence
+
+
+def test_a_summary_of_another_version_is_told(refused, interrupted):
+    (interrupted / "summary.json").write_text("{}")
+    sentence = refused("mesh.fsdp=8", output_dir=interrupted)
+    assert "summary.json: 'name' is missing" in sentence
+    assert "Another version of ogpsa_jax may have written it: delete it" in sentence
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted, ground, capsys, caplog):

@@ -313,7 +313,7 @@ def test_a_pipeline_goes_back_to_the_model_that_it_began_with(
     found = find_initial_model(config)
     assert (found.name, found.own_start, found.problem) == (str(begun), False, "")
     summary = run.train(config)
-    assert summary["references"]["initial_model"] == str(begun)
+    assert summary.references.initial_model == str(begun)
     # The first stage has changed the model, so there is something to bring back at once.
     assert metrics(second)[1]["reference/loss"] > 1e-6
 

@@ -89,19 +89,19 @@ def test_the_preset_is_filled_in(configured, tmp_path):
 
 def test_a_cap_is_told_and_what_it_holds(configured, tmp_path):
     summary = train(configured(tmp_path / "run", *INPUTS, "ogpsa.rank=1"))
-    assert any("because ogpsa.rank (1) caps it" in warning for warning in summary["warnings"])
+    assert any("because ogpsa.rank (1) caps it" in warning for warning in summary.warnings)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "least_coverage" in line]
     assert all(0 < line["least_coverage"] < 0.98 for line in steps)
     assert steps[-1]["steps_since_refresh"] == steps[-1]["step"]  # spanned once
-    assert summary["projection"]["refreshes"] == 1
+    assert summary.projection.refreshes == 1
 
 
 def test_references_are_replayed_too(configured, tmp_path, on_some_devices):
     in_step = "references.in_step={share: 0.5, replay_weight: 8.0}"
     summary = train(configured(tmp_path / "run", *INPUTS, in_step))
-    assert summary["reference_samples"] == summary["training_samples"]
-    assert summary["projection"]["mean_removed_fraction"] > 0
+    assert summary.reference_samples == summary.training_samples
+    assert summary.projection.mean_removed_fraction > 0
 
 
 def test_a_run_cut_short_goes_on_with_its_subspace_to_the_same_bits(configured, tmp_path):
@@ -165,4 +165,4 @@ def test_prompts_need_no_answers_and_nobody_is_asked_for_any(configured, tmp_pat
     config = configured(tmp_path / "run", *INPUTS, *FAST, prompts)
     assert not config.asks_initial_model
     summary = train(config)
-    assert summary["projection"]["mean_removed_fraction"] > 0
+    assert summary.projection.mean_removed_fraction > 0

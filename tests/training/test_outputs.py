@@ -20,8 +20,11 @@ from ogpsa_jax.data import BUILT_IN, ChatTemplate, digest, load_tokenizer
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import save_lora
 from ogpsa_jax.models.config import read_config
+from ogpsa_jax.reporting.model_card import write_model_card
+from ogpsa_jax.runs import TrainLoss
 from ogpsa_jax.training import inputs, run
 from ogpsa_jax.training.export import export
+from ogpsa_jax.training.export_checkpoint import export_checkpoint
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.metrics import MetricsLog, draw_curves, find_problems, read_metrics
 from ogpsa_jax.training.prepare import model_config, prepare_data, prepare_model
@@ -128,13 +131,10 @@ def test_a_run_that_learned_nothing_says_so(
         *([f"data.train.0.path={ground / 'pairs.jsonl'}"] if objective == "dpo" else []),
     )
     summary = run.train(config)
-    [told] = [
-        warning for warning in summary["warnings"] if "hardly anything was learned" in warning
-    ]
+    [told] = [warning for warning in summary.warnings if "hardly anything was learned" in warning]
     assert "optimizer.learning_rate (1e-09)" in told
     assert told in caplog.messages
-    change = summary["change"]["general/loss"]
-    assert abs(change["mean"]) < 1e-4
+    assert abs(summary.change["general/loss"].mean) < 1e-4
 
 
 def test_references_that_the_model_would_not_say_are_told_before_the_first_step(
@@ -149,7 +149,7 @@ def test_references_that_the_model_would_not_say_are_told_before_the_first_step(
         tmp_path / "run", f"model.path={tmp_path / 'model'}", "train={steps: 1, batch_size: 8}"
     )
     summary = run.train(config)
-    [told] = [warning for warning in summary["warnings"] if "start at a high loss" in warning]
+    [told] = [warning for warning in summary.warnings if "start at a high loss" in warning]
     assert told.startswith("references.0: ")
     assert told in caplog.messages
     line = metrics(tmp_path / "run")[0]
@@ -163,10 +163,10 @@ def test_lost_metrics_leave_no_false_figure(interrupted, configured, on_some_dev
     (interrupted / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines[-2:]))
     (interrupted / "export").mkdir()
     summary = run.train(configured(interrupted))
-    assert summary["train_loss"] == {"first": None, "last": whole["loss"]}
-    assert summary["before"] == {}
-    assert summary["reference_samples"] == 2 * 12
-    assert summary["warnings"] == [
+    assert summary.train_loss == TrainLoss(first=None, last=whole["loss"])
+    assert summary.before == {}
+    assert summary.reference_samples == 2 * 12
+    assert summary.warnings == [
         f"the metrics of {STEPS - 1} of {STEPS} steps are lost; so is what needs them"
     ]
 
@@ -219,7 +219,9 @@ def test_pairs_that_are_left_out_are_told(ground, configured, tmp_path, caplog):
 
 def test_an_export_made_later_is_the_one_of_the_end(uninterrupted, tmp_path, caplog):
     with caplog.at_level("INFO", "ogpsa_jax"):
-        assert run.export_checkpoint(uninterrupted, tmp_path / "later") == STEPS
+        exported = export_checkpoint(uninterrupted, tmp_path / "later")
+    assert exported.step == STEPS
+    write_model_card(uninterrupted, tmp_path / "later", exported.rounding)
     assert f"reading the checkpoint of step {STEPS}" in caplog.text
     assert "resuming" not in caplog.text  # nothing is trained
     names = {path.name for path in (uninterrupted / "export").iterdir()}
@@ -307,7 +309,7 @@ def test_the_dropout_of_the_configuration_holds_with_an_adapter(configured, tmp_
 
 def test_an_export_among_the_checkpoints_is_refused(uninterrupted):
     with pytest.raises(InputError, match="is among the run's checkpoints"):
-        run.export_checkpoint(uninterrupted, uninterrupted / "checkpoints" / "9")
+        export_checkpoint(uninterrupted, uninterrupted / "checkpoints" / "9")
     assert not (uninterrupted / "checkpoints" / "9").exists()
 
 
@@ -319,7 +321,7 @@ def test_an_export_into_another_run_is_refused(uninterrupted, tmp_path):
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
     for name in ("export", "adapter"):
         with pytest.raises(InputError, match=rf"is the {name} of the run other; choose another"):
-            run.export_checkpoint(uninterrupted, other / name)
+            export_checkpoint(uninterrupted, other / name)
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
 
 
@@ -338,9 +340,9 @@ def test_a_run_whose_basis_is_empty_says_so_and_records_it(
     with caplog.at_level("WARNING", "ogpsa_jax"):
         summary = run.train(configured(tmp_path / "run", f"model.path={model}"))
     assert "the basis was empty, so nothing was projected" in caplog.text
-    [warning] = [warning for warning in summary["warnings"] if "the basis was empty" in warning]
+    [warning] = [warning for warning in summary.warnings if "the basis was empty" in warning]
     assert warning.startswith(f"step 1 and {STEPS - 1} more: ")
-    assert summary["projection"]["effective_rank"] == 0
+    assert summary.projection.effective_rank == 0
     assert warning in json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"]
 
 

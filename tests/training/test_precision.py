@@ -19,7 +19,8 @@ from ogpsa_jax.cli import main
 from ogpsa_jax.config import RunConfig
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import load_pretrained, merge_pretrained
-from ogpsa_jax.training import run
+from ogpsa_jax.reporting.model_card import write_missing_card
+from ogpsa_jax.training import Hooks, run
 from ogpsa_jax.training.metrics import find_lost_updates
 from ogpsa_jax.training.optimizer import apply_updates, clip_by_global_norm, global_norm
 from ogpsa_jax.training.prepare import prepare_model
@@ -53,7 +54,9 @@ def first(narrow, configured, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stages") / "first"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_mesh", some_devices)
-        run.train(configured(folder, f"model.path={narrow}", SMALL))
+        run.train(
+            configured(folder, f"model.path={narrow}", SMALL), Hooks(on_finish=write_missing_card)
+        )
     return folder
 
 
@@ -68,7 +71,7 @@ def test_a_later_stage_starts_from_the_weights_that_the_last_one_reported(
     second = configured(
         tmp_path / "second", f"model.path={path.format(first)}", SMALL, "train.steps=1"
     )
-    before = run.train(second)["before"]
+    before = run.train(second).before
     reported = summary_of(first)
     assert before == pytest.approx(reported["after"], rel=ROUND_OFF)
     # The test could not fail if the export had lost nothing.
@@ -87,13 +90,13 @@ def test_stages_of_one_command_and_of_lora_hand_on_everything(
         stage_overrides=[lora, [SMALL], ["train.steps=1"]],
     )
     # The first evaluates base and adapters apart, the second their sum: float32 round-off.
-    assert second["before"] == pytest.approx(first["after"], rel=1e-5)
-    assert third["before"] == pytest.approx(second["after"], rel=ROUND_OFF)
+    assert second.before == pytest.approx(first.after, rel=1e-5)
+    assert third.before == pytest.approx(second.after, rel=ROUND_OFF)
     # What the first export rounded away counts again: never more than there is, never the reverse.
     # (Rounding to the nearest overshoots where it rounds up; over all weights that is little.)
     for stage in (first, second, third):
-        assert -0.05 < stage["rounding"]["update_kept"] < 1.05
-    assert first["rounding"]["dtype"] == second["rounding"]["dtype"] == "bfloat16"
+        assert -0.05 < stage.rounding.update_kept < 1.05
+    assert first.rounding.dtype == second.rounding.dtype == "bfloat16"
 
 
 def test_a_real_bfloat16_model_at_the_published_rate_keeps_what_the_script_prints(
@@ -142,7 +145,7 @@ def test_the_reference_model_of_a_dpo_stage_is_the_model_as_trained(
             )
         )
         # Equal policies: log 2, whatever the pairs. A rounded reference would be off by its change.
-        assert summary["before"]["pairs/loss"] == pytest.approx(np.log(2), abs=ROUND_OFF)
+        assert summary.before["pairs/loss"] == pytest.approx(np.log(2), abs=ROUND_OFF)
 
 
 def test_what_rounding_leaves_is_measured_told_and_on_the_card(first, narrow, caplog):
@@ -177,7 +180,7 @@ def test_an_export_is_measured_as_it_will_be_read(first, configured, on_some_dev
     plain = tmp_path / "plain"
     shutil.copytree(first / "export", plain, ignore=shutil.ignore_patterns("unrounded", ".ogpsa*"))
     config = configured(tmp_path / "run", f"model.path={plain}", "train.steps=1")
-    assert run.train(config)["before"] == pytest.approx(
+    assert run.train(config).before == pytest.approx(
         summary_of(first)["rounding"]["rounded"], rel=ROUND_OFF
     )
 
@@ -206,8 +209,8 @@ def test_a_float32_export_hands_on_everything_and_keeps_nothing_twice(
         tmp_path / "run", f"model.path={narrow}", SMALL, "train.steps=1", "export.dtype=float32"
     )
     summary = run.train(config)
-    assert "rounding" not in summary
-    assert not [w for w in summary["warnings"] if "export" in w]
+    assert summary.rounding is None
+    assert not [w for w in summary.warnings if "export" in w]
     assert not (tmp_path / "run/export/unrounded").exists()
     with pytest.raises(InputError, match=r"another export\.dtype; .*--dtype bfloat16"):
         run.train(
@@ -254,7 +257,7 @@ def test_a_stage_that_cannot_hold_what_the_last_one_learned_says_so(
 ):
     narrow = ["model.param_dtype=bfloat16", "train.steps=1"]
     summary = run.train(configured(tmp_path / "run", f"model.path={first}", *narrow))
-    [warning] = [w for w in summary["warnings"] if w.startswith("model.param_dtype")]
+    [warning] = [w for w in summary.warnings if w.startswith("model.param_dtype")]
     assert "rounds the float32 weights" in warning
     assert warning in caplog.text
 
@@ -267,15 +270,15 @@ def test_updates_that_do_not_reach_bfloat16_parameters_are_logged_and_warned_of(
     lines = [line for line in metrics(tmp_path / "nearest") if "loss" in line]
     assert lines[0]["applied_fraction"] < 0.5
     assert lines[0]["applied_update_norm"] < lines[0]["update_norm"]
-    [warning] = [w for w in summary["warnings"] if "reached the parameters" in w]
+    [warning] = [w for w in summary.warnings if "reached the parameters" in w]
     assert "set model.param_dtype to float32" in warning
     assert "reached the parameters" in caplog.text
 
     rounded = [*small, "optimizer.stochastic_rounding=true"]
     summary = run.train(configured(tmp_path / "random", *rounded))
-    assert not [w for w in summary["warnings"] if "reached the parameters" in w]
+    assert not [w for w in summary.warnings if "reached the parameters" in w]
     wide = run.train(configured(tmp_path / "wide", f"model.path={narrow}", SMALL))
-    assert not [w for w in wide["warnings"] if "reached the parameters" in w]
+    assert not [w for w in wide.warnings if "reached the parameters" in w]
     for line in metrics(tmp_path / "wide"):
         if "loss" in line:
             assert line["applied_update_norm"] == pytest.approx(line["update_norm"], rel=1e-2)

@@ -25,15 +25,15 @@ def test_a_run_says_how_many_reference_rows_it_took(configured, tmp_path, on_som
     config = configured(tmp_path / "run", *IN_TURN, "references.sets.0.samples=10")
     summary = train(config)
     # Four refreshes in eight steps: batches of 4, 4 and 2 rows, and the first again.
-    assert summary["reference_samples"] == 4 + 4 + 2 + 4
+    assert summary.reference_samples == 4 + 4 + 2 + 4
     whole = train(configured(tmp_path / "whole", "references.sets.0.samples=10"))
-    assert whole["reference_samples"] == 2 * 10  # refreshed every five
+    assert whole.reference_samples == 2 * 10  # refreshed every five
 
 
 def test_all_rows_in_turn_is_the_run_without(configured, tmp_path, on_some_devices):
     settings = ("references.batch_size=4", "references.sets.0.samples=12")
     losses = [
-        train(configured(tmp_path / name, *settings, *more))["after"]
+        train(configured(tmp_path / name, *settings, *more)).after
         for name, more in (("plain", ()), ("turns", ("references.rows_per_refresh=12",)))
     ]
     assert losses[0] == losses[1]

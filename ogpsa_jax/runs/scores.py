@@ -1,7 +1,7 @@
 """What the report reads of a run: one small record, and where to find it.
 
-A results file is a JSON object whose key ``records`` lists :class:`Record` objects; what else it
-contains is free. The demonstration and ``ogpsa-jax evaluate`` both write one.
+A results file is a JSON object whose key ``records`` lists :class:`ScoreRecord` objects; other keys
+are free. The demonstration and ``ogpsa-jax evaluate`` both write one.
 """
 
 import json
@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
+from ogpsa_jax.validation import first_complaint
 
 _LARGEST = 1e9  # scores are fractions
 BASE = "base"  # the method of the model before alignment
@@ -57,7 +58,7 @@ class Cost(_Strict):
     seconds: float = Field(default=0.0, ge=0, lt=1e18, description="wall-clock time of training")
 
 
-class Record(_Strict):
+class ScoreRecord(_Strict):
     """The scores of one model: one point of the safety–utility figure, or one seed of a point."""
 
     label: Name = Field(description="the name shown; records that differ in seed alone share it")
@@ -86,8 +87,8 @@ class Record(_Strict):
     cost: Cost = Cost()
 
 
-def write_records(
-    path: str | Path, records: Iterable[Record], extra: dict[str, Any] | None = None
+def write_scores(
+    path: str | Path, records: Iterable[ScoreRecord], extra: dict[str, Any] | None = None
 ) -> None:
     """Write a results file, whole or not at all.
 
@@ -100,7 +101,7 @@ def write_records(
     write_whole(Path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_records(run: str | Path) -> list[Record]:
+def read_scores(run: str | Path) -> list[ScoreRecord]:
     """The records of a run.
 
     Args:
@@ -130,13 +131,13 @@ def read_records(run: str | Path) -> list[Record]:
     return _merged([record for file in files for record in _file_records(file)], path)
 
 
-def check_definitions(records: Iterable[Record]) -> None:
+def check_definitions(records: Iterable[ScoreRecord]) -> None:
     """Refuse records in which a score of one name was measured in two ways.
 
     Raises:
       InputError: names the score, two of the records, and how each was measured.
     """
-    first: dict[str, Record] = {}
+    first: dict[str, ScoreRecord] = {}
     for record in records:
         for name in record.scores:
             other = first.setdefault(name, record)
@@ -149,7 +150,7 @@ def check_definitions(records: Iterable[Record]) -> None:
                 )
 
 
-def _file_records(path: Path) -> list[Record]:
+def _file_records(path: Path) -> list[ScoreRecord]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -162,24 +163,22 @@ def _file_records(path: Path) -> list[Record]:
     records = []
     for number, item in enumerate(content["records"], start=1):
         try:
-            records.append(Record.model_validate(item))
+            records.append(ScoreRecord.model_validate(item))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "record"
+            said = first_complaint(error, ScoreRecord)
             raise InputError(
-                f"{path}, record {number}, field {field}: {first['msg'].lower()}; fix it or make "
-                "the file again."
+                f"{path}, record {number}: {said} Fix it or make the file again."
             ) from error
     return records
 
 
-def _merged(records: list[Record], where: Path) -> list[Record]:
+def _merged(records: list[ScoreRecord], where: Path) -> list[ScoreRecord]:
     """Join the scores of records that describe the same model.
 
     Raises:
       InputError: two evaluations that differ in a score of the same name.
     """
-    joined: dict[tuple[str, str, str, int], Record] = {}
+    joined: dict[tuple[str, str, str, int], ScoreRecord] = {}
     for record in records:
         key = (record.label, record.method, record.stage, record.seed)
         before = joined.get(key, record)
