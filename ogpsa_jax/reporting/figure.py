@@ -48,7 +48,7 @@ def pareto_figure(
 
     Args:
       records: of any runs; those without a general or a safety score are left out.
-      title: what the picture shows, as in :func:`~ogpsa_jax.reporting.finding.headline`.
+      title: what the picture shows, as in :func:`~ogpsa_jax.reporting.finding.finding`.
       matched_safety: a safety score at which a dashed line is drawn.
       palette: of the colours.
 
@@ -58,13 +58,7 @@ def pareto_figure(
     Raises:
       ValueError: no record has both scores.
     """
-    rows = [row for row in aggregate(records) if "general" in row.mean]
-    safety = safety_score(name for row in rows for name in row.mean)
-    rows = [row for row in rows if safety in row.mean]
-    if safety is None or not rows:
-        raise ValueError("records must contain a general and a safety score, none of them does")
-    pictures = [(safety, "safety score", "better ↗")]
-    pictures += [each for each in _SECOND if all(each[0] in row.mean for row in rows)][:1]
+    rows, pictures = _drawn(records)
     lines = textwrap.wrap(title or "", _TITLE_LETTERS)
     entries = len(_names(rows)) + len(_stages(rows)) + (matched_safety is not None)
     height = _HEIGHT + _LINE * (len(lines) + (entries + 1) // 2)
@@ -73,9 +67,8 @@ def pareto_figure(
         for axes, (score, name, better) in zip(panels, pictures, strict=True):
             _panel(axes, rows, score, name, better, palette)
         if matched_safety is not None:
-            panels[0].axhline(
-                matched_safety, color=palette.faint, linewidth=1, linestyle="--", zorder=1
-            )
+            look = {"color": palette.faint, "linewidth": 1, "linestyle": "--"}
+            panels[0].axhline(matched_safety, zorder=1, **look)
         _legend(figure, rows, matched_safety, palette)
         if lines:
             figure.suptitle(
@@ -84,6 +77,18 @@ def pareto_figure(
         for axes, (score, *_) in zip(panels, pictures, strict=True):
             place_labels(axes, _labels(rows, score, palette), FONT - 2)
     return figure
+
+
+def _drawn(records: Sequence[ScoreRecord]) -> tuple[list[ScoreRow], list[tuple[str, str, str]]]:
+    """What is drawn: rows, and of each picture the score, its name and where is better."""
+    rows = [row for row in aggregate(records) if "general" in row.mean]
+    safety = safety_score(name for row in rows for name in row.mean)
+    rows = [row for row in rows if safety in row.mean]
+    if safety is None or not rows:
+        raise ValueError("records must contain a general and a safety score, none of them does")
+    pictures = [(safety, "safety score", "better ↗")]
+    pictures += [each for each in _SECOND if all(each[0] in row.mean for row in rows)][:1]
+    return rows, pictures
 
 
 def _panel(

@@ -291,7 +291,7 @@ def draw_curves(lines: list[Line], path: Path) -> None:
                 drawn += 1
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
-        if drawn > 1:
+        if drawn > 1 or (drawn and names[0].startswith("eval/")):  # sets are named, even one
             axes.legend(fontsize="small")
         elif not drawn:
             axes.text(0.5, 0.5, "not measured in this run", ha="center", transform=axes.transAxes)

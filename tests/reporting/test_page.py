@@ -8,6 +8,7 @@ import pytest
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.reporting import report
+from ogpsa_jax.reporting.curves import curves_figure
 from ogpsa_jax.reporting.evidence import REMOVED, read_evidence
 from ogpsa_jax.reporting.finding import finding
 from ogpsa_jax.reporting.page import Picture, Section, Table, html_page
@@ -73,6 +74,17 @@ def test_a_report_finds_the_answers_and_curves_that_runs_kept(run, records):
         }
     }
     assert kept.methods["naive"]
+
+
+def test_curves_name_every_set_and_leave_no_empty_panel(run, records):
+    kept = read_evidence([run / "one"], records)
+    figure = curves_figure(kept.curves, {})
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    titles = [axes.get_title(loc="left").replace("\n", " ") for axes in shown]
+    assert titles == ["loss on general", "loss on other", REMOVED]
+    assert all(len(axes.lines) == 1 for axes in shown)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one"]
 
 
 def test_a_results_file_brings_its_own_answers_and_curves(records, tmp_path):
