@@ -288,21 +288,22 @@ def _demo(parsed: argparse.Namespace) -> None:
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
-    from ogpsa_jax.evaluation import evaluate, results_text
+    from ogpsa_jax.evaluation import ModelOptions, evaluate, results_text
     from ogpsa_jax.reporting.model_card import refresh_card
+    from ogpsa_jax.runs import Naming
 
     results = evaluate(
         parsed.model,
         parsed.suite,
         parsed.out,
-        batch_size=parsed.batch_size,
-        dtype=parsed.dtype,
-        mesh=None if parsed.mesh is None else tuple(parsed.mesh),
-        template=parsed.template,
+        options=ModelOptions(
+            dtype=parsed.dtype,
+            mesh=None if parsed.mesh is None else tuple(parsed.mesh),
+            template=parsed.template,
+            batch_size=parsed.batch_size,
+        ),
+        naming=Naming(parsed.label, parsed.method, parsed.stage),
         judge=dict(map(_setting, parsed.judge)),
-        label=parsed.label,
-        method=parsed.method,
-        stage=parsed.stage,
     )
     if parsed.out is None:
         refresh_card(parsed.model)

@@ -14,8 +14,7 @@ import yaml
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import line_of
-
-Location = tuple[str | int, ...]
+from ogpsa_jax.validation import Location
 
 
 @dataclass(frozen=True, eq=False)

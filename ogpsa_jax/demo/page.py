@@ -10,7 +10,7 @@ from ogpsa_jax.demo.settings import SETTINGS
 from ogpsa_jax.reporting import finding, pareto_figure, sections
 from ogpsa_jax.reporting.evidence import Evidence
 from ogpsa_jax.reporting.finding import context
-from ogpsa_jax.reporting.page import Section, Table, html_page
+from ogpsa_jax.reporting.page import PageSection, Table, html_page
 from ogpsa_jax.runs import BASE, ScoreRecord
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def demo_page(records: Sequence[ScoreRecord], extra: Mapping[str, Any]) -> str:
         *sections.along_the_way(kept, first),
         *(sections.scores(each["title"], own, level) for each, own in tables),
         sections.scores("Every general task", _tasks_only(first, tasks), level, every_score=True),
-        Section("What was done", [_introduction(extra)], folded=True),
-        Section("How to read the tables", [_READING, _STAMMER], folded=True),
+        PageSection("What was done", [_introduction(extra)], folded=True),
+        PageSection("How to read the tables", [_READING, _STAMMER], folded=True),
         *(_claims(each) for each, _ in tables),
         sections.explanation(level, exact=True),
         sections.definitions(first),
@@ -139,10 +139,10 @@ def _tasks_only(records: Sequence[ScoreRecord], tasks: Sequence[str]) -> list[Sc
     ]
 
 
-def _claims(comparison: Mapping[str, Any]) -> Section:
+def _claims(comparison: Mapping[str, Any]) -> PageSection:
     name, found = f"Claims, {comparison['title']}", comparison["findings"]
     if not found:
-        return Section(name, ["These runs decide none of the claims."], folded=True)
+        return PageSection(name, ["These runs decide none of the claims."], folded=True)
     cells = [["claim", "stage", "verdict", "measured"]]
     # What does not hold comes first: it is what a reader would not look for.
     for each in sorted(found, key=lambda each: each["holds"]):
@@ -150,4 +150,4 @@ def _claims(comparison: Mapping[str, Any]) -> Section:
         cells.append([each["claim"], each["stage"], verdict, each["evidence"]])
     failing = sum(not each["holds"] for each in found)
     lead = f"Of {len(found)} claims, {len(found) - failing} hold and {failing} do not. {COMPARED}"
-    return Section(name, [lead], table=Table(cells, text=True), folded=True)
+    return PageSection(name, [lead], table=Table(cells, text=True), folded=True)

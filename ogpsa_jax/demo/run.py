@@ -23,7 +23,7 @@ from ogpsa_jax.demo.pretraining import one_device, pretrain
 from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Mode, Recipe, key
 from ogpsa_jax.demo.scoring import definitions
 from ogpsa_jax.demo.world import World
-from ogpsa_jax.evaluation import evaluate
+from ogpsa_jax.evaluation import ModelOptions, evaluate
 from ogpsa_jax.files import make_folder, write_whole
 from ogpsa_jax.models.merge import merge_pretrained
 from ogpsa_jax.progress import Progress
@@ -37,7 +37,7 @@ from ogpsa_jax.training.metrics import read_metrics
 BEFORE: Final = "before alignment"
 _SCORED_AT_A_TIME: Final = 128  # rows; a task has 192 at most
 # So small a model gains nothing from several devices, and is done before a bar is seen.
-_SMALL: Final[dict[str, Any]] = {"mesh": (1, 1, 1), "progress": False}
+_SMALL: Final = ModelOptions(mesh=(1, 1, 1))
 
 
 def run_demo(out: str | Path, mode: Mode, seed: int = 0) -> dict[str, Any]:
@@ -161,8 +161,8 @@ class _Demo:
                 model,
                 folder.scores,
                 None if (model / "config.yaml").exists() else _beside(model, folder.scores),
-                batch_size=_SCORED_AT_A_TIME,
-                **_SMALL,
+                options=dataclasses.replace(_SMALL, batch_size=_SCORED_AT_A_TIME),
+                progress=False,
             )
             refresh_card(model)
             self.scored[model] = ScoreRecord.model_validate(results["records"][0])
@@ -189,7 +189,7 @@ class _Demo:
     def _answers(self, label: str, model: Path, folder: Folder) -> None:
         """What a model says to some prompts."""
         place = _beside(model, folder.answers)
-        evaluate(model, folder.answers, place, **_SMALL)
+        evaluate(model, folder.answers, place, options=_SMALL, progress=False)
         self.answers["given"][label] = read_answers(place)
 
     def _tables(self) -> list[list[ScoreRecord]]:

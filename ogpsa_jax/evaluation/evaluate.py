@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.evaluation.items import Item, read_items
-from ogpsa_jax.evaluation.language_model import LanguageModel, open_model
+from ogpsa_jax.evaluation.language_model import LanguageModel, ModelOptions, open_model
 from ogpsa_jax.evaluation.refusal import RULES, classify_refusal
 from ogpsa_jax.evaluation.results import ANSWERS, NOT_ASKED, results_text, summary
 from ogpsa_jax.evaluation.suite import (
@@ -25,10 +25,10 @@ from ogpsa_jax.evaluation.suite import (
     Task,
     load_suite,
 )
-from ogpsa_jax.evaluation.tasks import UNJUDGED, Outcome, TaskResult, run_items, summarise
+from ogpsa_jax.evaluation.tasks import UNJUDGED, ItemOutcome, TaskResult, run_items, summarise
 from ogpsa_jax.files import make_folder, only_writer, read_json
 from ogpsa_jax.progress import Progress
-from ogpsa_jax.runs import Provenance, find_run, provenance, write_scores
+from ogpsa_jax.runs import Naming, Provenance, find_run, named, write_scores
 
 if TYPE_CHECKING:
     from ogpsa_jax.evaluation.judge import Judge
@@ -41,15 +41,9 @@ def evaluate(
     suite: str | Path,
     output_dir: str | Path | None = None,
     *,
-    batch_size: int = 16,
-    dtype: str = "auto",
-    mesh: tuple[int, int, int] | None = None,
-    template: str | None = None,
+    options: ModelOptions | None = None,
+    naming: Naming | None = None,
     judge: Mapping[str, Any] | None = None,
-    label: str | None = None,
-    method: str | None = None,
-    stage: str | None = None,
-    seed: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score a checkpoint; the same call resumes an earlier one that was stopped.
@@ -59,15 +53,9 @@ def evaluate(
       suite: YAML file.
       output_dir: where ``items.jsonl`` and ``results.json`` go; by default ``evaluation/SUITE`` in
         the run directory, or ``evaluations/MODEL/SUITE`` where the model is of no run.
-      batch_size: rows a forward pass.
-      dtype: of computation and weights; ``auto``: float32 on CPU, else bfloat16.
-      mesh: devices along the axes data, fsdp and tensor; by default all along fsdp.
-      template: chat template, where the tokenizer's own is not the one.
+      options: how the model is loaded and called.
+      naming: how reports call it; by default as its run says, or its folder.
       judge: settings that take the place of the suite's own under ``judge``.
-      label: how the report calls the model; by default the run's name, or the folder's.
-      method: as in :class:`ScoreRecord`; by default what the run's configuration says.
-      stage: the same.
-      seed: the same.
       progress: show a bar on stderr.
 
     Returns:
@@ -78,38 +66,26 @@ def evaluate(
       InputError: a suite, a data file, a model or a judge that is not as it must be. All files are
         read and checked before the model is loaded.
     """
+    options = options or ModelOptions()
     loaded = load_suite(suite, judge)
     items = {task.name: read_items(loaded, task) for task in loaded.tasks}
-    origin = provenance(model)
-    named = Provenance(
-        label=label or origin.label,
-        method=method or origin.method,
-        stage=stage or origin.stage,
-        seed=origin.seed if seed is None else seed,
-        cost=origin.cost,
-    )
-    for name in (named.label, named.method, named.stage):
-        if not name.strip() or not name.isprintable():
-            raise InputError(f"label {name!r}: must be one line of printable text.")
+    names = named(model, naming or Naming())
     output = Path(output_dir) if output_dir is not None else _default_output(model, loaded)
-    run = find_run(model)
-    if run is None and output_dir is None:
+    if output_dir is None and find_run(model) is None:
         _check_own_results(output, model)
     make_folder(output)
     with only_writer(output):
         asked = _judge(loaded, output)
-        opened = open_model(model, dtype=dtype, mesh=mesh, template=template, batch_size=batch_size)
-        results = run_suite(
-            opened,
+        return run_suite(
+            open_model(model, options),
             loaded,
             items,
             output,
-            named,
+            names,
             judge=asked,
-            batch_size=batch_size,
+            batch_size=options.batch_size,
             progress=progress,
         )
-    return results
 
 
 def run_suite(
@@ -117,7 +93,7 @@ def run_suite(
     suite: Suite,
     items: dict[str, list[Item]],
     output_dir: Path,
-    named: Provenance,
+    names: Provenance,
     *,
     judge: "Judge | None" = None,
     batch_size: int = 16,
@@ -130,7 +106,7 @@ def run_suite(
       suite: the tasks.
       items: of each task, by its name.
       output_dir: of ``items.jsonl`` and ``results.json``.
-      named: how the report names the model.
+      names: how reports name the model.
       judge: for the tasks that ask for one.
       batch_size: items put to the model at a time.
       progress: show a bar on stderr.
@@ -150,39 +126,55 @@ def run_suite(
     with ItemLog(output_dir / "items.jsonl") as log, Progress(shown=progress) as bars:
         for task in suite.tasks:
             own = items[task.name]
-            bar = bars.bar(task.name, len(own), "items")
             keys = _keys(model, suite, task, own, batch_size)
             reused += sum(key in log.outcomes for key in keys)
-            for batch in _batches(task, keys, log, batch_size):
-                given = [own[i] for i in batch]
-                try:
-                    outcomes = run_items(
-                        model, task, given, _chat(model, task), _seed(suite, task) + batch[0]
-                    )
-                except ValueError as error:  # what the model cannot be asked
-                    raise InputError(
-                        f"task {task.name}, rows {given[0].id} to {given[-1].id}: {error}"
-                    ) from error
-                log.add(task.name, [(own[i], keys[i]) for i in batch], outcomes)
-                bar.at(sum(key in log.outcomes for key in keys))
-            bar.at(len(own))
+            _ask(model, suite, task, own, keys, log, bars, batch_size)
             if isinstance(task, RefusalTask | OverRefusalTask):
                 _judge_items(task, own, keys, log, judge if task.judge else None, bars)
-            try:
-                results[task.name] = summarise(task, [log.outcomes[key] for key in keys])
-            except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(
-                    f"{output_dir / 'items.jsonl'}: contains outcomes of task {task.name} that are "
-                    "none; remove the file, and the same command writes it again."
-                ) from error
+            results[task.name] = _result(task, keys, log, output_dir)
     asked = None if judge is None else judge.name
     chat = any(_chat(model, task) for task in suite.tasks)
-    content, record = summary(model, suite, items, results, named, asked, chat)
+    content, record = summary(model, suite, items, results, names, asked, chat)
     extra = {**content, "items_reused": reused, "seconds": round(time.perf_counter() - started, 1)}
     write_scores(output_dir / "results.json", [record], extra)
     return {**extra, "records": [record.model_dump()]}
+
+
+def _ask(
+    model: LanguageModel,
+    suite: Suite,
+    task: Task,
+    items: Sequence[Item],
+    keys: Sequence[str],
+    log: "ItemLog",
+    bars: Progress,
+    batch_size: int,
+) -> None:
+    """Put those items of a task to the model that have no outcome yet."""
+    bar = bars.bar(task.name, len(items), "items")
+    for batch in _batches(task, keys, log, batch_size):
+        given, seed = [items[i] for i in batch], _seed(suite, task) + batch[0]
+        try:
+            outcomes = run_items(model, task, given, _chat(model, task), seed)
+        except ValueError as error:  # what the model cannot be asked
+            raise InputError(
+                f"task {task.name}, rows {given[0].id} to {given[-1].id}: {error}"
+            ) from error
+        log.add(task.name, [(items[i], keys[i]) for i in batch], outcomes)
+        bar.at(sum(key in log.outcomes for key in keys))
+    bar.at(len(items))
+
+
+def _result(task: Task, keys: Sequence[str], log: "ItemLog", output_dir: Path) -> TaskResult:
+    try:
+        return summarise(task, [log.outcomes[key] for key in keys])
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(
+            f"{output_dir / 'items.jsonl'}: contains outcomes of task {task.name} that are "
+            "none; remove the file, and the same command writes it again."
+        ) from error
 
 
 class ItemLog:
@@ -193,7 +185,7 @@ class ItemLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, ItemOutcome] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = 0
         if path.exists():
@@ -219,7 +211,7 @@ class ItemLog:
         self._file.close()
 
     def add(
-        self, task: str, keyed: Sequence[tuple[Item, str]], outcomes: Sequence[Outcome]
+        self, task: str, keyed: Sequence[tuple[Item, str]], outcomes: Sequence[ItemOutcome]
     ) -> None:
         """Write outcomes of items under their keys; returns when they are on disk."""
         for (item, key), outcome in zip(keyed, outcomes, strict=True):

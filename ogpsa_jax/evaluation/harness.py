@@ -27,7 +27,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from ogpsa_jax.evaluation.language_model import JaxModel, open_model
+from ogpsa_jax.evaluation.language_model import JaxModel, ModelOptions, open_model
 from ogpsa_jax.evaluation.scoring import score_continuations
 from ogpsa_jax.models import generate
 from ogpsa_jax.progress import Progress
@@ -64,7 +64,7 @@ class OgpsaLM(TemplateLM):  # type: ignore[misc]
         if isinstance(pretrained, JaxModel):
             opened = pretrained
         else:
-            opened = open_model(pretrained, dtype=dtype, batch_size=int(batch_size))
+            opened = open_model(pretrained, ModelOptions(dtype=dtype, batch_size=int(batch_size)))
         self.opened = opened
         self.tokenizer = opened.tokenizer
         self.batch_size = int(batch_size)

@@ -37,8 +37,6 @@ _PROMPT_FIELDS = (
 _FIELD = re.compile(r"\{(\w+)\}")
 _PREFIX = "contrast_"  # XSTest's mark of the types that are unsafe
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Item:
@@ -86,7 +84,7 @@ def read_items(suite: Suite, task: Task) -> list[Item]:
     return [_item(task, row, number, f"{path}, row {number}") for number, row in located]
 
 
-def _rows(path: Path, separator: str | None) -> list[Row]:
+def _rows(path: Path, separator: str | None) -> list[dict[str, Any]]:
     """The rows of a file; a separator cuts a txt file into them, without it they are one."""
     content = content_of(path)
     if path.suffix == ".csv":
@@ -127,7 +125,7 @@ def _only_list(content: str, path: Path) -> tuple[str, list[Any] | None]:
     return lists[0], value[lists[0]]
 
 
-def _wanted(task: Task, row: Row, typed: bool, where: str) -> bool:
+def _wanted(task: Task, row: dict[str, Any], typed: bool, where: str) -> bool:
     for field, value in task.where.items():
         if field not in row:
             raise InputError(
@@ -144,7 +142,7 @@ def _wanted(task: Task, row: Row, typed: bool, where: str) -> bool:
     return True
 
 
-def _item(task: Task, row: Row, number: int, where: str) -> Item:
+def _item(task: Task, row: dict[str, Any], number: int, where: str) -> Item:
     if isinstance(task, PerplexityTask):
         text = _filled(task.text, row, where, "text")
         if not text:
@@ -184,7 +182,7 @@ def _item(task: Task, row: Row, number: int, where: str) -> Item:
     return Item(number, prompt)
 
 
-def _choices(task: MultipleChoiceTask, row: Row, where: str) -> tuple[str, ...]:
+def _choices(task: MultipleChoiceTask, row: dict[str, Any], where: str) -> tuple[str, ...]:
     if isinstance(task.choices, str):
         found = row.get(task.choices)
         if isinstance(found, dict) and isinstance(found.get("text"), list):  # as ARC has it
@@ -202,7 +200,9 @@ def _choices(task: MultipleChoiceTask, row: Row, where: str) -> tuple[str, ...]:
     return choices
 
 
-def _right(task: MultipleChoiceTask, row: Row, choices: tuple[str, ...], where: str) -> int:
+def _right(
+    task: MultipleChoiceTask, row: dict[str, Any], choices: tuple[str, ...], where: str
+) -> int:
     """The number of the right choice, out of what the row calls it."""
     answer = row.get(task.answer)
     text = str(answer).strip()
@@ -230,7 +230,7 @@ def _right(task: MultipleChoiceTask, row: Row, choices: tuple[str, ...], where: 
     return numbers.pop()
 
 
-def _filled(template: str, row: Row, where: str, key: str) -> str:
+def _filled(template: str, row: dict[str, Any], where: str, key: str) -> str:
     def value(match: re.Match[str]) -> str:
         if row.get(match[1]) is None:
             raise InputError(

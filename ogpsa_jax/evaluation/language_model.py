@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -228,22 +229,29 @@ def model_folder(path: str | Path) -> str:
     return str(path)
 
 
-def open_model(
-    path: str | Path,
-    *,
-    dtype: str = "auto",
-    mesh: tuple[int, int, int] | None = None,
-    template: str | None = None,
-    batch_size: int = 16,
-) -> JaxModel:
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a checkpoint is loaded and called.
+
+    Attributes:
+      dtype: of computation and weights; ``auto``: float32 on CPU, else bfloat16.
+      mesh: devices along the axes data, fsdp and tensor; by default all along fsdp.
+      template: chat template, where the tokenizer's own is not the one; built-in name or file.
+      batch_size: rows a forward pass.
+    """
+
+    dtype: str = "auto"
+    mesh: tuple[int, int, int] | None = None
+    template: str | None = None
+    batch_size: int = 16
+
+
+def open_model(path: str | Path, options: ModelOptions | None = None) -> JaxModel:
     """A checkpoint as a :class:`LanguageModel`.
 
     Args:
       path: Hugging Face folder, hub id, or run directory (its export).
-      dtype: of computation and weights; ``auto``: float32 on CPU, else bfloat16.
-      mesh: devices along the axes data, fsdp and tensor; by default all along fsdp.
-      template: chat template, where the tokenizer's own is not the one; built-in name or file.
-      batch_size: rows a forward pass for log-likelihoods.
+      options: how it is loaded and called.
 
     Raises:
       InputError: no such model, or it is not as it must be; a mesh of more devices than there
@@ -262,11 +270,12 @@ def open_model(
             f"evaluate: runs in one process, over all its devices; this is one of "
             f"{jax.process_count()} processes."
         )
-    folder = resolve_folder(model_folder(path))
+    options = options or ModelOptions()
+    folder, dtype = resolve_folder(model_folder(path)), options.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     check_computable(dtype, "dtype")
-    sizes = mesh or (1, jax.device_count(), 1)
+    sizes = options.mesh or (1, jax.device_count(), 1)
     devices = sizes[0] * sizes[1] * sizes[2]
     if min(sizes) < 1 or devices > jax.device_count():
         raise InputError(
@@ -282,7 +291,13 @@ def open_model(
     read_config(folder)  # so that a mistake in it is not reported as one of the tokenizer
     tokenizer = load_tokenizer(str(folder))
     model = load_pretrained(folder, dtype=dtype, param_dtype=dtype, mesh=placed)
-    opened = JaxModel(model, tokenizer, name=str(path), template=template, batch_size=batch_size)
+    opened = JaxModel(
+        model,
+        tokenizer,
+        name=str(path),
+        template=options.template,
+        batch_size=options.batch_size,
+    )
     settings = (dtype, opened.template, *opened.stops)
     opened.fingerprint = fingerprint(answering_files(folder), *settings)
     return opened

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ogpsa_jax.evaluation.language_model import LanguageModel
     from ogpsa_jax.evaluation.scoring import LogLikelihood
 
-Outcome = dict[str, Any]  # what an item's line contains
+ItemOutcome = dict[str, Any]  # what an item's line contains
 UNJUDGED = "unjudged"  # the judgement of an answer that the judge did not judge
 
 
@@ -64,7 +64,7 @@ class TaskResult:
 
 def run_items(
     model: "LanguageModel", task: Task, items: Sequence[Item], chat: bool, seed: int
-) -> list[Outcome]:
+) -> list[ItemOutcome]:
     """Put items to the model; what the model says, not yet judged.
 
     Args:
@@ -107,9 +107,9 @@ def run_items(
         temperature=task.temperature,
         seed=seed,
     )
-    outcomes: list[Outcome] = []
+    outcomes: list[ItemOutcome] = []
     for item, answer in zip(items, answers, strict=True):
-        outcome: Outcome = {"prompt": item.prompt, "answer": answer}
+        outcome: ItemOutcome = {"prompt": item.prompt, "answer": answer}
         if isinstance(task, ExactMatchTask):
             said = without_thoughts(answer)
             found = said if task.extract is None else extracted(task.extract, said)
@@ -130,7 +130,7 @@ def normalised(text: str) -> str:
     return text.removesuffix(".").strip()
 
 
-def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
+def summarise(task: Task, outcomes: Sequence[ItemOutcome]) -> TaskResult:
     """Value, interval and further figures of a task from its items."""
     count = len(outcomes)
     if isinstance(task, PerplexityTask):
@@ -170,13 +170,13 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
 
 def _choose(
     model: "LanguageModel", task: MultipleChoiceTask, items: Sequence[Item], chat: bool
-) -> list[Outcome]:
+) -> list[ItemOutcome]:
     separator = "" if chat else task.separator
     pairs = [(item.prompt, separator + choice) for item in items for choice in item.choices]
     all_scored = model.log_likelihoods(pairs, chat=chat)
     _check_finite(model, task, all_scored)
     scored = iter(all_scored)
-    outcomes: list[Outcome] = []
+    outcomes: list[ItemOutcome] = []
     for item in items:
         likelihoods = [next(scored) for _ in item.choices]
         lengths = {
@@ -207,7 +207,7 @@ def _check_finite(model: "LanguageModel", task: Task, scored: "Sequence[LogLikel
         )
 
 
-def _perplexity(task: PerplexityTask, outcomes: Sequence[Outcome]) -> TaskResult:
+def _perplexity(task: PerplexityTask, outcomes: Sequence[ItemOutcome]) -> TaskResult:
     nats = [outcome["nats"] for outcome in outcomes]
     tokens = [outcome["tokens"] for outcome in outcomes]
     if not sum(tokens):

@@ -45,7 +45,7 @@ class Question(_Kept):
     answer: str = ""
 
 
-class Answers(_Kept):
+class ShownAnswers(_Kept):
     """What models said to a few prompts: ``given[label][i]`` to ``asked[i]``."""
 
     asked: list[Question] = []
@@ -62,7 +62,7 @@ class Evidence(_Kept):
     """
 
     methods: dict[str, str] = {}
-    answers: Answers = Answers()
+    answers: ShownAnswers = ShownAnswers()
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
 
 
@@ -77,7 +77,7 @@ def read_evidence(runs: Sequence[str | Path], records: Sequence[ScoreRecord]) ->
       InputError: a file is not as it must be.
     """
     methods = {r.method: METHOD_LINES[r.method] for r in records if r.method in METHOD_LINES}
-    answers: list[Answers] = []
+    answers: list[ShownAnswers] = []
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run in map(Path, runs):
         results = run / "results.json" if run.is_dir() else run
@@ -127,7 +127,7 @@ def _evaluations(run: Path) -> list[Path]:
     return sorted(path for path in found if (path.parent / "results.json").is_file())
 
 
-def _of_items(path: Path) -> Answers:
+def _of_items(path: Path) -> ShownAnswers:
     """The answers that a model wrote, of an evaluation; the newest of each item."""
     label = read_scores(path.parent / "results.json")[0].label
     said: dict[tuple[str, str], str] = {}
@@ -135,7 +135,7 @@ def _of_items(path: Path) -> Answers:
         if isinstance(line.get("answer"), str) and isinstance(line.get("prompt"), str):
             said[str(line.get("task")), line["prompt"]] = line["answer"]
     asked = [Question(task=task, prompt=prompt) for task, prompt in said]
-    return Answers(asked=asked, given={label: list(said.values())} if said else {})
+    return ShownAnswers(asked=asked, given={label: list(said.values())} if said else {})
 
 
 def _of_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -157,7 +157,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _joined(parts: Sequence[Answers]) -> Answers:
+def _joined(parts: Sequence[ShownAnswers]) -> ShownAnswers:
     """The first prompts of each task that every model was asked, and all answers to them."""
     said: dict[str, dict[tuple[str, str], str]] = {}
     questions: dict[tuple[str, str], Question] = {}
@@ -170,7 +170,7 @@ def _joined(parts: Sequence[Answers]) -> Answers:
     shared = [key for key in questions if all(key in own for own in said.values())]
     tasks = dict.fromkeys(task for task, _ in shared)
     few = [key for task in tasks for key in [k for k in shared if k[0] == task][:_PROMPTS]]
-    return Answers(
+    return ShownAnswers(
         asked=[questions[key] for key in few],
         given={label: [own[key] for key in few] for label, own in said.items() if few},
     )

@@ -52,7 +52,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of a page; what it contains is shown in the order of the attributes.
 
     Attributes:
@@ -74,7 +74,7 @@ class Section:
     folded: bool = False
 
 
-def html_page(title: str, finding: str, context: str, sections: Sequence[Section]) -> str:
+def html_page(title: str, finding: str, context: str, sections: Sequence[PageSection]) -> str:
     """A whole page; every text is plain and is escaped.
 
     Args:

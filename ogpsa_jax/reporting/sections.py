@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from ogpsa_jax.reporting.curves import curves_figure
-from ogpsa_jax.reporting.evidence import Answers, Evidence, shortened
+from ogpsa_jax.reporting.evidence import Evidence, ShownAnswers, shortened
 from ogpsa_jax.reporting.figure import pareto_figure
 from ogpsa_jax.reporting.finding import finding
-from ogpsa_jax.reporting.page import Picture, Section, Table
+from ogpsa_jax.reporting.page import PageSection, Picture, Table
 from ogpsa_jax.reporting.rows import SAFETY_TOLERANCE
 from ogpsa_jax.reporting.tables import SPREAD_NOTE, heading, table_cells
 from ogpsa_jax.runs import ScoreRecord
@@ -29,7 +29,7 @@ _HINTS = {
 
 def trade_off(
     records: Sequence[ScoreRecord], matched_safety: float | None, caption: str = ""
-) -> Section:
+) -> PageSection:
     """The safety–utility figure.
 
     Args:
@@ -42,7 +42,7 @@ def trade_off(
         "and harmless ones answered. Bars are the ± of the table. Numbers are those of the legend; "
         "where points lie on each other, a line leads from the number to its point."
     )
-    return Section(
+    return PageSection(
         "The trade-off",
         picture=Picture.of(
             lambda palette: pareto_figure(records, None, matched_safety, palette),
@@ -53,7 +53,7 @@ def trade_off(
     )
 
 
-def methods(records: Sequence[ScoreRecord], lines: Mapping[str, str]) -> list[Section]:
+def methods(records: Sequence[ScoreRecord], lines: Mapping[str, str]) -> list[PageSection]:
     """What each method does, in a line.
 
     Args:
@@ -70,10 +70,10 @@ def methods(records: Sequence[ScoreRecord], lines: Mapping[str, str]) -> list[Se
         for method, own in labels.items()
         if method in lines
     }
-    return [Section("What each method does", terms=terms)] if terms else []
+    return [PageSection("What each method does", terms=terms)] if terms else []
 
 
-def answers(kept: Answers, before: Sequence[str] = ()) -> list[Section]:
+def answers(kept: ShownAnswers, before: Sequence[str] = ()) -> list[PageSection]:
     """What models said to a few prompts.
 
     Args:
@@ -89,10 +89,10 @@ def answers(kept: Answers, before: Sequence[str] = ()) -> list[Section]:
         said = [kept.given[label][i] for label in labels]
         texts = [*[question.answer] * expected, *said]
         cells.append([shortened(question.prompt), question.task, *map(shortened, texts)])
-    return [Section("Answers before and after", table=Table(cells, text=True))]
+    return [PageSection("Answers before and after", table=Table(cells, text=True))]
 
 
-def along_the_way(evidence: Evidence, records: Sequence[ScoreRecord]) -> list[Section]:
+def along_the_way(evidence: Evidence, records: Sequence[ScoreRecord]) -> list[PageSection]:
     """The curves of the runs."""
     if not evidence.curves:
         return []
@@ -104,7 +104,7 @@ def along_the_way(evidence: Evidence, records: Sequence[ScoreRecord]) -> list[Se
         "pair). What is removed is the part of the gradient, or of the update, that lies in the "
         "reference subspace.",
     )
-    return [Section("Along the way", picture=picture)]
+    return [PageSection("Along the way", picture=picture)]
 
 
 def scores(
@@ -113,7 +113,7 @@ def scores(
     matched_safety: float | None,
     notes: Sequence[str] = (),
     every_score: bool = False,
-) -> Section:
+) -> PageSection:
     """The safety–utility table with what its scores do not tell.
 
     Args:
@@ -124,17 +124,17 @@ def scores(
       every_score: show all scores, not only the headline ones.
     """
     cells = table_cells(records, matched_safety, every_score)
-    return Section(name, notes, table=Table(cells, hints=_HINTS), note=SPREAD_NOTE)
+    return PageSection(name, notes, table=Table(cells, hints=_HINTS), note=SPREAD_NOTE)
 
 
-def definitions(records: Sequence[ScoreRecord]) -> Section:
+def definitions(records: Sequence[ScoreRecord]) -> PageSection:
     """How each score was measured, as the records say; equal definitions are one entry."""
     told = {heading(name): text for record in records for name, text in record.definitions.items()}
     silent = [] if told else ["The results do not say."]
-    return Section("How the scores were measured", silent, terms=told, folded=True)
+    return PageSection("How the scores were measured", silent, terms=told, folded=True)
 
 
-def explanation(matched_safety: float | None = None, exact: bool = False) -> Section:
+def explanation(matched_safety: float | None = None, exact: bool = False) -> PageSection:
     """What the columns of the table mean.
 
     Args:
@@ -170,4 +170,4 @@ def explanation(matched_safety: float | None = None, exact: bool = False) -> Sec
         "general of naive): 0 % is naive, 100 % loses nothing. Given only where the safety score "
         f"{level}, for a model that refuses less keeps its abilities without any method.",
     }
-    return Section("What the numbers mean", terms=terms, folded=True)
+    return PageSection("What the numbers mean", terms=terms, folded=True)

@@ -20,7 +20,9 @@ from ogpsa_jax.runs.directory import (
     stages,
 )
 from ogpsa_jax.runs.lineage import (
+    Naming,
     Provenance,
+    named,
     provenance,
 )
 from ogpsa_jax.runs.scores import (
@@ -39,6 +41,7 @@ __all__ = [
     "Cost",
     "InitialModelUse",
     "LossChange",
+    "Naming",
     "OwnAnswers",
     "ProjectionFigures",
     "Provenance",
@@ -52,6 +55,7 @@ __all__ = [
     "check_definitions",
     "find_run",
     "fingerprint",
+    "named",
     "provenance",
     "read_scores",
     "run_dir_of",

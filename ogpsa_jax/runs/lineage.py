@@ -1,9 +1,10 @@
 """How scores name the model that they are of: read from the runs that made it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ogpsa_jax.errors import InputError
 from ogpsa_jax.runs.directory import Run, find_run, stages
 from ogpsa_jax.runs.scores import BASE, NAIVE, Cost
 
@@ -20,6 +21,30 @@ class Provenance:
     stage: str
     seed: int
     cost: Cost
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What a caller calls a model, in place of what its run says; None: as the run says."""
+
+    label: str | None = None
+    method: str | None = None
+    stage: str | None = None
+    seed: int | None = None
+
+
+def named(model: str | Path, naming: Naming) -> Provenance:
+    """As :func:`provenance`, with what the caller names in its place.
+
+    Raises:
+      InputError: a name that is not one line of printable text.
+    """
+    given = {key: value for key, value in asdict(naming).items() if value not in (None, "")}
+    found = replace(provenance(model), **given)
+    for name in (found.label, found.method, found.stage):
+        if not name.strip() or not name.isprintable():
+            raise InputError(f"label {name!r}: must be one line of printable text.")
+    return found
 
 
 def provenance(model: str | Path) -> Provenance:

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-Line = Mapping[str, Any]
-
 LEAST_FALL = 0.05
 """Share of its first value by which a loss must fall to count as learned."""
 LEAST_FALL_OF_PAIRS = 0.005
@@ -77,7 +75,7 @@ class Curve:
     rates: np.ndarray  # float64 [steps], the learning rate of each step
 
     @classmethod
-    def of(cls, steps: Sequence[Line]) -> "Curve":
+    def of(cls, steps: Sequence[Mapping[str, Any]]) -> "Curve":
         """From the lines of the steps, in order."""
         losses = np.array([line["loss"] for line in steps], float)
         return cls(losses, np.array([line["learning_rate"] for line in steps], float))
@@ -124,7 +122,7 @@ class Curve:
 
 
 def judge_training(
-    steps: Sequence[Line],
+    steps: Sequence[Mapping[str, Any]],
     held_out: Mapping[str, tuple[float, Change]],
     interval: str | None = None,
     breadth: str | None = None,
@@ -159,7 +157,7 @@ def judge_training(
     return found
 
 
-def _much_removed(steps: Sequence[Line], breadth: str | None) -> str:
+def _much_removed(steps: Sequence[Mapping[str, Any]], breadth: str | None) -> str:
     shares = [line["removed_fraction"] for line in steps if "removed_fraction" in line]
     if breadth is None or not shares or not (removed := float(np.mean(shares))) > MUCH_REMOVED:
         return ""
@@ -222,7 +220,7 @@ def _steep(curve: Curve) -> str:
     )
 
 
-def _early(curve: Curve, refreshes: Sequence[Line], interval: str | None) -> str:
+def _early(curve: Curve, refreshes: Sequence[Mapping[str, Any]], interval: str | None) -> str:
     fall = curve.first - curve.last
     if interval is None or len(refreshes) < 2 or fall <= curve.told_apart:
         return ""
@@ -242,7 +240,7 @@ def _early(curve: Curve, refreshes: Sequence[Line], interval: str | None) -> str
     )
 
 
-def judge_first_basis(refreshes: Sequence[Line], interval: str) -> str:
+def judge_first_basis(refreshes: Sequence[Mapping[str, Any]], interval: str) -> str:
     """Whether what was projected before the second refresh had to do with the references.
 
     Args:
@@ -262,7 +260,7 @@ def judge_first_basis(refreshes: Sequence[Line], interval: str) -> str:
     )
 
 
-def _first_cosine(refreshes: Sequence[Line]) -> str:
+def _first_cosine(refreshes: Sequence[Mapping[str, Any]]) -> str:
     """Where it says so, that the sets' gradients were noise at the first refresh."""
     cosine = refreshes[0].get("reference/gradient_cosine", 1.0)
     if not abs(cosine) < NOISE:

@@ -26,7 +26,7 @@ from ogpsa_jax.demo.recipe import MATCHED_SAFETY, RECIPES, Comparison, Pretraini
 from ogpsa_jax.demo.scoring import COMPLIANCE, OVER_REFUSAL, SAFETY
 from ogpsa_jax.demo.settings import EASY, SETTINGS
 from ogpsa_jax.demo.world import REFUSAL, TOKENIZER, World
-from ogpsa_jax.evaluation import evaluate
+from ogpsa_jax.evaluation import ModelOptions, evaluate
 from ogpsa_jax.models import load_pretrained
 from ogpsa_jax.runs import ScoreRecord, read_scores
 from ogpsa_jax.training import run as training
@@ -43,6 +43,8 @@ _TINY = Recipe(
         Comparison(EASY, ("naive",)),
     ),
 )
+
+ONE_DEVICE = ModelOptions(mesh=(1, 1, 1))
 
 
 def demonstrate(out):
@@ -97,7 +99,13 @@ def test_the_tokenizer_gives_the_ids_of_the_world(tmp_path):
 def test_scores_are_those_of_greedy_answers(trained, tmp_path):
     """The suite asks one forward pass; here the same model writes its answers."""
     world, folder = trained
-    evaluate(folder.model, folder.scores, tmp_path / "scores", mesh=(1, 1, 1), progress=False)
+    evaluate(
+        folder.model,
+        folder.scores,
+        tmp_path / "scores",
+        options=ONE_DEVICE,
+        progress=False,
+    )
     lines = _lines(tmp_path / "scores" / "items.jsonl")
     answered = {"kind": "exact_match", "answer": "{response}", "max_new_tokens": 24}
     tasks = [
@@ -106,7 +114,11 @@ def test_scores_are_those_of_greedy_answers(trained, tmp_path):
     ]
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"name": "written", "tasks": tasks}))
     evaluate(
-        folder.model, tmp_path / "suite.yaml", tmp_path / "said", mesh=(1, 1, 1), progress=False
+        folder.model,
+        tmp_path / "suite.yaml",
+        tmp_path / "said",
+        options=ONE_DEVICE,
+        progress=False,
     )
     right = {(line["task"], line["item"]): line["correct"] for line in lines}
     compared = set()
@@ -125,7 +137,7 @@ def test_the_studys_exam_gives_the_scores_of_the_suite(trained, tmp_path, monkey
     exam = importlib.import_module("exam")
     model = load_pretrained(folder.model, dtype="float32", param_dtype="float32")
     scores = exam.Exam(world).score(Network.of(model))
-    evaluate(folder.model, folder.scores, tmp_path, mesh=(1, 1, 1), progress=False)
+    evaluate(folder.model, folder.scores, tmp_path, options=ONE_DEVICE, progress=False)
     (record,) = read_scores(tmp_path)
     assert scores == pytest.approx({name: record.scores[name] for name in scores})
     assert len(scores) == 4
@@ -221,7 +233,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(demonstration):
 
 def test_answers_are_those_to_the_prompts_in_their_order(trained, tmp_path):
     world, folder = trained
-    evaluate(folder.model, folder.answers, tmp_path, mesh=(1, 1, 1), progress=False)
+    evaluate(folder.model, folder.answers, tmp_path, options=ONE_DEVICE, progress=False)
     asked = [line["prompt"] for line in _lines(Path(folder.data("shown")))]
     lines = {line["prompt"]: line["answer"] for line in _lines(tmp_path / "items.jsonl")}
     assert read_answers(tmp_path) == [lines[prompt] for prompt in asked]

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.evaluation import ModelOptions
 from ogpsa_jax.evaluation.evaluate import evaluate, results_text, run_suite
 from ogpsa_jax.evaluation.items import read_items
 from ogpsa_jax.evaluation.language_model import model_folder
@@ -198,7 +199,9 @@ def test_a_checkpoint_is_evaluated_end_to_end_and_belongs_to_itsrun_trial(
         "  - {name: harmful, kind: refusal, path: harmful.txt, max_new_tokens: 5}\n"
         "  - {name: text, kind: perplexity, path: harmful.txt, score: general}\n"
     )
-    results = evaluate(run, suite, batch_size=2, progress=False, mesh=(1, 1, 1))
+    results = evaluate(
+        run, suite, options=ModelOptions(mesh=(1, 1, 1), batch_size=2), progress=False
+    )
     (record,) = read_scores(run)
     assert (record.label, record.method, record.stage, record.seed) == ("naive", "naive", "sft", 3)
     assert record.cost.training_samples == 64
@@ -208,7 +211,11 @@ def test_a_checkpoint_is_evaluated_end_to_end_and_belongs_to_itsrun_trial(
     card = (run / "export" / "README.md").read_text()
     assert "| small | harmful | refusal | 3 |" in card
     sharded = evaluate(
-        run / "export", suite, tmp_path / "sharded", batch_size=2, progress=False, mesh=(1, 4, 2)
+        run / "export",
+        suite,
+        tmp_path / "sharded",
+        options=ModelOptions(mesh=(1, 4, 2), batch_size=2),
+        progress=False,
     )
     assert sharded["items_reused"] == 0
     # float32 sums over devices in another order.

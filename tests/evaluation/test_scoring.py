@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from ogpsa_jax.errors import InputError
-from ogpsa_jax.evaluation.language_model import answering_files, open_model
+from ogpsa_jax.evaluation.language_model import ModelOptions, answering_files, open_model
 from ogpsa_jax.evaluation.scoring import rolling_windows, score_continuations
 from ogpsa_jax.runs import fingerprint
 
 
 @pytest.fixture(scope="module")
 def opened(tiny_folder):
-    return open_model(tiny_folder, mesh=(1, 1, 1), batch_size=3)
+    return open_model(tiny_folder, ModelOptions(mesh=(1, 1, 1), batch_size=3))
 
 
 def _log_probs(model, row):
@@ -133,11 +133,11 @@ def test_a_fingerprint_tells_models_and_settings_apart(tiny_folder, tmp_path):
 
 def test_a_mesh_of_more_devices_than_there_are_is_told(tiny_folder):
     with pytest.raises(InputError, match="needs 4096 devices"):
-        open_model(tiny_folder, mesh=(16, 16, 16))
+        open_model(tiny_folder, ModelOptions(mesh=(16, 16, 16)))
 
 
 def test_a_real_model_reaches_its_known_loss(real_data):
-    model = open_model(real_data / "data" / "models" / "stories260k", mesh=(1, 1, 1))
+    model = open_model(real_data / "data" / "models" / "stories260k", ModelOptions(mesh=(1, 1, 1)))
     text = (real_data / "data" / "models" / "stories260k" / "tinystories_sample.txt").read_text()
     stories = [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
     scored = model.text_log_likelihoods(stories)
@@ -158,7 +158,7 @@ def test_generation_stops_at_the_ends_of_tokenizer_generation_settings_and_templ
         "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
-    opened = open_model(tmp_path / "model", mesh=(1, 1, 1), template=str(template))
+    opened = open_model(tmp_path / "model", ModelOptions(mesh=(1, 1, 1), template=str(template)))
     ids = opened.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert opened.tokenizer.eos_token_id == ids[1]
     assert set(opened.stop_tokens) == {5, *ids}
@@ -174,5 +174,5 @@ def test_generation_stops_at_the_ends_of_tokenizer_generation_settings_and_templ
     opened.generate(["a"], chat=False, max_new_tokens=2)
     assert given == [opened.stop_tokens] * 2
     template.write_text(template.read_text() + " ")
-    again = open_model(tmp_path / "model", mesh=(1, 1, 1), template=str(template))
+    again = open_model(tmp_path / "model", ModelOptions(mesh=(1, 1, 1), template=str(template)))
     assert again.fingerprint != opened.fingerprint

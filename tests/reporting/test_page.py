@@ -11,7 +11,7 @@ from ogpsa_jax.reporting import report
 from ogpsa_jax.reporting.curves import curves_figure
 from ogpsa_jax.reporting.evidence import REMOVED, read_evidence
 from ogpsa_jax.reporting.finding import finding
-from ogpsa_jax.reporting.page import Picture, Section, Table, html_page
+from ogpsa_jax.reporting.page import PageSection, Picture, Table, html_page
 from ogpsa_jax.reporting.palette import DARK
 from ogpsa_jax.runs import write_scores
 
@@ -177,7 +177,7 @@ def test_beside_each_score_stands_what_it_does_not_tell(records, tmp_path):
 
 def test_whatever_a_page_is_given_is_escaped():
     odd = "<b>&'\""
-    section = Section(
+    section = PageSection(
         odd,
         paragraphs=[odd],
         picture=Picture("bGlnaHQ=", "ZGFyaw==", odd, odd),
