@@ -42,7 +42,7 @@ METHODS: Final = {
     "naive": Method("naive", NAIVE, "safety data alone: it pays the whole tax", uses_rows=False),
     "lora": Method("LoRA", "LoRA", "only adapters of rank 8 are trained", uses_rows=False),
     "paper": Method(
-        "OGPSA, paper",
+        "OGPSA paper",
         "ogpsa-paper",
         "gradient projected off two reference gradients, momentum left alone",
     ),
@@ -63,7 +63,7 @@ METHODS: Final = {
         "the same, towards the initial model's predictions in place of the rows' answers",
     ),
     "recommended": Method(
-        "OGPSA, recommended",
+        "OGPSA recommended",
         "ogpsa-recommended",
         "gradient and update projected off the inputs that the general rows make; nothing else",
     ),

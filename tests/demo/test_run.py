@@ -165,7 +165,7 @@ def test_every_method_stage_and_world_has_its_record(demonstration):
     keys = {(r.label, r.stage, r.seed) for r in records}
     aligned = {
         (label, stage, seed)
-        for label in ("naive", "OGPSA, recommended, 80 rows")
+        for label in ("naive", "OGPSA recommended, 80 rows")
         for stage in ("sft", "sft+dpo")
         for seed in (3, 4)
     }
@@ -185,7 +185,7 @@ def test_costs_are_the_sequences_of_both_stages(demonstration):
     out, _ = demonstration
     costs = {(r.label, r.stage): r.cost for r in read_scores(out)}
     naive = costs["naive", "sft+dpo"]
-    ours = costs["OGPSA, recommended, 80 rows", "sft+dpo"]
+    ours = costs["OGPSA recommended, 80 rows", "sft+dpo"]
     assert (naive.training_samples, naive.reference_samples) == (6 * 16 + 3 * 16 * 2, 0)
     # The general rows are put through a forward pass, in each stage; what is left is 5 steps of 16
     # rows, then 2 of 16 pairs.
