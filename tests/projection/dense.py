@@ -12,9 +12,9 @@ def gradient_basis(references_MxN, rank, rank_tol=1e-6):
 
 
 def input_basis(inputs_CxI, rank, energy, rank_tol=1e-6):
-    """Orthonormal columns [I, R] that hold the share `energy` of the inputs' second moment."""
+    """Orthonormal columns [I, R] that span the share `energy` of the inputs' second moment."""
     values_I, vectors_IxI = np.linalg.eigh(inputs_CxI.T @ inputs_CxI)
-    above_I = values_I.sum() - np.cumsum(values_I)  # what the larger eigenvalues hold
+    above_I = values_I.sum() - np.cumsum(values_I)  # the larger eigenvalues
     keep_I = (above_I < energy * values_I.sum()) & (values_I > rank_tol * values_I.max())
     keep_I[:-rank] = False
     return vectors_IxI[:, keep_I]
