@@ -153,7 +153,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
       InputError: another process is at work there.
     """
-    lock = FileLock(folder / LOCK, blocking=False)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

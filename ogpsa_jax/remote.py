@@ -26,8 +26,13 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return _ADDRESS.match(os.fspath(path)) is not None
 
 
+def _with_two_slashes(address: str | os.PathLike[str]) -> str:
+    """As it was written, before it was taken for a path."""
+    return _ONE_SLASH.sub(r"\1//", os.fspath(address))
+
+
 def check_local(path: str | os.PathLike[str], name: str) -> None:
-    """Refuse an address where files are to be written.
+    """Refuse an address for a run or for results.
 
     Args:
       path: what was given.
@@ -38,8 +43,8 @@ def check_local(path: str | os.PathLike[str], name: str) -> None:
     """
     if is_remote(path):
         raise InputError(
-            f"{name}: {os.fspath(path)} is an address, and results can only be written to a local "
-            "or mounted disk; mount the bucket, or write to a local folder and copy it."
+            f"{name}: {_with_two_slashes(path)} is an address, and runs and results lie on a local "
+            "or mounted disk; mount the bucket, or use a local folder and copy it."
         )
 
 
@@ -57,7 +62,7 @@ def fetched(address: str | os.PathLike[str], name: str) -> Path:
     """
     import fsspec
 
-    address = _ONE_SLASH.sub(r"\1//", os.fspath(address))
+    address = _with_two_slashes(address)
     try:
         system, root = fsspec.core.url_to_fs(address)
         found = system.find(root, detail=True)

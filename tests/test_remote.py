@@ -8,11 +8,13 @@ from typing import Any
 import fsspec
 import pytest
 
+from ogpsa_jax import cli
 from ogpsa_jax.data import DataSource, read_records
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import make_folder
 from ogpsa_jax.models.folders import resolve_folder, written_beside
 from ogpsa_jax.remote import fetched, is_remote
+from ogpsa_jax.runs import read_scores
 
 ROW = {"prompt": "one and one?", "completion": "two"}
 
@@ -105,9 +107,12 @@ def test_an_address_that_cannot_be_read_is_refused_by_name(store: Any, address: 
 
 def test_results_are_not_written_to_an_address(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    refused = r"is an address, and results can only be written to a local or mounted disk"
+    refused = r"gs://bucket/\w+ is an address, and runs and results lie on a local or mounted disk"
     with pytest.raises(InputError, match=refused):
         make_folder(Path("gs://bucket/report"))
     with pytest.raises(InputError, match=refused), written_beside(Path("gs://bucket/export")):
         pass
+    with pytest.raises(InputError, match=refused):
+        read_scores("gs://bucket/run")
+    assert cli.main(["export", "run", "gs://bucket/export"]) == 2
     assert list(tmp_path.iterdir()) == []

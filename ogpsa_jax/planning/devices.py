@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 from ogpsa_jax.errors import InputError
 
 _AXES = ("data", "fsdp", "tensor")
+_MOST = 100_000  # devices
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def parse_target(text: str) -> Target:
             f"--on: {text}: give {dimensions} sizes of {device.name}, such as "
             f"{device.name}:{example}."
         )
+    if math.prod(sizes) * several > _MOST:
+        raise InputError(f"--on: {text}: more than {_MOST:,} devices; give fewer.")
     tpu = device.name in TPUS and importlib.util.find_spec("libtpu") is not None
     return Target(
         device,

@@ -220,7 +220,7 @@ class RunDir:
         Raises:
           InputError: it cannot be read, or another version of this package wrote it.
         """
-        remedy = "delete it, and the same command writes it again from the last checkpoint"
+        remedy = "delete it, and the training command of this run writes it again"
         content = read_json(self.summary_file, remedy)
         try:
             return Summary.model_validate(content)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
+from ogpsa_jax.remote import check_local
 from ogpsa_jax.validation import first_complaint
 
 _LARGEST = 1e9  # scores are fractions
@@ -115,6 +116,7 @@ def read_scores(run: str | Path) -> list[ScoreRecord]:
     Raises:
       InputError: no results there, or a record that is not as it must be.
     """
+    check_local(run, "the run")
     path = Path(run)
     if not path.exists():
         raise InputError(f"{path}: no such run; give a run directory or a results.json.")

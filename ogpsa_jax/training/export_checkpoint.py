@@ -14,6 +14,7 @@ from ogpsa_jax.config.sections import ExportSection, MeshSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models import Decoder
 from ogpsa_jax.models.folders import check_not_of_a_run
+from ogpsa_jax.remote import check_local
 from ogpsa_jax.runs import Rounding, RunDir
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.evaluator import Evaluation
@@ -68,6 +69,7 @@ def export_checkpoint(
       InputError: no run there, or one without a checkpoint; or `target` belongs to another run.
     """
     run_dir = Path(run_dir)
+    check_local(target, "the folder of the model")
     files = RunDir(run_dir)
     if not files.config_file.exists():
         raise InputError(f"{run_dir}: contains no config.yaml; give a run directory.")

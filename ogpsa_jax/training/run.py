@@ -23,7 +23,7 @@ from ogpsa_jax.remote import check_local
 from ogpsa_jax.runs import InitialModelUse, Rounding, RowCounts, RunDir, Summary
 from ogpsa_jax.training.evaluator import Evaluation
 from ogpsa_jax.training.export import export
-from ogpsa_jax.training.hooks import Hooks
+from ogpsa_jax.training.hooks import HookError, Hooks
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
 from ogpsa_jax.training.loop import fit
 from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh
@@ -165,8 +165,17 @@ def _train(config: RunConfig, hooks: Hooks | None) -> Summary:
 
 
 def _call_on_finish(hooks: Hooks | None, files: RunDir) -> None:
-    if hooks is not None and hooks.on_finish is not None and jax.process_index() == 0:
+    if hooks is None or hooks.on_finish is None or jax.process_index() > 0:
+        return
+    try:
         hooks.on_finish(files)
+    except InputError:
+        raise
+    except Exception as error:
+        raise HookError(
+            f"on_finish raised {type(error).__name__}: {error}; the run is finished, and the same "
+            "call calls it again"
+        ) from error
 
 
 def _carry_out(

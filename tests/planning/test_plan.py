@@ -148,6 +148,7 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, tmp_path):
         ("h100:0", "give 1 sizes of h100"),
         ("0*v5e:4x4", "give 2 sizes"),
         ("h100", "give 1 sizes"),
+        ("v5p:99999x9999x9999", "more than 100,000 devices; give fewer"),
     ],
 )
 def test_devices_that_are_none_are_refused(text, sentence):

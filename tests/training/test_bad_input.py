@@ -292,7 +292,7 @@ def test_a_torn_summary_is_told(refused, interrupted):
     (interrupted / "summary.json").write_text('{"name": ')
     sentence = refused("mesh.fsdp=8", output_dir=interrupted)
     assert "summary.json: cannot be read" in sentence
-    assert "delete it, and the same command writes it again" in sentence
+    assert "delete it, and the training command of this run writes it again" in sentence
 
 
 def test_a_summary_of_another_version_is_told(refused, interrupted):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ogpsa_jax.config import RunConfig
+from ogpsa_jax.runs import RunDir
 from ogpsa_jax.training import HookError, Hooks, run
 
 from .conftest import STEPS, metrics
@@ -86,3 +87,13 @@ def test_each_stage_gets_hooks_of_its_own(
         hooks=hooks,
     )
     assert heard == [("first", 1), ("second", 1)]
+
+
+def test_on_finish_is_called_for_a_finished_run_too_and_its_failure_is_named(
+    configured: Configured, uninterrupted: Path
+) -> None:
+    heard: list[RunDir] = []
+    run.train(configured(uninterrupted), Hooks(on_finish=heard.append))
+    assert heard == [RunDir(uninterrupted)]
+    with pytest.raises(HookError, match=r"on_finish raised ZeroDivisionError: .*; the run is fin"):
+        run.train(configured(uninterrupted), Hooks(on_finish=lambda files: 1 / 0))
