@@ -160,8 +160,13 @@ def only_writer(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder}: another process is writing there; wait for it, or choose another folder."
         ) from error
-    except (NotImplementedError, OSError):
-        pass
+    except (NotImplementedError, OSError) as error:
+        logger.warning(
+            "%s: cannot be locked (%s), so nothing keeps another process from writing there as "
+            "well; start one at a time",
+            folder,
+            error,
+        )
     try:
         yield
     finally:
