@@ -28,20 +28,7 @@ _PAPER: Final[Preset] = {
 }
 # The same with what its command for DPO has otherwise.
 _PAPER_DPO: Final[Preset] = {
-    "ogpsa": {
-        "subspace": "gradients",
-        "rank": 2,
-        "energy": None,
-        "others": None,
-        "scope": "tensor",
-        "placement": "gradient",
-        "rule": "orthogonal",
-        "scale": 1.0,
-        "refresh": {"every": 5},
-        "project_momentum": False,
-        "basis_dtype": None,
-        "offload": False,
-    },
+    "ogpsa": {**_PAPER["ogpsa"], "refresh": {"every": 5}},
     "references": {"loss": "official", "in_step": None},
 }
 # Every step also trains on a reference batch, which costs no extra samples. Projecting the first
@@ -86,21 +73,8 @@ _RECOMMENDED: Final[Preset] = {
 }
 # No projection, whatever the other keys say: preset=off on a command line turns it off.
 _OFF: Final[Preset] = {
-    "ogpsa": {
-        "subspace": "gradients",
-        "rank": 2,
-        "energy": None,
-        "others": None,
-        "scope": "tensor",
-        "placement": "gradient",
-        "rule": "none",
-        "scale": 1.0,
-        "refresh": None,
-        "project_momentum": False,
-        "basis_dtype": None,
-        "offload": False,
-    },
-    "references": {"loss": "response", "in_step": None},
+    "ogpsa": {**_PAPER["ogpsa"], "rule": "none", "refresh": None},
+    "references": _PAPER["references"],
 }
 PRESETS: Final[dict[str, Preset]] = {
     "paper": _PAPER,

@@ -7,11 +7,12 @@ record of it by the reader of its format, ``ChatTemplate.encode_all`` tokenises 
 
 from ogpsa_jax.data.batches import TrainBatches, fixed_batches
 from ogpsa_jax.data.built_in import BUILT_IN
+from ogpsa_jax.data.dates import DEFAULT_DATE
 from ogpsa_jax.data.examples import DataReport, Example, Predictions, Tokens, digest
 from ogpsa_jax.data.preparation import Answers, prepare
 from ogpsa_jax.data.reading import read_records, split_by_prompt
 from ogpsa_jax.data.records import DataSource, Message, Record
-from ogpsa_jax.data.templates import DEFAULT_DATE, ChatTemplate
+from ogpsa_jax.data.templates import ChatTemplate
 from ogpsa_jax.data.tokenizer import load_tokenizer
 
 __all__ = [

@@ -14,18 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ogpsa_jax.data.built_in import BUILT_IN, template_source
+from ogpsa_jax.data.dates import DEFAULT_DATE, on_day
 from ogpsa_jax.data.records import Message
 from ogpsa_jax.errors import InputError
 
 _PROBE = "\u27e8answer\u27e9"
 _MARKED = re.compile(r"\{%-?\s*generation\b")
-_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_ASKS_TODAY = re.compile(r"\bstrftime_now\b(?!\s+is\s+(not\s+)?defined\b)")
 _THOUGHT = re.compile(r"</?think>")
 _SHOWN = 60  # characters that a message shows of each of two texts that differ
-# What templates print that ask for the day's date, unless the caller names a day: a score must not
-# depend on the day it is taken. It is the default of the templates that print one (Llama 3).
-DEFAULT_DATE = datetime.date(2024, 7, 26)
 
 Conversation = tuple[Sequence[Message], str]  # the turns, and where they stand
 Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are in the loss mask
@@ -72,7 +68,7 @@ class ChatTemplate:
         """
         self.tokenizer = tokenizer
         self.source = template_source(tokenizer, template)
-        self.dated = _dated(self.source, date)
+        self.dated = on_day(self.source, date)
         bos = tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -362,27 +358,6 @@ class ChatTemplate:
 
     def _blank(self, token: int) -> bool:
         return token not in self._special and not self._text([token]).strip()
-
-
-def _dated(source: str | None, date: datetime.date) -> str | None:
-    """The template with a day in the place of the day's date.
-
-    Raises:
-      InputError: it asks for the date in other ways than by a format that stands in it.
-    """
-    if source is None:
-        return None
-
-    def on_the_day(match: re.Match[str]) -> str:
-        return match[1] + date.strftime(match[2]) + match[1]
-
-    found = _TODAY.sub(on_the_day, source)
-    if _ASKS_TODAY.search(found):
-        raise InputError(
-            "template: it uses strftime_now otherwise than called with a text, so that the date "
-            "cannot be kept the same for a whole run; write the format into the call."
-        )
-    return found
 
 
 def _shows(text: str, content: str) -> bool:

@@ -112,9 +112,9 @@ class CharacterTokenizer:
 TOKENIZER: Final = CharacterTokenizer()
 
 
-def examples(items: Iterable[Exchange], source: int = 0) -> list[Example]:
+def examples(items: Iterable[Exchange]) -> list[Example]:
     """Items as the data room's examples."""
-    return [Example((TOKENIZER.sequence(item.prompt, item.answer),), source) for item in items]
+    return [Example((TOKENIZER.sequence(item.prompt, item.answer),)) for item in items]
 
 
 def refusals(items: Iterable[Exchange]) -> list[Exchange]:

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import stats
 
 _AT_ONCE = 2**20  # drawn items held in memory at a time
+_RESAMPLES = 2000  # draws of all items, unless told otherwise
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -44,16 +45,14 @@ def wilson_error(successes: int, trials: int) -> float:
 def bootstrap_interval(
     sums: Sequence[float],
     weights: Sequence[float] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a weighted mean, by drawing items with replacement.
+    """95 % percentile bootstrap interval of a weighted mean, by drawing items with replacement.
 
     Args:
       sums: one per item.
       weights: one per item; the mean is sum(sums) / sum(weights). By default 1 each.
-      confidence: in (0, 1).
       resamples: how often the items are drawn.
       seed: of the draws.
 
@@ -64,35 +63,27 @@ def bootstrap_interval(
       ValueError: no item, or not one weight for each.
     """
     values, parts = _items(sums, weights)
-    _check(confidence)
     if values.size == 1:
         mean = float(values[0] / parts[0])
         return mean, mean
-    interval = _bootstrap(values, parts, confidence, resamples, seed).confidence_interval
+    interval = _bootstrap(values, parts, resamples, seed).confidence_interval
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_means(
-    sums: Sequence[float],
-    weights: Sequence[float] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> np.ndarray:
-    """Weighted means of resampled items, float64 [resamples]; see :func:`bootstrap_interval`."""
+def bootstrap_means(sums: Sequence[float], weights: Sequence[float] | None = None) -> np.ndarray:
+    """Weighted means of 2,000 resamples, float64 [2000]; see :func:`bootstrap_interval`."""
     values, parts = _items(sums, weights)
     if values.size == 1:
-        return np.full(resamples, values[0] / parts[0])
-    return _bootstrap(values, parts, 0.95, resamples, seed).bootstrap_distribution
+        return np.full(_RESAMPLES, values[0] / parts[0])
+    return _bootstrap(values, parts, _RESAMPLES, 0).bootstrap_distribution
 
 
-def _bootstrap(
-    values: np.ndarray, parts: np.ndarray, confidence: float, resamples: int, seed: int
-) -> Any:
+def _bootstrap(values: np.ndarray, parts: np.ndarray, resamples: int, seed: int) -> Any:
     return stats.bootstrap(
         (values, parts),
         lambda sums, weights, axis: sums.sum(axis=axis) / weights.sum(axis=axis),
         paired=True,
-        confidence_level=confidence,
+        confidence_level=0.95,
         n_resamples=resamples,
         batch=max(1, _AT_ONCE // values.size),
         method="percentile",

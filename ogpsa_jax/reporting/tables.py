@@ -89,23 +89,15 @@ def table_cells(
     ]
 
 
-def text_table(
-    records: Sequence[ScoreRecord],
-    matched_safety: float | None = None,
-    every_score: bool = False,
-) -> str:
+def text_table(records: Sequence[ScoreRecord], matched_safety: float | None = None) -> str:
     """The table for a terminal; arguments as for :func:`table_cells`."""
-    cells = table_cells(records, matched_safety, every_score)
+    cells = table_cells(records, matched_safety)
     return _written(cells, "simple", TEXT_COLUMNS, maxheadercolwidths=_HEADING_WIDTH)
 
 
-def markdown_table(
-    records: Sequence[ScoreRecord],
-    matched_safety: float | None = None,
-    every_score: bool = False,
-) -> str:
+def markdown_table(records: Sequence[ScoreRecord], matched_safety: float | None = None) -> str:
     """The table in Markdown; arguments as for :func:`table_cells`."""
-    return markdown_cells(table_cells(records, matched_safety, every_score), TEXT_COLUMNS)
+    return markdown_cells(table_cells(records, matched_safety), TEXT_COLUMNS)
 
 
 def markdown_cells(cells: Sequence[Sequence[str]], text_columns: int) -> str:

@@ -4,8 +4,8 @@ Training writes these files; evaluation and reports read them.
 """
 
 from ogpsa_jax.runs.directory import (
+    Change,
     InitialModelUse,
-    LossChange,
     OwnAnswers,
     ProjectionFigures,
     Rounding,
@@ -38,9 +38,9 @@ from ogpsa_jax.runs.scores import (
 __all__ = [
     "BASE",
     "NAIVE",
+    "Change",
     "Cost",
     "InitialModelUse",
-    "LossChange",
     "Naming",
     "OwnAnswers",
     "ProjectionFigures",

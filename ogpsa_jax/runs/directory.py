@@ -38,8 +38,17 @@ class TrainLoss(_Part):
     last: float
 
 
-class LossChange(_Part):
-    """How the loss of a held-out set changed; the error is None where there is one row alone."""
+@dataclass(frozen=True)
+class Change:
+    """How a weighted mean changed between two measurements of the same rows.
+
+    Attributes:
+      mean: after less before.
+      standard_error: of `mean` over rows; None of a single row.
+      rows: how many.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     mean: float
     standard_error: float | None
@@ -119,7 +128,7 @@ class Summary(_Part):
     train_loss: TrainLoss
     before: Measures = Field(description="held-out measures before the first step")
     after: Measures = Field(description="the same after the last")
-    change: dict[str, LossChange]
+    change: dict[str, Change] = Field(description="of the loss of each held-out set")
     projection: ProjectionFigures | None = Field(None, description="None without projection")
     training_samples: Count = Field(description="sequences; a pair is two")
     reference_samples: Count = Field(description="sequences of references; a pair is two")

@@ -23,7 +23,6 @@ def export(
     model: Decoder,
     target: str | Path,
     *,
-    dtype: str | None = None,
     keep_unrounded: bool = False,
 ) -> bool:
     """:func:`save_pretrained` with the template and stop tokens of the training.
@@ -35,7 +34,6 @@ def export(
       config: what it was trained with.
       model: its weights are written; its stop tokens are completed.
       target: the folder; an earlier export there is replaced.
-      dtype: of its weights; by default what ``export.dtype`` says.
       keep_unrounded: where it rounds, also keep the weights as trained: what a later stage starts
         from.
 
@@ -46,11 +44,8 @@ def export(
       InputError: the folder cannot be written, or tokenizer or template are gone.
     """
     template = ChatTemplate(tokenizer_of(config), config.data.template)
-    chosen = dtype or config.export.dtype
-    options: Any = {
-        "dtype": None if chosen == "auto" else chosen,
-        "keep_unrounded": keep_unrounded,
-    }
+    dtype = None if config.export.dtype == "auto" else config.export.dtype
+    options: Any = {"dtype": dtype, "keep_unrounded": keep_unrounded}
     known = model.config.eos_token_ids
     taught = dict.fromkeys((*known, *template.stop_tokens()))
     model.config = dataclasses.replace(model.config, eos_token_ids=tuple(taught))

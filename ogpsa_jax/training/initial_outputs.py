@@ -8,7 +8,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,7 +40,6 @@ def answer_prompts(
     model: Callable[[], Any],
     config: RunConfig,
     stop_tokens: Sequence[int],
-    folder: Path | None = None,
 ) -> tuple[list[list[Example]], dict[str, Any]]:
     """Prompts, each with the initial model's answer, of which every token is in the loss mask.
 
@@ -51,7 +49,6 @@ def answer_prompts(
       model: makes it; called only where something is not yet known.
       config: says how it answers.
       stop_tokens: what ends an answer.
-      folder: of the files; by default that of :mod:`~ogpsa_jax.training.array_cache`.
 
     Returns:
       The sets with answers, and counts for the summary.
@@ -65,8 +62,7 @@ def answer_prompts(
             ["answers", settings.model_dump(), config.data.max_length, list(stop_tokens), drawn]
         ).encode()
     )
-    folder = cache_folder("initial_answers") if folder is None else folder
-    path = folder / f"{digest(prompts, key)}.npz"
+    path = cache_folder("initial_answers") / f"{digest(prompts, key)}.npz"
 
     def right(arrays: Arrays) -> bool:
         lengths = arrays["lengths"]
@@ -131,7 +127,6 @@ def add_predictions(
     config: RunConfig,
     mesh: Mesh,
     vocabulary: int,
-    folder: Path | None = None,
 ) -> tuple[list[list[Example]], dict[str, Any]]:
     """Examples with what the initial model predicts of each token in the loss mask.
 
@@ -142,7 +137,6 @@ def add_predictions(
       config: says how many tokens of a prediction are kept.
       mesh: the devices.
       vocabulary: its size, the most that can be kept.
-      folder: of the files; by default that of :mod:`~ogpsa_jax.training.array_cache`.
 
     Returns:
       The sets, in order, and what is kept: ``top_k`` tokens of a prediction, and the mass that they
@@ -153,8 +147,7 @@ def add_predictions(
     asked = config.references.top_k
     settings = json.dumps(["predictions", asked, [] if asked else [*TOP_KS, LARGEST_REST]])
     key = model_key(found.section, found.seed, _VERSION, found.key) + settings.encode()
-    folder = cache_folder("initial_predictions") if folder is None else folder
-    path = folder / f"{digest(examples, key)}.npz"
+    path = cache_folder("initial_predictions") / f"{digest(examples, key)}.npz"
 
     def right(arrays: Arrays) -> bool:
         rows, kept = arrays["ids"].shape

@@ -23,9 +23,8 @@ from ogpsa_jax.config import RunConfig
 from ogpsa_jax.config.sections import OgpsaSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import write_whole
-from ogpsa_jax.runs import RunDir
+from ogpsa_jax.runs import Change, RunDir
 from ogpsa_jax.training.verdict import (
-    Change,
     judge_first_basis,
     judge_references,
     paired_change,

@@ -1,11 +1,10 @@
 """The content of ``summary.json``, computed from a run's metrics."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from ogpsa_jax.config import RunConfig
-from ogpsa_jax.runs import LossChange, ProjectionFigures, TrainLoss
+from ogpsa_jax.runs import ProjectionFigures, TrainLoss
 from ogpsa_jax.training.loop import Workload
 from ogpsa_jax.training.metrics import (
     Line,
@@ -36,10 +35,7 @@ def summarise(config: RunConfig, lines: list[Line]) -> dict[str, Any]:
         ),
         "before": measured_before(lines),
         "after": _held_out(evaluations[-1]) if evaluations else {},
-        "change": {
-            f"{name}/loss": LossChange(**dataclasses.asdict(change))
-            for name, (_, change) in held_out_changes(lines).items()
-        },
+        "change": {f"{name}/loss": change for name, (_, change) in held_out_changes(lines).items()},
         "projection": _projection(steps) if config.projects else None,
         # Sequences, as everywhere: a pair is two.
         "training_samples": total

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ogpsa_jax.runs import Change
+
 LEAST_FALL = 0.05
 """Share of its first value by which a loss must fall to count as learned."""
 LEAST_FALL_OF_PAIRS = 0.005
@@ -28,21 +30,6 @@ MUCH_REMOVED = 0.9
 """Mean share of the squared gradient norm that is removed, beyond which that may be why."""
 FOREIGN = 0.5
 """Nats a token by which reference answers cost more than answers drawn from the model."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """How a weighted mean changed between two measurements of the same rows.
-
-    Attributes:
-      mean: after less before.
-      standard_error: of `mean` over rows; None of a single row.
-      rows: how many.
-    """
-
-    mean: float
-    standard_error: float | None
-    rows: int
 
 
 def paired_change(

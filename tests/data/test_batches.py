@@ -60,8 +60,14 @@ def documents(batch: dict[str, np.ndarray]) -> list[int]:
     return found
 
 
-def run(examples: list[Example], **settings: Any) -> list[int]:
-    batches = TrainBatches(examples, **settings)
+def batches_of(examples: Sequence[Example], **settings: Any) -> TrainBatches:
+    """Batches of eight rows, not packed, unless told otherwise."""
+    plain = {"batch_size": 8, "micro_batch_size": 8, "packing": False}
+    return TrainBatches(examples, **(plain | settings))
+
+
+def run(examples: Sequence[Example], **settings: Any) -> list[int]:
+    batches = batches_of(examples, **settings)
     return [i for step in range(len(batches)) for i in documents(batches.batch(step))]
 
 
@@ -88,10 +94,7 @@ def test_each_epoch_has_an_order_of_its_own(rng: random.Random) -> None:
     examples = examples_of([4] * 64)
     order = run(
         examples,
-        batch_size=8,
-        micro_batch_size=8,
         max_length=8,
-        packing=False,
         seed=rng.randrange(2**31),
         epochs=3,
     )
@@ -106,7 +109,7 @@ def test_the_size_of_the_micro_batches_does_not_change_a_step(rng: random.Random
     seen = [
         [documents(batches.batch(step)) for step in range(len(batches))]
         for batches in (
-            TrainBatches(
+            batches_of(
                 examples,
                 batch_size=16,
                 micro_batch_size=size,
@@ -131,20 +134,20 @@ def test_any_step_can_be_asked_for_first(packing: bool, rng: random.Random) -> N
         "seed": rng.randrange(2**31),
         "steps": 9,
     }
-    batches = TrainBatches(examples, **settings)
+    batches = batches_of(examples, **settings)
     inorder = [batches.batch(step) for step in range(len(batches))]
     assert len(batches) == 9
     for step in rng.sample(range(9), 9):
-        resumed = TrainBatches(examples, **settings).batch(step)
+        resumed = batches_of(examples, **settings).batch(step)
         for name, array in inorder[step].items():
             np.testing.assert_array_equal(resumed[name], array)
-    longer = TrainBatches(examples, **{**settings, "steps": 12})
+    longer = batches_of(examples, **{**settings, "steps": 12})
     np.testing.assert_array_equal(longer.batch(8)["input_ids"], inorder[8]["input_ids"])
 
 
 def test_shapes_never_change_and_the_last_batch_is_filled_with_nothing(rng: random.Random) -> None:
     examples = examples_of(random_lengths(rng, 13, 70))
-    batches = TrainBatches(
+    batches = batches_of(
         examples, batch_size=8, micro_batch_size=2, max_length=512, packing=False, seed=0
     )
     found = [batches.batch(step) for step in range(len(batches))]
@@ -157,7 +160,7 @@ def test_shapes_never_change_and_the_last_batch_is_filled_with_nothing(rng: rand
 
 def test_packing_fills_the_rows(rng: random.Random) -> None:
     examples = examples_of(random_lengths(rng, 2000, 256))
-    batches = TrainBatches(
+    batches = batches_of(
         examples, batch_size=16, micro_batch_size=16, max_length=512, packing=True, seed=0
     )
     tokens = sum(example.length for example in examples)
@@ -172,10 +175,7 @@ def test_default_weights_take_each_row_of_each_source_once(rng: random.Random) -
     examples = examples_of([4] * 90, sources=[0] * 60 + [1] * 30)
     order = run(
         examples,
-        batch_size=8,
-        micro_batch_size=8,
         max_length=8,
-        packing=False,
         seed=rng.randrange(2**31),
         weights=[1.0, 1.0],
     )
@@ -193,10 +193,7 @@ def test_proportions_are_exact_at_every_point(
     examples = examples_of([4] * len(sources), sources=sources)
     order = run(
         examples,
-        batch_size=8,
-        micro_batch_size=8,
         max_length=8,
-        packing=False,
         seed=rng.randrange(2**31),
         weights=weights,
     )
@@ -217,10 +214,8 @@ def test_a_run_of_any_length_starts_at_once_and_reaches_its_last_step(
 ) -> None:
     """A layout of all rows would be of 10^15 here."""
     examples = examples_of(random_lengths(rng, 50, 20), sources=[0] * 40 + [1] * 10)
-    batches = TrainBatches(
+    batches = batches_of(
         examples,
-        batch_size=8,
-        micro_batch_size=8,
         max_length=32,
         packing=packing,
         seed=rng.randrange(2**31),
@@ -238,8 +233,6 @@ def test_packing_keeps_the_proportions_of_examples(rng: random.Random) -> None:
     examples = examples_of([4] * 300 + [15] * 200, sources=[0] * 300 + [1] * 200)
     order = run(
         examples,
-        batch_size=8,
-        micro_batch_size=8,
         max_length=32,
         packing=True,
         seed=rng.randrange(2**31),
@@ -264,12 +257,11 @@ def test_an_order_is_the_same_in_every_version() -> None:
 
 
 def test_there_is_no_batch_beyond_the_last_step() -> None:
-    batches = TrainBatches(
+    batches = batches_of(
         examples_of([4] * 5),
         batch_size=2,
         micro_batch_size=2,
         max_length=8,
-        packing=False,
         seed=0,
     )
     assert len(batches) == 3
@@ -285,7 +277,7 @@ def test_pairs_keep_both_answers_and_their_reference_log_probabilities(
     examples = [
         Example(e.sequences, 0, reference_logps=(-float(i), -2.0 * i)) for i, e in enumerate(plain)
     ]
-    batches = TrainBatches(
+    batches = batches_of(
         examples, batch_size=4, micro_batch_size=2, max_length=32, packing=False, seed=1, epochs=1
     )
     for step in range(2):
@@ -331,12 +323,12 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], says: str) ->
         "weights": [1.0, 1.0],
     }
     with pytest.raises(ValueError, match=says):
-        TrainBatches(examples, **{**possible, **settings})
+        batches_of(examples, **{**possible, **settings})
 
 
 def test_pairs_are_not_packed() -> None:
     with pytest.raises(ValueError, match="packing must be False for pairs"):
-        TrainBatches(
+        batches_of(
             examples_of([5], width=2),
             batch_size=1,
             micro_batch_size=1,
@@ -355,7 +347,7 @@ def test_no_source_is_ever_a_row_ahead_or_behind(
     weights = weights or [10 ** rng.uniform(-1, 2) for _ in range(rng.randint(2, 12))]
     count = len(weights)
     sources = [i for i in range(count) for _ in range(3)]
-    batches = TrainBatches(
+    batches = batches_of(
         examples_of([4] * len(sources), sources=sources),
         **{"batch_size": 500, "micro_batch_size": 500, "max_length": 8, "packing": False},
         **{"seed": 0, "steps": 1, "weights": weights},

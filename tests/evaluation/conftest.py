@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.endpoint import KEY
 from tests.evaluation.trial import SUITE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,3 +52,10 @@ def suite_path(tmp_path, drawn) -> Path:
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.replace("LIMIT", "null"))
     return path
+
+
+@pytest.fixture
+def judge_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key of the local judge, which no proxy stands before."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -175,3 +175,19 @@ def train_in_process(
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, each of which must be whole."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of cached model outputs, of one test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ogpsa_jax"
+
+
+@pytest.fixture
+def prompts(ground: Path, tmp_path: Path) -> Path:
+    """The general rows without their answers."""
+    rows = [json.loads(row) for row in (ground / "general.jsonl").read_text().splitlines()]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    return path

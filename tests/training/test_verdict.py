@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ogpsa_jax.runs import Change
 from ogpsa_jax.training.summary import judge_curve
 from ogpsa_jax.training.verdict import (
     LEAST_FALL_OF_PAIRS,
-    Change,
     judge_first_basis,
     judge_lengths,
     judge_references,
