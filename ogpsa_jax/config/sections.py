@@ -56,6 +56,11 @@ class ModelSection(Section):
     )
     dtype: FloatDType = Field("bfloat16", description="of the computation")
     param_dtype: FloatDType = Field("float32", description="of parameters and optimizer state")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
+        "auto",
+        description="kernel of attention; auto: splash on TPUs, cudnn on GPUs in half precision, "
+        "else xla",
+    )
     lora: LoraSection | None = Field(None, description="adapters; null: full fine-tuning")
 
 

@@ -10,13 +10,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ogpsa_jax import Kernel, SecondMoment, second_moment
+from ogpsa_jax.models.attention import AttentionKind
 from ogpsa_jax.models.config import DecoderConfig
 from ogpsa_jax.models.layers import (
     ATTENTION_INPUT,
     ATTENTION_OUTPUT,
     MLP_INPUT,
     MLP_OUTPUT,
-    AttentionKind,
     DecoderLayer,
     Linear,
     ModelPlacement,
@@ -77,7 +77,8 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         (all but matrix products).
       mesh: where parameters and activations live, axis types Auto; ``None``: the default device.
       rules: the table from logical axes to mesh axes.
-      attention: ``auto`` takes cuDNN's fused attention where it can, else XLA's.
+      attention: ``auto`` takes what suits the devices: ``splash`` on TPUs, ``cudnn`` on GPUs in
+        half precision, else ``xla``; see :func:`~ogpsa_jax.models.attention.causal_attention`.
 
     Raises:
       ValueError: a mesh whose axis types are not all Auto, or an unknown ``remat``.
@@ -193,9 +194,6 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         measure: Callable[[jax.Array], SecondMoment] | None = None,
     ) -> tuple[jax.Array, dict[str, SecondMoment]]:
         """The last hidden states, and what was measured of the kernels' inputs in every layer."""
-        mask = None
-        if segment_ids is not None:
-            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         graphdef, stacked = nnx.split(self.layers)
         stacked = jax.tree.map(
             lambda param: param.replace(self.placement.value(param)),
@@ -212,7 +210,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
                     found[name] = measure(inputs)
 
             layer_fn = nnx.merge(graphdef, weights)
-            return layer_fn(x, rope, mask, dropout_keys=keys, tap=tap), found
+            return layer_fn(x, rope, segment_ids, dropout_keys=keys, tap=tap), found
 
         if self.remat != "none":
             policy = None

@@ -178,8 +178,10 @@ def _generate(
     slots = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
     lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-    mask = valid[:, None, :, None] == valid[:, None, None, :]
-    logits, keys, values = _next_logits(model, tokens, positions, mask, (keys, values), 0)
+    segment_ids = valid.astype(jnp.int32)
+    logits, keys, values = _next_logits(
+        model, tokens, positions, (keys, values), 0, segment_ids=segment_ids
+    )
     token = _choose(logits, row_keys, 0, sampling)
     added = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(token)
     start = _Progress(
@@ -202,9 +204,9 @@ def _generate(
             model,
             at.token[:, None],
             (lengths + at.step - 1)[:, None],
-            visible[:, None, None, :],
             (at.keys, at.values),
             slot,
+            visible=visible,
         )
         token = _choose(logits, row_keys, at.step, sampling)
         return _Progress(
@@ -255,9 +257,11 @@ def _next_logits(
     model: Decoder,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
     cache: tuple[jax.Array, jax.Array],
     slot: jax.Array | int,
+    *,
+    segment_ids: jax.Array | None = None,
+    visible: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Append tokens to the cache from a slot; logits [batch, vocab] after the last, new cache."""
     graphdef, stacked = nnx.split(model.layers)
@@ -267,8 +271,8 @@ def _next_logits(
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         x, keys, values = carry
         weights, index = layer
-        written = Cache(keys, values, index, jnp.asarray(slot, jnp.int32))
-        x = nnx.merge(graphdef, weights)(x, rope, mask, written)
+        written = Cache(keys, values, index, jnp.asarray(slot, jnp.int32), visible)
+        x = nnx.merge(graphdef, weights)(x, rope, segment_ids, written)
         return (x, written.keys, written.values), None
 
     with model.matmul_precision():

@@ -7,18 +7,17 @@ The layers of a model are one :class:`DecoderLayer` whose parameters have a lead
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from ogpsa_jax.models.attention import AttentionKind, causal_attention
 from ogpsa_jax.models.config import DecoderConfig
 from ogpsa_jax.models.rope import apply_rope
 from ogpsa_jax.models.sharding import LogicalAxis, ShardingRules, constrain
 
-AttentionKind = Literal["auto", "xla", "cudnn"]
 Tap = Callable[[str, jax.Array], None] | None
 # What the kernels of a layer multiply, by the names that taps and `DECODER_KERNELS` know it by.
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention_input", "attention_output"
@@ -209,17 +208,20 @@ class Cache:
       keys: [layers, batch, slots, kv_heads, head_dim].
       values: like ``keys``.
       layer: whose turn it is.
-      start: slot of the first new token; a prompt of more than one token starts at slot 0.
+      start: slot of the first new token; a prompt starts at slot 0.
+      visible: bool [batch, slots], what a new token attends to; None for a prompt, whose tokens
+        attend to each other as without a cache.
     """
 
     keys: jax.Array
     values: jax.Array
     layer: jax.Array
     start: jax.Array
+    visible: jax.Array | None
 
 
 class Attention(nnx.Module):  # type: ignore[misc]
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+    """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config: DecoderConfig, placement: ModelPlacement, rngs: nnx.Rngs) -> None:
         layers, hidden = config.num_layers, config.hidden_size
@@ -247,7 +249,7 @@ class Attention(nnx.Module):  # type: ignore[misc]
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
+        segment_ids: jax.Array | None,
         cache: Cache | None,
         dropout_keys: jax.Array | None,
         tap: Tap,
@@ -270,50 +272,32 @@ class Attention(nnx.Module):  # type: ignore[misc]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        decoding = cache is not None and length == 1
+        visible = None
         if cache is not None:
+            visible = cache.visible
             # Into the whole cache, so that only the new tokens are written.
             at = (cache.layer, 0, cache.start, 0, 0)
             cache.keys = jax.lax.dynamic_update_slice(cache.keys, k[None], at)
             cache.values = jax.lax.dynamic_update_slice(cache.values, v[None], at)
-            if decoding:
+            if visible is not None:
                 k = jax.lax.dynamic_index_in_dim(cache.keys, cache.layer, keepdims=False)
                 v = jax.lax.dynamic_index_in_dim(cache.values, cache.layer, keepdims=False)
-        y = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=not decoding,
-            implementation="xla" if decoding else self._implementation(q.shape, k.shape),
-        )
+        if visible is not None:
+            y = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None, :])
+        else:
+            y = causal_attention(
+                q,
+                k,
+                v,
+                segment_ids,
+                kind=self.placement.attention,
+                mesh=self.placement.mesh,
+                rules=self.placement.rules,
+            )
         y = y.reshape(batch, length, -1)
         if tap is not None:
             tap(ATTENTION_OUTPUT, y)
         return self.o_proj(y, o_key)
-
-    def _implementation(
-        self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
-    ) -> Literal["xla", "cudnn"]:
-        """Take cuDNN's fused kernel where there is one: half precision on a GPU, even length.
-
-        It needs queries and keys to lie on the mesh alike.
-        """
-        placement = self.placement
-        if placement.attention != "auto":
-            return placement.attention
-        alike = placement.mesh is None or (
-            placement.rules.spec(("heads",), q_shape[2:3], placement.mesh)
-            == placement.rules.spec(("kv_heads",), k_shape[2:3], placement.mesh)
-        )
-        fits = (
-            jax.default_backend() == "gpu"
-            and placement.dtype in (jnp.bfloat16, jnp.float16)
-            and self.head_dim % 8 == 0
-            and self.head_dim <= 128
-            and q_shape[1] % 2 == 0
-        )
-        return "cudnn" if fits and alike else "xla"
 
 
 class Mlp(nnx.Module):  # type: ignore[misc]
@@ -360,7 +344,7 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
+        segment_ids: jax.Array | None,
         cache: Cache | None = None,
         dropout_keys: jax.Array | None = None,
         tap: Tap = None,
@@ -370,8 +354,7 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
         Args:
           x: [batch, length, hidden].
           rope: tables for the positions of ``x``.
-          mask: bool, broadcastable to [batch, heads, length, keys], True where attention may look;
-            on top of causality, except for a single token with a cache: there it is all there is.
+          segment_ids: int32 [batch, length]; tokens attend only within their segment.
           cache: updated in place when given.
           dropout_keys: of the adapters' dropout; none drops nothing.
           tap: called with the name and the value of what the kernels multiply.
@@ -380,7 +363,9 @@ class DecoderLayer(nnx.Module):  # type: ignore[misc]
           Like ``x``.
         """
         attention_key, mlp_key = split_keys(dropout_keys, 2)
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attention_key, tap)
+        x = x + self.self_attn(
+            self.input_layernorm(x), rope, segment_ids, cache, attention_key, tap
+        )
         x = self.placement.constrain(x, "batch", "length", "features")
         x = x + self.mlp(self.post_attention_layernorm(x), mlp_key, tap)
         return self.placement.constrain(x, "batch", "length", "features")

@@ -80,7 +80,7 @@ def _read(text: str) -> tuple[dict[str, Computation], str]:
         if head:
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # ends a kernel's attributes
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current[match[2]] = Instruction(bool(match[1]), *match.groups()[2:])

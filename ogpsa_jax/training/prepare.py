@@ -330,6 +330,7 @@ def prepare_model(config: RunConfig, mesh: Mesh, *, unrounded: bool = True) -> D
         "param_dtype": section.param_dtype,
         "remat": config.train.remat,
         "mesh": mesh,
+        "attention": section.attention,
     }
     with about("model.path"):
         if section.initial_weights == "pretrained":

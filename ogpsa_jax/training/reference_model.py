@@ -85,6 +85,7 @@ def _other(config: RunConfig, mesh: Mesh) -> Any:
             dtype=config.model.dtype,
             param_dtype=config.model.param_dtype,
             mesh=mesh,
+            attention=config.model.attention,
             unrounded=True,
         )
 

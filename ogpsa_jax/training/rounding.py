@@ -54,7 +54,11 @@ def measure_rounding(
       What is left of the update, and of the change of each measure.
     """
     rounded = load_pretrained(
-        exported, dtype=config.model.dtype, remat=config.train.remat, mesh=mesh
+        exported,
+        dtype=config.model.dtype,
+        remat=config.train.remat,
+        mesh=mesh,
+        attention=config.model.attention,
     )
     trained, start = _parameters(model), _parameters(prepare_model(config, mesh, unrounded=False))
     along, whole = _compare(_parameters(rounded), trained, start)

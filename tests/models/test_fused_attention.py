@@ -27,6 +27,7 @@ CASES = [
     (96, 6, 2, 62, "dots"),
     (8, 8, 4, 64, "none"),  # stories260k
     (16, 2, 1, 6, "full"),
+    (64, 4, 2, 2060, "full"),  # in blocks of queries
 ]
 
 

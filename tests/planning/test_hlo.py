@@ -26,3 +26,10 @@ def test_a_gather_in_a_loop_counts_as_often_as_the_loop_runs():
     untold = hlo._KNOWN.sub("", text)
     assert untold != text
     assert hlo.collectives(untold) == hlo.collectives(text)
+    # Attributes of a TPU kernel are printed over several lines.
+    kernel = (
+        '  %kernel = f32[] custom-call(), attributes={kernel={\n"block": 512\n}}, metadata={}\n'
+    )
+    several = text.replace("\n  ROOT ", f"\n{kernel}  ROOT ")
+    assert several != text
+    assert hlo.collectives(several) == hlo.collectives(text)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from ogpsa_jax import cli
 from ogpsa_jax.config import load_config
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.models.attention import causal_attention
 from ogpsa_jax.planning import plan as planning
 from ogpsa_jax.planning.abstract import abstract_run
 from ogpsa_jax.planning.devices import DEVICES, parse_target, planned_mesh
@@ -75,6 +77,14 @@ def test_operations_are_counted_as_often_as_loops_run_and_again_where_recomputed
     forward = layers * 2 * rows * width**2
     assert count_flops(jax.jit(loss), x, weights) == forward
     assert count_flops(jax.grad(loss, argnums=1), x, weights) == 4 * forward
+
+
+def test_of_a_causal_kernel_half_of_the_blocks_are_counted():
+    q = jnp.ones((2, 1024, 4, 8))
+    whole, kernel = (
+        count_flops(partial(causal_attention, kind=kind), q, q, q) for kind in ("xla", "splash")
+    )
+    assert whole == 2 * kernel == 2 * 4 * 2 * 2 * 1024**2 * 8
 
 
 def test_operations_without_loops_are_those_that_the_compiler_counts():
