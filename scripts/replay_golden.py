@@ -30,7 +30,7 @@ from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.dpo import dpo_loss
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.optimizer import learning_rate, make_optimizer, projection_settings
-from ogpsa_jax.training.refreshing import is_due
+from ogpsa_jax.training.refreshing import is_due, row_shares, spread_rows
 from ogpsa_jax.training.step import (
     Network,
     TrainState,
@@ -254,6 +254,10 @@ def replay(recording: Recording, compare: Comparison) -> None:
 
     reference_gradient = jax.jit(partial(reference_gradients, mean_loss))
     references = tuple(recording.reference_set(idx) for idx in recording.sets)
+    spread = tuple(
+        spread_rows({**s, "row_share": row_shares(s, pairs=False)}, 1, len(s["input_ids"][0]))
+        for s in references
+    )
     initial = jax.tree.map(jnp.copy, network.trained)
     state = TrainState(network.trained, optimizer.init(network.trained))
     compare_weights(recording, compare, 0, flat(state.params))
@@ -261,7 +265,7 @@ def replay(recording: Recording, compare: Comparison) -> None:
         if references and config.ogpsa.refresh and is_due(state, number, config.ogpsa.refresh):
             found = reference_gradient(state.params, references)
             compare_references(recording, compare, number, [flat(tree) for tree in found])
-            state, _ = refresh(state, network.frozen, references)
+            state, _ = refresh(state, network.frozen, spread)
         micros = [recording.json["micro"][index] for index in step["micro"]]
         batches = [recording.training_batch(index) for index in step["micro"]]
         if recording.pairs:

@@ -39,7 +39,7 @@ def over_chunks(
     """Apply a function to the logits of a few positions of every row at a time.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
+      model: has ``hidden_states`` and ``with_logits``.
       batch: as for :func:`target_log_probs`; of `input_ids` alone, each row is one text.
       chunk_size: positions of each row whose logits exist at a time, forward and backward.
       function: ``(logits [B, C, V], *arrays [B, C, ...]) -> pytree of [B, C, ...]``.
@@ -48,7 +48,7 @@ def over_chunks(
     Returns:
       What the function gives, its chunks put together: ``[B, T, ...]``.
     """
-    rows, length = batch["input_ids"].shape
+    length = batch["input_ids"].shape[1]
     dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
     hidden = model.hidden_states(
         batch["input_ids"],
@@ -61,28 +61,31 @@ def over_chunks(
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-        split = padded.reshape(rows, -1, chunk, *x.shape[2:])
+        split = padded.reshape(len(x), -1, chunk, *x.shape[2:])
         return jnp.moveaxis(split, 1, 0)
 
     def together(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
-    @jax.checkpoint
-    def of_chunk(hidden: jax.Array, *arrays: jax.Array) -> Any:
-        return function(model.unembed(hidden), *arrays)
+    def of_rows(unembed: Callable[[jax.Array], jax.Array], *arrays: jax.Array) -> Any:
+        @jax.checkpoint
+        def of_chunk(hidden: jax.Array, *arrays: jax.Array) -> Any:
+            return function(unembed(hidden), *arrays)
 
-    def body(_: None, chunks: tuple[jax.Array, ...]) -> tuple[None, Any]:
-        return None, of_chunk(*chunks)
+        def body(_: None, chunks: tuple[jax.Array, ...]) -> tuple[None, Any]:
+            return None, of_chunk(*chunks)
 
-    _, found = jax.lax.scan(body, None, tuple(cut(x) for x in (hidden, *arrays)))
-    return jax.tree.map(together, found)
+        _, found = jax.lax.scan(body, None, tuple(cut(x) for x in arrays))
+        return jax.tree.map(together, found)
+
+    return model.with_logits(of_rows, hidden, *arrays)
 
 
 def target_log_probs(model: Any, batch: Batch, chunk_size: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every token in the loss mask.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
+      model: has ``hidden_states`` and ``with_logits``.
       batch: ``input_ids``, ``loss_mask``, ``segment_ids``, ``positions``, each ``[B, T]``; perhaps
         ``dropout_keys``, PRNG keys ``[B]``, for models that drop something in training.
       chunk_size: positions of each row whose logits exist at a time.
@@ -128,15 +131,33 @@ def token_cross_entropy(
     """Cross-entropy summed over the tokens in the loss mask, and their number.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
-      batch: arrays ``[B, T]``, or pairs ``[B, 2, T]``, whose rows all count.
+      model: has ``hidden_states`` and ``with_logits``.
+      batch: arrays ``[B, T]``, or pairs ``[B, 2, T]``, whose rows all count; perhaps ``row_share``,
+        see :func:`by_share`.
       chunk_size: positions of each row whose logits exist at a time.
 
     Returns:
       (nats, tokens), float32 scalars.
     """
-    found, mask = target_log_probs(model, _as_rows(batch), chunk_size)
-    return -jnp.sum(found), jnp.sum(mask, dtype=jnp.float32)
+    rows = _as_rows(batch)
+    found, mask = target_log_probs(model, rows, chunk_size)
+    return -jnp.sum(by_share(found, rows)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def by_share(losses: jax.Array, batch: Batch) -> jax.Array:
+    """The losses of rows times what each row counts.
+
+    Args:
+      losses: ``[B, ...]``.
+      batch: perhaps with ``row_share``, float32 ``[B]``: the rows then belong to the means of
+        several batches, and a row's share is 1 over the weight of its own.
+
+    Returns:
+      Shape and dtype of `losses`; without ``row_share`` the losses as they are.
+    """
+    if "row_share" not in batch:
+        return losses
+    return losses * batch["row_share"].reshape(-1, *(1,) * (losses.ndim - 1))
 
 
 def sequence_log_probs(
@@ -145,7 +166,7 @@ def sequence_log_probs(
     """Log-probability of each row's tokens in the loss mask together, and their number.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
+      model: has ``hidden_states`` and ``with_logits``.
       batch: arrays ``[B, T]``, or pairs ``[B, 2, T]`` (chosen, rejected), run in one forward pass.
       chunk_size: positions of each row whose logits exist at a time.
 
@@ -164,7 +185,7 @@ def surprise(
     """Cross-entropy and the model's own entropy, which its own answers would cost on average.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
+      model: has ``hidden_states`` and ``with_logits``.
       batch: arrays ``[B, T]``, or pairs ``[B, 2, T]``, whose rows all count.
       chunk_size: positions of each row whose logits exist at a time.
 
@@ -198,4 +219,7 @@ def _as_rows(batch: Batch) -> Batch:
     rows = {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in keys}
     if "dropout_keys" in batch:
         rows["dropout_keys"] = batch["dropout_keys"].reshape(-1)
+    if "row_share" in batch:
+        copies = len(rows["input_ids"]) // len(batch["input_ids"])
+        rows["row_share"] = jnp.repeat(batch["row_share"], copies)
     return {**batch, **rows}

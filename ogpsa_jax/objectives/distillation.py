@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.objectives.cross_entropy import Batch, over_chunks, shifted_loss_mask
+from ogpsa_jax.objectives.cross_entropy import Batch, by_share, over_chunks, shifted_loss_mask
 
 # In place of the logits of tokens that are left out of a sum: far below any logit, and finite, so
 # that the gradient is zero and not undefined where all of them are left out.
@@ -33,11 +33,11 @@ def distillation_loss(
     """Divergence from the teacher's predictions; the weight is the number of predicted tokens.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
+      model: has ``hidden_states`` and ``with_logits``.
       batch: arrays ``[B, T]`` and, for position t that predicts token t + 1, the teacher's
         ``teacher_ids`` int32 ``[B, T, k]`` (distinct), ``teacher_log_probs`` float32 ``[B, T, k]``
         and ``teacher_rest`` float32 ``[B, T]``, the logarithm of the other tokens' mass. They count
-        where the loss mask says that token t + 1 does.
+        where the loss mask says that token t + 1 does; perhaps ``row_share``.
       chunk_size: positions of each row whose logits exist at a time.
 
     Returns:
@@ -52,7 +52,7 @@ def distillation_loss(
     divergences = over_chunks(model, batch, chunk_size, _divergences, *teacher)
     mask = shifted_loss_mask(batch)
     weight = jnp.sum(mask, dtype=jnp.float32)
-    return jnp.sum(jnp.where(mask, divergences, 0.0)), weight, {}
+    return jnp.sum(by_share(jnp.where(mask, divergences, 0.0), batch)), weight, {}
 
 
 def top_predictions(
@@ -61,7 +61,7 @@ def top_predictions(
     """What a teacher predicts at every position, as :func:`distillation_loss` takes it.
 
     Args:
-      model: the teacher; has ``hidden_states`` and ``unembed``.
+      model: the teacher; has ``hidden_states`` and ``with_logits``.
       batch: arrays ``[B, T]``.
       k: tokens kept, the likeliest first; at most the vocabulary.
       chunk_size: positions of each row whose logits exist at a time.

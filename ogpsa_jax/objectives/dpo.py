@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ogpsa_jax.objectives.cross_entropy import Batch, sequence_log_probs
+from ogpsa_jax.objectives.cross_entropy import Batch, by_share, sequence_log_probs
 
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "orpo", "simpo")
 REFERENCE_FREE = ("orpo", "simpo")
@@ -95,9 +95,10 @@ def dpo_loss(
     """A preference loss over a batch of pairs; the weight is the number of pairs.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
+      model: has ``hidden_states`` and ``with_logits``.
       batch: arrays ``[B, 2, T]`` (chosen, rejected) and ``reference_logps`` float32 ``[B, 2]``,
-        which orpo and simpo do not need. Empty rows, as they fill up a last batch, do not count.
+        which orpo and simpo do not need; perhaps ``row_share``. Empty rows, as they fill up a last
+        batch, do not count.
       loss: see :func:`preference_losses`, as for the arguments after it.
       beta: inverse temperature.
       label_smoothing: probability that a label is flipped.
@@ -154,4 +155,4 @@ def dpo_loss(
     losses = jnp.where(valid, losses, 0.0)
     if per_row:
         metrics |= {"row_loss": losses, "row_weight": valid.astype(jnp.float32)}
-    return jnp.sum(losses), jnp.sum(valid, dtype=jnp.float32), metrics
+    return jnp.sum(by_share(losses, batch)), jnp.sum(valid, dtype=jnp.float32), metrics

@@ -23,6 +23,7 @@ from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.mesh import ROWS, row_shards, rows_per_micro_batch
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import prepare_model, trained_parameters
+from ogpsa_jax.training.refreshing import spread_shape
 from ogpsa_jax.training.step import (
     Network,
     Objective,
@@ -35,6 +36,7 @@ from ogpsa_jax.training.step import (
 from ogpsa_jax.training.workload import preference_objective
 
 SKETCHED = 64  # columns of a wide layer's sketch beyond the rank, as in training
+_ROWS = 200  # of a reference set that does not say how many
 FEWEST_PREDICTIONS = 8  # of the initial model, where references.top_k leaves the number open
 
 
@@ -90,8 +92,7 @@ class AbstractRun:
             self._reference_loss(),
             project_momentum=config.ogpsa.project_momentum,
         )
-        sets = tuple(self._reference_set() for _ in config.references.sets)
-        return Program(step, (self.state, self.network.frozen, sets))
+        return Program(step, (self.state, self.network.frozen, self._reference_sets()))
 
     def span_inputs(self) -> Program | None:
         """The pass over the references that spans a subspace of inputs; None without one."""
@@ -103,8 +104,7 @@ class AbstractRun:
             size=config.ogpsa.rank + SKETCHED,
             lora=config.model.lora is not None,
         )
-        sets = tuple(self._reference_set() for _ in config.references.sets)
-        return Program(make, (self.state, self.network.frozen, sets))
+        return Program(make, (self.state, self.network.frozen, self._reference_sets()))
 
     def evaluation(self) -> Program:
         """One batch of a held-out set."""
@@ -161,16 +161,27 @@ class AbstractRun:
         one = jax.tree.map(_without_first_axis, batch)
         return Program(call, (self.state.params, self.network.frozen, one))
 
-    def _reference_set(self) -> dict[str, Any]:
-        """As it is stacked for a refresh: at least one row for every shard."""
+    def _reference_sets(self) -> tuple[dict[str, Any], ...]:
         section = self.config.references
-        count = section.rows_per_refresh or 200 * len(section.sets)
-        shards = row_shards(self.mesh)
-        rows = -(-section.batch_size // shards) * shards
-        batches = max(count // len(section.sets) // section.batch_size, 1)
-        return self.batch(
-            rows * batches, pairs=self._reference_pairs(), most=rows // shards, distilled=False
+        turn = (section.rows_per_refresh or 0) // len(section.sets)
+        return tuple(self._reference_set(turn or s.samples or _ROWS) for s in section.sets)
+
+    def _reference_set(self, count: int) -> dict[str, Any]:
+        """As its rows are spread over the shards for a refresh, or for the span of inputs."""
+        section = self.config.references
+        shards, most = row_shards(self.mesh), self.config.train.micro_batch_size
+        micro_batches, rows = spread_shape(count, shards, most)
+        batch = self.batch(
+            micro_batches * rows,
+            pairs=self._reference_pairs(),
+            most=rows // shards,
+            distilled=section.target == "initial" and self.config.refreshes,
         )
+        if self.config.refreshes:
+            like = batch["loss_mask"]
+            lead = NamedSharding(self.mesh, PartitionSpec(None, ROWS))  # type: ignore[no-untyped-call]
+            batch["row_share"] = _shaped(like.shape[:2], jnp.float32, lead)
+        return batch
 
     def _reference_pairs(self) -> bool:
         return self.config.references.loss in ("dpo", "official")

@@ -126,6 +126,7 @@ def prepare_compiler(target: Target) -> None:
     if target.compiled_for == "tpu":
         # The compiler asks neither a device nor, for what it compiles, the network.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans at once
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{target.device.name}-8")
         return

@@ -58,8 +58,8 @@ class Workload:
     Attributes:
       objective: what is minimised.
       batches: the training rows of every step.
-      references: reference sets, each stacked as [batches, rows, ...]; their gradients span the
-        basis at every refresh.
+      references: reference sets, each stacked as [batches, rows, ...], with each row's share in
+        its batch's mean; their gradients span the basis at every refresh.
       reference_rows: rows of all of them together.
       batches_per_refresh: how many batches of each set a refresh takes, in turn; None: all.
       reference_loss: what is differentiated on reference rows.
@@ -181,6 +181,7 @@ def _refresh_of(
         mesh,
         project_momentum=config.ogpsa.project_momentum,
         batches_per_refresh=workload.batches_per_refresh,
+        micro_batch_size=config.train.micro_batch_size,
     )
 
 

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from ogpsa_jax.config.sections import RefreshSection
 from ogpsa_jax.data.batches import HostBatch
+from ogpsa_jax.objectives.cross_entropy import shifted_loss_mask
 from ogpsa_jax.projection.find import find_states
-from ogpsa_jax.training.mesh import shard_rows
+from ogpsa_jax.training.mesh import row_shards, shard_rows
 from ogpsa_jax.training.step import (
     Metrics,
     Network,
@@ -29,32 +32,38 @@ def refresh_when_due(
     *,
     project_momentum: bool,
     batches_per_refresh: int | None,
+    micro_batch_size: int,
 ) -> Callable[[TrainState, int], tuple[TrainState, Metrics]]:
     """A function that refreshes the basis where that is due.
 
     Args:
       network: the model.
-      sets: the reference sets, each stacked as [batches, rows, ...].
+      sets: the reference sets, each stacked as [batches, rows, ...], with ``row_share``.
       loss: what is differentiated on them.
       section: when a refresh is due.
       mesh: the devices.
       project_momentum: whether the first moments are projected with the new basis.
       batches_per_refresh: how many batches of each set a refresh takes, in turn; None: all.
+      micro_batch_size: rows of a device at a time, at most.
 
     Returns:
       ``refreshed(state, step) -> (state, metrics)`` for before 0-based `step`; no metrics where
       no refresh was due.
     """
     refresh = make_refresh(network.graphdef, loss, project_momentum=project_momentum)
-    on_devices = tuple(shard_rows(batches, mesh) for batches in sets)
+
+    def on_devices(number: int) -> tuple[dict[str, jax.Array], ...]:
+        taken = in_turn(sets, number, batches_per_refresh)
+        shards = row_shards(mesh)
+        return tuple(shard_rows(spread_rows(s, shards, micro_batch_size), mesh) for s in taken)
+
+    always = on_devices(0) if batches_per_refresh is None else None
 
     def refreshed(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         if not is_due(state, step, section):
             return state, {}
         number = refreshes_so_far(state)
-        state, metrics = refresh(
-            state, network.frozen, in_turn(on_devices, number, batches_per_refresh)
-        )
+        state, metrics = refresh(state, network.frozen, always or on_devices(number))
         if number == 0:  # there was no basis before
             del metrics["reference/captured_fraction"], metrics["distance_moved"]
         return state, metrics
@@ -92,3 +101,55 @@ def in_turn(
         chosen = (number * count + np.arange(min(count, there))) % there
         taken.append({name: array[chosen] for name, array in batches.items()})
     return tuple(taken)
+
+
+def row_shares(batches: HostBatch, *, pairs: bool) -> np.ndarray:
+    """What each row counts in the mean loss of its batch: 1 over the batch's weight.
+
+    Args:
+      batches: stacked as [batches, rows, ...].
+      pairs: whether the weight is the number of pairs, and not that of target tokens.
+
+    Returns:
+      float32 [batches, rows].
+    """
+    masks = {name: jnp.asarray(batches[name]) for name in ("loss_mask", "segment_ids")}
+    tokens = np.asarray(shifted_loss_mask(masks)).sum(axis=-1, dtype=np.float32)
+    by_row = tokens.reshape(*tokens.shape[:2], -1)
+    weights = (by_row > 0).all(axis=-1) if pairs else by_row.sum(axis=-1)
+    total = np.maximum(weights.sum(axis=-1, keepdims=True), 1)
+    return np.broadcast_to((1 / total).astype(np.float32), weights.shape)
+
+
+def spread_rows(batches: HostBatch, shards: int, micro_batch_size: int) -> HostBatch:
+    """The rows of all batches over all row shards, so that none computes on what fills up.
+
+    Batches of four rows, one after the other, would leave all but four shards without work.
+
+    Args:
+      batches: stacked as [batches, rows, ...], with ``row_share``.
+      shards: row shards of the mesh.
+      micro_batch_size: rows of a device at a time, at most.
+
+    Returns:
+      The same rows as [micro-batches, rows, ...], then empty rows without a share. The mean over
+      micro-batches of the sum of ``row_share`` times loss is the mean of the batches' mean losses.
+    """
+    count, size = batches["row_share"].shape
+    micro_batches, rows = spread_shape(count * size, shards, micro_batch_size)
+
+    def spread(array: np.ndarray) -> np.ndarray:
+        flat = array.reshape(-1, *array.shape[2:])
+        missing = [(0, micro_batches * rows - len(flat))] + [(0, 0)] * (flat.ndim - 1)
+        return np.pad(flat, missing).reshape(micro_batches, rows, *flat.shape[1:])
+
+    found = {name: spread(array) for name, array in batches.items()}
+    found["row_share"] = found["row_share"] * np.float32(micro_batches / count)
+    return found
+
+
+def spread_shape(rows: int, shards: int, micro_batch_size: int) -> tuple[int, int]:
+    """How many micro-batches of how many rows, over all shards, waste the least on so many rows."""
+    share = -(-rows // shards)
+    micro_batches = -(-share // micro_batch_size)
+    return micro_batches, shards * -(-share // micro_batches)

@@ -230,15 +230,18 @@ def make_refresh(
     """Refresh the basis with the reference gradients at the present weights; state donated.
 
     The gradient of a set is the mean over its batches of the gradient of the batch's mean loss, as
-    in the official code.
+    in the official code. How the rows of these batches are cut into micro-batches is free, for each
+    row has its share in that mean.
 
     Args:
       graphdef: the model's structure.
-      reference_loss: what is differentiated on reference rows.
+      reference_loss: what is differentiated on reference rows; multiplies a row's loss by its
+        ``row_share``.
       project_momentum: whether the first moments are projected with the new basis.
 
     Returns:
-      ``refresh(state, frozen, reference_sets) -> (state, metrics)``; metrics are float32 scalars:
+      ``refresh(state, frozen, reference_sets) -> (state, metrics)`` for sets as
+      :func:`~ogpsa_jax.training.refreshing.spread_rows` makes them; metrics are float32 scalars:
       the loss of each set, ``references.0/loss`` and so on, and their mean ``reference/loss``; the
       mean ``reference/gradient_cosine`` of two sets' gradients; what the basis of before held of
       the gradients' squared norms, ``reference/captured_fraction``; and ``distance_moved``.
@@ -250,8 +253,7 @@ def make_refresh(
         state: TrainState, frozen: Params, reference_sets: tuple[Batch, ...]
     ) -> tuple[TrainState, Metrics]:
         def mean_loss(params: Params, batch: Batch) -> jax.Array:
-            total, (weight, _) = loss(params, frozen, batch)
-            return total / jnp.maximum(weight, 1.0)
+            return loss(params, frozen, batch)[0]
 
         losses, gradients = losses_and_gradients(mean_loss, state.params, reference_sets)
         metrics = {f"references.{i}/loss": value for i, value in enumerate(losses)}

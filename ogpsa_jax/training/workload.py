@@ -19,6 +19,7 @@ from ogpsa_jax.training.evaluator import Evaluation
 from ogpsa_jax.training.loop import Workload
 from ogpsa_jax.training.mesh import row_shards, rows_per_micro_batch
 from ogpsa_jax.training.prepare import RunData
+from ogpsa_jax.training.refreshing import row_shares, spread_shape
 from ogpsa_jax.training.step import Objective
 
 _START_ROWS = 64  # of each reference set, on which the loss at the start is measured
@@ -36,15 +37,12 @@ def prepare_workload(config: RunConfig, data: RunData, mesh: Mesh) -> Workload:
     batches = _stream(config, mesh, data.train, config.data.train, own_rows, config.train.steps)
     _check_length(config, batches.rows, own_rows)
     spans_inputs = config.projects and config.ogpsa.subspace == "inputs"
-    sets: list[HostBatch] = []
-    if spans_inputs or not in_step_rows:
-        size = config.references.batch_size
-        sets = [_fixed(config, mesh, examples, size) for examples in data.references]
+    refreshes = not (spans_inputs or in_step_rows)
     return Workload(
         objective=preference_objective(config) if config.objective == "dpo" else _sft(config),
         batches=batches,
-        references=[] if in_step_rows or spans_inputs else sets,
-        input_rows=sets if spans_inputs else [],
+        references=_reference_sets(config, data) if refreshes else [],
+        input_rows=_input_rows(config, mesh, data) if spans_inputs else [],
         reference_rows=in_step_rows or sum(len(examples) for examples in data.references),
         batches_per_refresh=_batches_per_refresh(config),
         reference_loss=_reference_loss(config),
@@ -107,6 +105,30 @@ def _fixed(config: RunConfig, mesh: Mesh, examples: list[Example], batch_size: i
         max_length=config.data.max_length,
         multiple=row_shards(mesh),
     )
+
+
+def _reference_sets(config: RunConfig, data: RunData) -> list[HostBatch]:
+    """The reference sets in the batches whose mean losses count, each row with its share."""
+    found = []
+    for examples in data.references:
+        batches = fixed_batches(
+            examples,
+            batch_size=config.references.batch_size,
+            max_length=config.data.max_length,
+        )
+        shares = row_shares(batches, pairs=config.references.loss == "dpo")
+        found.append({**batches, "row_share": shares})
+    return found
+
+
+def _input_rows(config: RunConfig, mesh: Mesh, data: RunData) -> list[HostBatch]:
+    """The reference sets in batches that keep every device busy: rows alone count, not batches."""
+    most = config.train.micro_batch_size
+    sizes = (spread_shape(len(examples), row_shards(mesh), most)[1] for examples in data.references)
+    return [
+        _fixed(config, mesh, examples, size)
+        for examples, size in zip(data.references, sizes, strict=True)
+    ]
 
 
 def _check_length(config: RunConfig, rows: int, rows_per_step: int) -> None:
