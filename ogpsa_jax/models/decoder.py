@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from ogpsa_jax import Kernel, SecondMoment, second_moment
 from ogpsa_jax.models.attention import AttentionKind
@@ -25,7 +25,7 @@ from ogpsa_jax.models.layers import (
     split_keys,
 )
 from ogpsa_jax.models.rope import rope_table
-from ogpsa_jax.models.sharding import ShardingRules, check_mesh
+from ogpsa_jax.models.sharding import Gathered, ShardingRules, check_mesh, gather, matmul_gathered
 
 Remat = Literal["none", "full", "dots"]
 FINAL_HIDDEN = "final_hidden"
@@ -245,17 +245,78 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def _embed(self, input_ids: jax.Array) -> jax.Array:
         table = self.placement.value(self.embed_tokens.embedding)
-        # Gather whole rows: rows in pieces would be brought together again after the look-up.
-        table = self.placement.constrain(table, "vocab", "features")
         x = jnp.take(table, input_ids, axis=0).astype(self.placement.dtype)
+        # Every device looks up its part of the hidden dimension for all rows; then they exchange.
+        # A batch has far fewer tokens than the vocabulary, whose table is so never gathered.
+        x = self.placement.constrain(x, "exchanged", "length", "embed")
         return self.placement.constrain(x, "batch", "length", "features")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states: [..., hidden] -> float32 [..., vocab]."""
-        if self.lm_head is not None:
-            kernel = self.placement.value(self.lm_head.kernel)
-        else:
-            kernel = self.placement.value(self.embed_tokens.embedding).T
+        return self._logits(hidden, self.placement.value(self._head))
+
+    def with_logits(self, compute: Callable[..., Any], hidden: jax.Array, *rows: jax.Array) -> Any:
+        """``compute(unembed, hidden, *rows)``, which calls `unembed` for parts of `hidden`.
+
+        On a mesh, whichever sends less: devices exchange hidden states, and each computes the
+        logits of its part of the vocabulary; or each row shard computes all logits of its rows
+        with the kernel, which is gathered once, and whose gradient is added up on each device and
+        reduced once, however often logits are computed.
+
+        Args:
+          compute: what it returns has the rows on the leading axis, as its arguments have.
+          hidden: ``[batch, length, hidden]``.
+          *rows: further arrays ``[batch, ...]``.
+        """
+        split = self.placement.row_axes(len(hidden))
+        tokens, vocab = hidden.shape[0] * hidden.shape[1], self.config.vocab_size
+        if not split or tokens <= vocab:
+            return compute(self._exchanging(), hidden, *rows)
+        stored = self.placement.spec(self._head, only=split)
+
+        def of_shard(kernel: jax.Array, *rows: jax.Array) -> Any:
+            with jax.named_scope("lm_head"):
+                whole = gather(kernel, stored, self.placement.dtype)
+
+            def unembed(hidden: jax.Array) -> jax.Array:
+                used = Gathered(*(x.T for x in whole)) if self.lm_head is None else whole
+                with jax.named_scope("lm_head"):
+                    return matmul_gathered(hidden, used)
+
+            return compute(unembed, *rows)
+
+        by_rows = PartitionSpec(split)  # type: ignore[no-untyped-call]
+        return jax.shard_map(
+            of_shard,
+            mesh=self.placement.mesh,
+            axis_names=set(split),
+            in_specs=(stored, *(by_rows for _ in (hidden, *rows))),
+            out_specs=by_rows,
+            check_vma=False,
+        )(self.placement.value(self._head), hidden, *rows)
+
+    def _exchanging(self) -> Callable[[jax.Array], jax.Array]:
+        """:meth:`unembed` where every device has its part of the vocabulary, and all rows."""
+        place, tied = self.placement, self.lm_head is None
+        with jax.named_scope("lm_head"):
+            axes = (("vocab", "embed"), "features") if tied else ("features", ("vocab", "embed"))
+            kernel = place.constrain(place.value(self._head), *axes)
+
+        def unembed(hidden: jax.Array) -> jax.Array:
+            with jax.named_scope("lm_head"):
+                hidden = place.constrain(hidden, "exchanged", "length", "features")
+            logits = self._logits(hidden, kernel)
+            return place.constrain(logits, "exchanged", "length", ("vocab", "embed"))
+
+        return unembed
+
+    @property
+    def _head(self) -> nnx.Param:
+        """[hidden, vocab], or the embeddings that it is tied to."""
+        return self.embed_tokens.embedding if self.lm_head is None else self.lm_head.kernel
+
+    def _logits(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        kernel = kernel.T if self.lm_head is None else kernel
         with self.matmul_precision(), jax.named_scope("lm_head"):
             return jnp.matmul(
                 hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32

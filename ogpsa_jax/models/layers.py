@@ -6,17 +6,18 @@ The layers of a model are one :class:`DecoderLayer` whose parameters have a lead
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.models.attention import AttentionKind, causal_attention
 from ogpsa_jax.models.config import DecoderConfig
 from ogpsa_jax.models.rope import apply_rope
-from ogpsa_jax.models.sharding import LogicalAxis, ShardingRules, constrain
+from ogpsa_jax.models.sharding import LogicalAxis, ShardingRules, as_tuple, constrain
 
 Tap = Callable[[str, jax.Array], None] | None
 # What the kernels of a layer multiply, by the names that taps and `DECODER_KERNELS` know it by.
@@ -60,6 +61,22 @@ class ModelPlacement:
     def value(self, param: nnx.Param) -> jax.Array:
         """A parameter's array, constrained to its sharding; its gradient then has it too."""
         return self.constrain(param[...], *param.get_metadata()["out_sharding"])
+
+    def row_axes(self, rows: int) -> tuple[str, ...]:
+        """The mesh axes that so many rows are split over; none if the rows cannot be."""
+        if self.mesh is None:
+            return ()
+        sizes = self.mesh.shape
+        [part] = self.rules.spec(("batch",), (self.mesh.size,), self.mesh)
+        axes = tuple(axis for axis in as_tuple(part) if sizes[axis] > 1)
+        return axes if rows % math.prod(sizes[axis] for axis in axes) == 0 else ()
+
+    def spec(self, param: nnx.Param, only: Sequence[str]) -> PartitionSpec:
+        """How a parameter is split over some of the mesh axes."""
+        assert self.mesh is not None
+        whole = self.rules.spec(param.get_metadata()["out_sharding"], param.shape, self.mesh)
+        kept = [tuple(axis for axis in as_tuple(part) if axis in only) for part in whole]
+        return PartitionSpec(*(part or None for part in kept))  # type: ignore[no-untyped-call]
 
 
 # A function of its own for each scale would be compiled again for each parameter.

@@ -7,9 +7,10 @@ names, as in ``("layers", "embed", ("mlp", "embed"))``, is split over what each 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -40,6 +41,8 @@ class ShardingRules:
     lora_rank: MeshAxes = None
     # Activations.
     batch: MeshAxes = ("data", "fsdp")
+    exchanged: MeshAxes = "data"  # rows where each device has its part of every row
+    looked_up: MeshAxes = "data"  # rows while their embeddings are looked up
     length: MeshAxes = None
     features: MeshAxes = None
     head_dim: MeshAxes = None
@@ -70,7 +73,7 @@ class ShardingRules:
         for i in sorted(range(len(axes)), key=lambda i: not isinstance(axes[i], tuple)):
             names = axes[i]
             several = isinstance(names, tuple)
-            wanted = [axis for name in _several(names) for axis in self._mesh_axes(name)]
+            wanted = [axis for name in as_tuple(names) for axis in self._mesh_axes(name)]
             shards = 1
             for axis in wanted:
                 taken = parts[i] if several else given
@@ -93,10 +96,11 @@ class ShardingRules:
         if name not in _LOGICAL_AXES:
             raise ValueError(f"axes must be among {sorted(_LOGICAL_AXES)}, got {name!r}")
         found: MeshAxes = getattr(self, name)
-        return _several(found)
+        return as_tuple(found)
 
 
-def _several(names: MeshAxes) -> tuple[str, ...]:
+def as_tuple(names: MeshAxes) -> tuple[str, ...]:
+    """One name or several, or none, as a tuple."""
     return (names,) if isinstance(names, str) else names or ()
 
 
@@ -150,3 +154,70 @@ def constrain(
         return array
     sharding = NamedSharding(mesh, rules.spec(axes, array.shape, mesh))
     return jax.lax.with_sharding_constraint(array, sharding)  # type: ignore[no-untyped-call]
+
+
+class Gathered(NamedTuple):
+    """A parameter brought together inside ``shard_map``, to be multiplied with several times.
+
+    Attributes:
+      values: the whole, in the dtype of the computation.
+      gradient: stands for the parameter where it is differentiated; float32 like `values`, and
+        never made. What reaches it is added up on this device, and reduced over devices once.
+    """
+
+    values: jax.Array
+    gradient: jax.Array
+
+
+def gather(shard: jax.Array, spec: PartitionSpec, dtype: jnp.dtype) -> Gathered:
+    """Bring a parameter together inside ``shard_map``.
+
+    Args:
+      shard: this device's part.
+      spec: how the parameter is split over the manual axes.
+      dtype: of the computation.
+    """
+    places = [(i, axes) for i, axes in enumerate(spec) if axes]
+    whole = jax.lax.stop_gradient(shard).astype(dtype)
+    for i, axes in places:
+        whole = jax.lax.all_gather(whole, axes, axis=i, tiled=True)
+
+    @jax.custom_vjp
+    def stand_in(shard: jax.Array) -> jax.Array:
+        return jnp.zeros(whole.shape, jnp.float32)
+
+    def reduce(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        for i, axes in places:
+            gradient = jax.lax.psum_scatter(  # type: ignore[no-untyped-call]
+                gradient, axes, scatter_dimension=i, tiled=True
+            )
+        return (gradient.astype(shard.dtype),)
+
+    stand_in.defvjp(lambda shard: (stand_in(shard), None), reduce)
+    return Gathered(whole, stand_in(shard))
+
+
+@jax.custom_vjp
+def matmul_gathered(x: jax.Array, kernel: Gathered) -> jax.Array:
+    """``x @ kernel``: [..., in], [in, out] -> float32 [..., out]."""
+    return _product(x, kernel.values)
+
+
+def _matmul_forward(x: jax.Array, kernel: Gathered) -> tuple[jax.Array, Any]:
+    return matmul_gathered(x, kernel), (x, kernel.values)
+
+
+def _matmul_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, Gathered]:
+    x, values = saved
+    of_x = _product(gradient, values.T)
+    flat_x, flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return of_x.astype(x.dtype), Gathered(jnp.zeros_like(values), _product(flat_x.T, flat))
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """In float32; of float32 factors exactly, which accelerators would round."""
+    exact = jax.lax.Precision.HIGHEST if a.dtype == b.dtype == jnp.float32 else None
+    return jnp.matmul(a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+matmul_gathered.defvjp(_matmul_forward, _matmul_backward)

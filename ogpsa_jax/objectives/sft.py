@@ -13,7 +13,7 @@ def sft_loss(
     """Token cross-entropy; the weight is the number of target tokens.
 
     Args:
-      model: has ``hidden_states`` and ``unembed``.
+      model: has ``hidden_states`` and ``with_logits``.
       batch: arrays ``[B, T]``.
       chunk_size: positions of each row whose logits exist at a time.
       per_row: also give each row's part.

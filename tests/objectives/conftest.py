@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ class Toy(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return hidden @ self.kernel[...]
+
+    def with_logits(self, compute: Callable[..., Any], *rows: jax.Array) -> Any:
+        return compute(self.unembed, *rows)
 
 
 @pytest.fixture
