@@ -11,6 +11,17 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# As `ogpsa_jax.models.remat` has them; reading a configuration needs no models.
+Remat = Literal[
+    "none",
+    "full",
+    "dots",
+    "save_qkv_proj",
+    "save_dot_except_mlp",
+    "full_offloaded",
+    "qkv_proj_offloaded",
+    "dots_offloaded",
+]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -239,8 +250,9 @@ class OgpsaSection(Section):
     )
     project_momentum: bool = Field(description="project first moments with each new basis")
     basis_dtype: FloatDType | None = Field(description="null: the parameters'")
-    offload: Literal[False] = Field(
-        description="basis in host memory between uses: not supported yet"
+    offload: bool = Field(
+        description="basis and moments in pinned host memory between uses, for devices whose own "
+        "is too small"
     )
 
 
@@ -277,7 +289,12 @@ class TrainSection(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
     batch_size: PositiveInt = Field(128, description="rows an optimizer step, over all devices")
     micro_batch_size: PositiveInt = Field(4, description="rows of a device at a time, at most")
-    remat: Literal["none", "dots", "full"] = Field("full", description="rematerialisation")
+    remat: Remat = Field(
+        "full",
+        description="what the backward pass computes again: nothing, all of a layer, or all but "
+        "what is saved (matrix products, or those of attention), on the device or offloaded to "
+        "pinned host memory; docs/training.md",
+    )
     loss_chunk: PositiveInt = Field(512, description="tokens whose logits exist at a time, per row")
     eval_every: PositiveInt | None = Field(None, description="steps; null: before and after only")
     save_every: PositiveInt = Field(100, description="steps between checkpoints")

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from ogpsa_jax.models.layers import (
     normal_init,
     split_keys,
 )
+from ogpsa_jax.models.remat import LAYER_INPUT, Remat, check_remat, named, remat_policy
 from ogpsa_jax.models.rope import rope_table
 from ogpsa_jax.models.sharding import Gathered, ShardingRules, check_mesh, gather, matmul_gathered
 
-Remat = Literal["none", "full", "dots"]
 FINAL_HIDDEN = "final_hidden"
 DECODER_KERNELS = {
     rf"\blayers\b.*\b{names}\b.*\b(kernel|a)\b": Kernel(inputs, stacked=(0,))
@@ -73,8 +73,11 @@ class Decoder(nnx.Module):  # type: ignore[misc]
       dtype: type of the computation; norms, rotary embedding, softmax and logits are float32
         always. With float32, matrix products are float32 on every device.
       param_dtype: type of the parameters.
-      remat: what the backward pass computes again: ``none``, ``full`` (all of a layer) or ``dots``
-        (all but matrix products).
+      remat: what the backward pass computes again: ``none``, ``full`` (all of a layer), ``dots``
+        (all but matrix products), ``save_qkv_proj`` (all but the projections to queries, keys and
+        values), ``save_dot_except_mlp`` (these, and the projection of what was attended to, are
+        saved). ``full_offloaded``, ``qkv_proj_offloaded`` and ``dots_offloaded`` keep what is saved
+        in pinned host memory.
       mesh: where parameters and activations live, axis types Auto; ``None``: the default device.
       rules: the table from logical axes to mesh axes.
       attention: ``auto`` takes what suits the devices: ``splash`` on TPUs, ``cudnn`` on GPUs in
@@ -97,8 +100,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         attention: AttentionKind = "auto",
     ) -> None:
         check_mesh(mesh)
-        if remat not in ("none", "full", "dots"):
-            raise ValueError(f"remat must be none, full or dots, got {remat!r}")
+        check_remat(remat)
         placement = ModelPlacement(jnp.dtype(dtype), jnp.dtype(param_dtype), mesh, rules, attention)
         self.config = config
         self.placement = placement
@@ -203,6 +205,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
         def step(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> Any:
             weights, keys = layer
+            x = named(x, LAYER_INPUT)
             found: dict[str, SecondMoment] = {}
 
             def tap(name: str, inputs: jax.Array) -> None:
@@ -213,11 +216,8 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             return layer_fn(x, rope, segment_ids, dropout_keys=keys, tap=tap), found
 
         if self.remat != "none":
-            policy = None
-            if self.remat == "dots":
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             # A scan cannot be optimised across its steps: no barrier is needed against it.
-            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+            step = jax.checkpoint(step, prevent_cse=False, policy=remat_policy(self.remat))
         with self.matmul_precision():
             rope = self.rope(input_ids, positions)
             keys: Any = None

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.models.attention import AttentionKind, causal_attention
 from ogpsa_jax.models.config import DecoderConfig
+from ogpsa_jax.models.remat import OUT_PROJ, QKV_PROJ, named
 from ogpsa_jax.models.rope import apply_rope
 from ogpsa_jax.models.sharding import LogicalAxis, ShardingRules, as_tuple, constrain
 
@@ -278,7 +279,8 @@ class Attention(nnx.Module):  # type: ignore[misc]
         q_key, k_key, v_key, o_key = split_keys(dropout_keys, 4)
 
         def heads(projection: Linear, axis: str, key: jax.Array | None) -> jax.Array:
-            y = projection(x, key).reshape(batch, length, -1, self.head_dim)
+            y = named(projection(x, key), QKV_PROJ)
+            y = y.reshape(batch, length, -1, self.head_dim)
             return self.placement.constrain(y, "batch", "length", axis, "head_dim")
 
         q, k, v = (
@@ -314,7 +316,7 @@ class Attention(nnx.Module):  # type: ignore[misc]
         y = y.reshape(batch, length, -1)
         if tap is not None:
             tap(ATTENTION_OUTPUT, y)
-        return self.o_proj(y, o_key)
+        return named(self.o_proj(y, o_key), OUT_PROJ)
 
 
 class Mlp(nnx.Module):  # type: ignore[misc]

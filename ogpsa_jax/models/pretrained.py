@@ -23,10 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_json
 from ogpsa_jax.models.config import DecoderConfig, read_config
-from ogpsa_jax.models.decoder import Decoder, Remat
+from ogpsa_jax.models.decoder import Decoder
 from ogpsa_jax.models.folders import UNROUNDED, copy_companions, resolve_folder, written_beside
 from ogpsa_jax.models.layers import AttentionKind, merged_kernel
 from ogpsa_jax.models.names import TensorName, host_tensors, pick, tensor_names
+from ogpsa_jax.models.remat import Remat
 from ogpsa_jax.models.safetensors_files import (
     CheckpointReader,
     checkpoint_writer,

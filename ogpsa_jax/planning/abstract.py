@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.config import RunConfig
 from ogpsa_jax.models import param_shardings
@@ -21,6 +21,7 @@ from ogpsa_jax.objectives.cross_entropy import sequence_log_probs
 from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.mesh import ROWS, row_shards, rows_per_micro_batch
+from ogpsa_jax.training.offloading import abstract_state, in_host_memory
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import prepare_model, trained_parameters
 from ogpsa_jax.training.refreshing import spread_shape
@@ -228,9 +229,10 @@ def abstract_run(
         )
     )
     tx = optimizer or make_optimizer(config, total_steps=100)
-    state = TrainState(trained, _abstract_state(tx, trained, mesh))
+    state = TrainState(trained, abstract_state(tx, trained, mesh, offload=config.ogpsa.offload))
     if config.refreshes:
-        state = state._replace(at_refresh=trained)
+        copied = jax.tree.map(in_host_memory, trained) if config.ogpsa.offload else trained
+        state = state._replace(at_refresh=copied)
     return AbstractRun(config, mesh, network._replace(trained=trained, frozen=frozen), state, tx)
 
 
@@ -251,28 +253,3 @@ def _placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 def _without_first_axis(shape: Any) -> jax.ShapeDtypeStruct:
     mesh, spec = shape.sharding.mesh, PartitionSpec(*shape.sharding.spec[1:])  # type: ignore[no-untyped-call]
     return _shaped(shape.shape[1:], shape.dtype, NamedSharding(mesh, spec))
-
-
-def _abstract_state(
-    optimizer: optax.GradientTransformationExtraArgs, params: Any, mesh: Mesh
-) -> Any:
-    """Shapes of the optimizer's state, split as ``init`` splits it.
-
-    Traced with explicit axes, arrays say how they are split, as those do that are really there.
-    """
-    explicit = AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
-    )
-    with jax.sharding.use_abstract_mesh(explicit):
-        state = jax.eval_shape(optimizer.init, _on(params, explicit))
-    return _on(state, mesh)
-
-
-def _on(tree: Any, mesh: Any) -> Any:
-    """The same shapes, split in the same way, on this mesh; what is not split is whole."""
-
-    def place(leaf: Any) -> Any:
-        spec = getattr(leaf.sharding, "spec", PartitionSpec())  # type: ignore[no-untyped-call]
-        return _shaped(leaf.shape, leaf.dtype, NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, tree)

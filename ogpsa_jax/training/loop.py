@@ -119,7 +119,13 @@ def fit(
     refreshed = _refresh_of(network, workload, config, mesh)
     evaluator = Evaluator(network, workload.evaluations, mesh)
 
-    state = first_state(network.trained, optimizer, mesh, refreshes=config.refreshes)
+    state = first_state(
+        network.trained,
+        optimizer,
+        mesh,
+        refreshes=config.refreshes,
+        offload=config.ogpsa.offload,
+    )
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep_checkpoints)
     start, state = checkpoints.restore_newest(state) or (0, state)
     with (

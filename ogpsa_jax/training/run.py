@@ -59,6 +59,7 @@ _FREE_ON_RESUME: Any = {
     "mesh": ...,
     "output_dir": ...,  # a moved directory is still the same run
     "export": ...,
+    "ogpsa": {"offload"},
     "train": {"micro_batch_size", "save_every", "keep_checkpoints", "log_every", "remat"},
 }
 

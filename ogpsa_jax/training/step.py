@@ -21,6 +21,13 @@ from ogpsa_jax.projection.diagnostics import captured_fraction, mean_cosine
 from ogpsa_jax.projection.find import projects
 from ogpsa_jax.projection.reference import losses_and_gradients
 from ogpsa_jax.training.mesh import replicate_rest
+from ogpsa_jax.training.offloading import (
+    abstract_state,
+    check_host_memory,
+    fetched,
+    in_host_memory,
+    put_back,
+)
 from ogpsa_jax.training.optimizer import apply_updates, global_norm
 
 Params = Any
@@ -63,7 +70,12 @@ class TrainState(NamedTuple):
 
 
 def first_state(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *, refreshes: bool
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    refreshes: bool,
+    offload: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
@@ -72,18 +84,29 @@ def first_state(
       optimizer: of the run.
       mesh: the devices.
       refreshes: whether the basis is refreshed at intervals.
+      offload: whether large arrays other than the parameters are in host memory.
+
+    Raises:
+      InputError: `offload`, and devices without pinned host memory.
     """
-    opt_state = replicate_rest(optimizer.init(params), mesh)
+    if offload:
+        check_host_memory(mesh)
+        shapes = abstract_state(optimizer, params, mesh, offload=True)
+        places = jax.tree.map(lambda shape: shape.sharding, shapes)
+        opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
+    else:
+        opt_state = replicate_rest(optimizer.init(params), mesh)
     if not refreshes:
         return TrainState(params, opt_state)
-    where = jax.tree.map(lambda param: param.sharding, params)
+    like = jax.tree.map(in_host_memory, params) if offload else params
+    where = jax.tree.map(lambda param: param.sharding, like)
     return TrainState(params, opt_state, jax.jit(_copied, out_shardings=where)(params))
 
 
 @jax.jit
 def distance_moved(params: Params, at_refresh: Params) -> jax.Array:
     """``‖θ − θ'‖ / ‖θ'‖`` with θ' the parameters at the last refresh; float32 ``()``."""
-    now, then = (optax.tree.cast(tree, jnp.float32) for tree in (params, at_refresh))
+    now, then = (optax.tree.cast(tree, jnp.float32) for tree in (params, fetched(at_refresh)))
     whole = global_norm(then)
     return global_norm(optax.tree.sub(now, then)) / jnp.where(whole > 0, whole, 1.0)
 
@@ -137,7 +160,7 @@ def make_train_step(
         reference_batch: Batch | None = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
-        params, opt_state = state.params, state.opt_state
+        params, opt_state = state.params, fetched(state.opt_state)
         metrics: Metrics = {}
         extra_args: dict[str, Params] = {}
         if reference_gradient is not None:
@@ -150,6 +173,7 @@ def make_train_step(
         params, applied, share = apply_updates(params, updates, rounding_key)
         metrics |= {"applied_update_norm": applied, "applied_fraction": share}
         metrics |= projection_metrics(opt_state)
+        opt_state = put_back(opt_state, state.opt_state)
         return state._replace(params=params, opt_state=opt_state), metrics
 
     return train_step
@@ -210,9 +234,9 @@ def make_input_subspace(
 
         parts = [input_moments(collect, state.params, batches) for batches in sets]
         moments = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
-        opt_state = refresh(state.opt_state, moments=moments)
+        opt_state = refresh(fetched(state.opt_state), moments=moments)
         params = project_parameters(opt_state, state.params) if lora else state.params
-        return state._replace(params=params, opt_state=opt_state)
+        return state._replace(params=params, opt_state=put_back(opt_state, state.opt_state))
 
     return make
 
@@ -260,12 +284,14 @@ def make_refresh(
         metrics["reference/loss"] = jnp.mean(jnp.stack(losses))
         if len(gradients) > 1:
             metrics["reference/gradient_cosine"] = mean_cosine(gradients)
-        metrics["reference/captured_fraction"] = captured_fraction(state.opt_state, gradients)
+        before = fetched(state.opt_state)
+        metrics["reference/captured_fraction"] = captured_fraction(before, gradients)
         if state.at_refresh is not None:
             metrics["distance_moved"] = distance_moved(state.params, state.at_refresh)
-            state = state._replace(at_refresh=_copied(state.params))
-        opt_state = refresh(state.opt_state, gradients, project_momentum=project_momentum)
-        return state._replace(opt_state=opt_state), metrics
+            copied = put_back(_copied(state.params), state.at_refresh)
+            state = state._replace(at_refresh=copied)
+        opt_state = refresh(before, gradients, project_momentum=project_momentum)
+        return state._replace(opt_state=put_back(opt_state, state.opt_state)), metrics
 
     return refresh_step
 
