@@ -23,7 +23,7 @@ _DEVICE, _HOST = "device", "pinned_host"
 
 def named(x: jax.Array, name: str) -> jax.Array:
     """The array, under a name by which policies know it."""
-    return checkpoint_name(x, name)  # type: ignore[no-untyped-call,no-any-return]
+    return checkpoint_name(x, name)  # type: ignore[no-untyped-call]
 
 
 def check_remat(remat: str) -> None:

@@ -46,8 +46,18 @@ def in_host_memory(shape: Any) -> Any:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)  # type: ignore[no-untyped-call]
 
 
-def fetched(tree: Any) -> Any:
-    """The tree with everything on the device; inside ``jit``."""
+def fetched(tree: Any, after: Any = ()) -> Any:
+    """The tree with everything on the device; inside ``jit``.
+
+    Args:
+      tree: arrays here and there.
+      after: what must have been computed before anything is copied: the compiler would copy early,
+        and the copies would lie beside what the backward pass needs.
+    """
+    if not any(_on_host(x) for x in jax.tree.leaves(tree)):
+        return tree
+    if after:
+        tree, _ = jax.lax.optimization_barrier((tree, after))  # type: ignore[no-untyped-call]
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x, tree
     )

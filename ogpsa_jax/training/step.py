@@ -160,7 +160,7 @@ def make_train_step(
         reference_batch: Batch | None = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
-        params, opt_state = state.params, fetched(state.opt_state)
+        params = state.params
         metrics: Metrics = {}
         extra_args: dict[str, Params] = {}
         if reference_gradient is not None:
@@ -168,6 +168,7 @@ def make_train_step(
             metrics |= {f"reference/{name}": value for name, value in sums.items()}
         grads, sums = mean_gradient(params, frozen, batch)
         metrics |= {**sums, "grad_norm": global_norm(grads)}
+        opt_state = fetched(state.opt_state, after=grads)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
         metrics["update_norm"] = global_norm(updates)
         params, applied, share = apply_updates(params, updates, rounding_key)
