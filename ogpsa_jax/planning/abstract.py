@@ -123,6 +123,15 @@ class AbstractRun:
 
         return self._forward(log_probs)
 
+    def predictions(self) -> int:
+        """Bytes of the initial model's predictions on the references; 0 where there are none."""
+        config = self.config
+        if config.references.target != "initial":
+            return 0
+        rows = sum(section.samples or _ROWS for section in config.references.sets)
+        kept = config.references.top_k or FEWEST_PREDICTIONS
+        return rows * config.data.max_length * (8 * kept + 4)
+
     def batch(
         self, rows: int, *, pairs: bool, distilled: bool = False, most: int | None = None
     ) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ogpsa_jax.planning.hlo import collectives
 from ogpsa_jax.progress import Progress
 from ogpsa_jax.training.mesh import row_shards
 
-_VERSION = 1  # of what is kept of a compilation
+_VERSION = 2  # of what is kept of a compilation
 # What the names of operations say of why a collective is there; the first that fits counts.
 _CAUSES = (
     ("projection", ("ogpsa_projection",)),
@@ -70,13 +70,17 @@ class Plan:
       compiled_for: ``tpu``: these are the real compiler's figures; ``cpu``: estimates.
       mesh: sizes of the axes.
       memory: bytes of one device.
-      held: bytes on each device between steps, by kind.
+      held: bytes on each device between steps, by kind; the batch with what the initial model
+        predicts on it.
+      host: bytes in the memory of hosts: what ``ogpsa.offload`` moves there, for each device; and
+        the initial model's predictions on the references, in every process.
       programs: by name: ``train step``, ``refresh``, ...
       activations: bytes of temporaries that grow with the micro-batch.
       fits: whether the worst program fits into memory.
       micro_batch_size: the largest that is predicted to fit; None where not even one row does.
-      steps: of the whole run; None where the data were not there to be counted.
-      seconds: lower bound of the whole run.
+      steps: of the whole run, at most; None where `train.steps` is open, and a source of the data
+        does not say its `samples`.
+      seconds: lower bound of the whole run, evaluations of sets that say their `samples` included.
       advice: what to change, where it does not fit.
     """
 
@@ -86,6 +90,7 @@ class Plan:
     mesh: dict[str, int]
     memory: float
     held: dict[str, int]
+    host: dict[str, int]
     programs: dict[str, Compiled]
     activations: int
     fits: bool
@@ -147,7 +152,7 @@ def plan(
     held = bytes_by_kind(run)
     largest = _largest_micro_batch(step, row, micro, share, target)
     peak = max(program.peak for program in programs.values())
-    steps = config.train.steps
+    steps = steps_of(config)
     return Plan(
         target=target.name,
         devices=target.count,
@@ -155,12 +160,13 @@ def plan(
         mesh=dict(mesh.shape),
         memory=target.device.memory,
         held=held,
+        host=bytes_on_hosts(run),
         programs=programs,
         activations=round(row * micro),
         fits=peak <= target.device.memory,
         micro_batch_size=largest,
         steps=steps,
-        seconds=None if steps is None else _whole_run(config, programs, steps),
+        seconds=None if steps is None else _whole_run(config, programs, steps, row_shards(mesh)),
         advice=_advice(config, held, programs, largest, target),
     )
 
@@ -170,10 +176,43 @@ def _with_micro_batch(run: AbstractRun, rows: int) -> AbstractRun:
     return dataclasses.replace(run, config=run.config.model_copy(update={"train": train}))
 
 
+def steps_of(config: RunConfig) -> int | None:
+    """Optimizer steps of a run, at most (packed rows are fewer); None where rows are unknown."""
+    if config.train.steps is not None:
+        return config.train.steps
+    rows = [section.samples for section in config.data.train]
+    weights = {section.weight for section in config.data.train}
+    if any(count is None for count in rows) or (len(rows) > 1 and weights != {1.0}):
+        return None
+    own = config.train.batch_size - config.reference_rows
+    return math.ceil(config.train.epochs * sum(count or 0 for count in rows) / own)
+
+
+def bytes_on_hosts(run: AbstractRun) -> dict[str, int]:
+    """Bytes in the memory of hosts; see :class:`Plan`."""
+    found = {}
+    moved = [leaf for leaf in jax.tree.leaves(run.state) if _is_offloaded(leaf)]
+    if moved:
+        found["offloaded state, a device"] = sum(map(_shard_bytes, moved))
+    if predictions := run.predictions():
+        found["predictions on references, a process"] = predictions
+    return found
+
+
+def _is_offloaded(leaf: Any) -> bool:
+    return leaf.sharding.memory_kind not in (None, "device")
+
+
+def _shard_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * int(leaf.dtype.itemsize)
+
+
 def bytes_by_kind(run: AbstractRun) -> dict[str, int]:
-    """Bytes on each device between steps: parameters, moments, basis, others."""
+    """Bytes on each device between steps: parameters, moments, basis, others, the batch."""
     found = {"parameters": 0, "moments": 0, "basis": 0, "others": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path((run.state, run.network.frozen)):
+        if _is_offloaded(leaf):
+            continue
         name = jax.tree_util.keystr(path)
         kind = "others"
         if ".opt_state" not in name and ".at_refresh" not in name:
@@ -182,8 +221,8 @@ def bytes_by_kind(run: AbstractRun) -> dict[str, int]:
             kind = "basis"
         elif ".mu" in name or ".nu" in name:
             kind = "moments"
-        shard = leaf.sharding.shard_shape(leaf.shape)
-        found[kind] += math.prod(shard) * leaf.dtype.itemsize
+        found[kind] += _shard_bytes(leaf)
+    found["batch"] = sum(map(_shard_bytes, jax.tree.leaves(run.train_step().args[2:])))
     return found
 
 
@@ -246,13 +285,21 @@ def _largest_micro_batch(
     return max(fitting, default=None)
 
 
-def _whole_run(config: RunConfig, programs: dict[str, Compiled], steps: int) -> float:
+def _whole_run(config: RunConfig, programs: dict[str, Compiled], steps: int, shards: int) -> float:
     seconds = steps * programs["train step"].seconds
     interval = config.ogpsa.refresh.every if config.refreshes and config.ogpsa.refresh else None
     if "refresh" in programs and interval:
         seconds += math.ceil(steps / interval) * programs["refresh"].seconds
     if "span of inputs" in programs:
         seconds += programs["span of inputs"].seconds
+    own = config.train.micro_batch_size * shards
+    held_out = [section.samples for section in config.data.eval.values()]
+    batches = sum(math.ceil(count / own) for count in held_out if count)
+    times = 2 + (steps // config.train.eval_every if config.train.eval_every else 0)
+    seconds += times * batches * programs["evaluation batch"].seconds
+    if "reference model batch" in programs:
+        pairs = sum(section.samples or 0 for section in config.data.train)
+        seconds += math.ceil(pairs / own) * programs["reference model batch"].seconds
     return seconds
 
 
@@ -270,6 +317,8 @@ def _advice(
         found.append(f"train.micro_batch_size: {micro}")
     if config.train.remat != "full":
         found.append("train.remat: full")
+    if config.train.loss_chunk > 128:
+        found.append(f"train.loss_chunk: {config.train.loss_chunk // 2}")
     if config.projects and held["basis"] > held["parameters"] / 4:
         if config.ogpsa.basis_dtype is None and config.model.param_dtype == "float32":
             found.append("ogpsa.basis_dtype: bfloat16")
@@ -284,7 +333,11 @@ def plan_text(found: Plan) -> str:
     parts = [
         f"{found.target}: {found.devices} devices, mesh "
         + ", ".join(f"{axis} {size}" for axis, size in found.mesh.items()),
-        _table("on each device", [(kind, _gib(size)) for kind, size in found.held.items()]),
+        *(
+            _table(where, [(kind, _gib(size)) for kind, size in sizes.items()])
+            for where, sizes in (("on each device", found.held), ("on hosts", found.host))
+            if sizes
+        ),
         tabulate(
             [
                 (
@@ -309,7 +362,9 @@ def plan_text(found: Plan) -> str:
         f"train.micro_batch_size that is predicted to fit: {largest}"
     ]
     if found.seconds is None:
-        lines.append("the whole run: set train.steps, and its time is added up")
+        lines.append(
+            "the whole run: set train.steps, or samples of every source, and its time is added up"
+        )
     else:
         hours = found.seconds / 3600
         lines.append(
