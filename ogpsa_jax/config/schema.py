@@ -68,6 +68,11 @@ class RunConfig(Section):
                 "optimizer.stochastic_rounding is for model.param_dtype: bfloat16, not "
                 f"{self.model.param_dtype}"
             )
+        if self.data.max_length % self.mesh.context:
+            raise ValueError(
+                f"mesh.context: {self.mesh.context} does not divide data.max_length, "
+                f"{self.data.max_length}; choose a divisor"
+            )
         if self.projects:
             self._check_subspace()
             self._check_refresh()

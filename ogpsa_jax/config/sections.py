@@ -335,6 +335,11 @@ class MeshSection(Section):
 
     data: int = Field(1, description="replicas of parameters and optimizer state")
     fsdp: int = Field(-1, description="shards of parameters, optimizer state and basis")
+    context: PositiveInt = Field(
+        1,
+        description="shards of the tokens of a row, and of what fsdp shards; for rows of 32,768 "
+        "tokens and more, and must divide data.max_length",
+    )
     tensor: int = Field(1, description="shards of heads, hidden units and vocabulary")
 
     @model_validator(mode="after")

@@ -6,6 +6,9 @@ No array of size [length, length] exists from :data:`LONG` tokens on:
   the blocks that causality hides).
 - GPU, half precision: cuDNN's fused kernel.
 - elsewhere: queries in blocks, each computed again in the backward pass.
+
+Where the mesh splits the tokens of a row (axis ``context``), every device gathers the keys and
+values of its rows, which grouped-query attention has few of, and attends from its own queries.
 """
 
 import functools
@@ -28,8 +31,7 @@ _SPLASH_BLOCK = 512  # queries, and keys, that the TPU kernel has in fast memory
 _LANES = 128  # the TPU kernel's blocks are multiples of it
 _Q_AXES = ("batch", "length", "heads", "head_dim")
 _KV_AXES = ("batch", "length", "kv_heads", "head_dim")
-# (queries, keys, values, segment ids or None) -> like queries
-_Local = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+_Segments = tuple[jax.Array, jax.Array] | None  # ids of queries and of keys, [batch, length]
 
 
 def causal_attention(
@@ -60,11 +62,13 @@ def causal_attention(
     if kind == "auto":
         kind = _fitting(q, k, mesh, rules)
     if kind == "splash":
-        local = functools.partial(_splash, interpret=_platform(mesh) != "tpu")
-        return _on_shards(local, q, k, v, segment_ids, mesh, rules)
+        return _splash(q, k, v, segment_ids, mesh, rules)
     if kind == "cudnn":
         return _cudnn(q, k, v, segment_ids)
-    return _xla(q, k, v, segment_ids, _local_shape(q, mesh, rules))
+    if _local_shape(q, mesh, rules)[1] < q.shape[1]:
+        return _on_shards(_xla, None, q, k, v, segment_ids, mesh, rules)
+    segments = None if segment_ids is None else (segment_ids, segment_ids)
+    return _xla(None, q, k, v, segments, 0, _local_shape(q, mesh, rules))
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -82,7 +86,8 @@ def _fitting(
 ) -> Literal["xla", "cudnn", "splash"]:
     """The kernel for the devices, where it can compute these arrays.
 
-    cuDNN needs half precision, an even length, and queries and keys that lie on the mesh alike.
+    cuDNN needs half precision, whole rows of even length, and queries and keys that lie on the mesh
+    alike.
     """
     platform, head_dim, length = _platform(mesh), q.shape[3], q.shape[1]
     if platform == "tpu":
@@ -97,6 +102,7 @@ def _fitting(
         and head_dim % 8 == 0
         and head_dim <= 128
         and length % 2 == 0
+        and _local_shape(q, mesh, rules)[1] == length
     )
     return "cudnn" if fits and alike else "xla"
 
@@ -109,43 +115,60 @@ def _local_shape(q: jax.Array, mesh: Mesh | None, rules: ShardingRules) -> tuple
 
 
 def _xla(
+    _: None,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment_ids: jax.Array | None,
-    local_shape: tuple[int, ...],
+    segments: _Segments,
+    start: jax.Array | int,
+    local_shape: tuple[int, ...] | None = None,
 ) -> jax.Array:
-    """Plain JAX; from :data:`LONG` tokens on, one block of queries after the other."""
-    batch, length = q.shape[:2]
-    if length < LONG:
-        mask = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-    row = 4 * local_shape[0] * local_shape[2] * length  # bytes of one query's scores
+    """Plain JAX; from :data:`LONG` tokens on, one block of queries after the other.
+
+    Args:
+      q: queries.
+      k: keys of whole rows.
+      v: values of whole rows.
+      segments: of queries and keys.
+      start: the place of the first query in its row.
+      local_shape: of the queries of one device, where that is not the shape of ``q``.
+    """
+    batch, count = q.shape[:2]
+    if k.shape[1] < LONG:
+        return _attend_from(q, k, v, segments, start)
+    rows_and_heads = (local_shape or q.shape)[0] * (local_shape or q.shape)[2]
+    row = 4 * rows_and_heads * k.shape[1]  # bytes of one query's scores
     block = int(np.clip(2 ** int(np.log2(max(_BLOCK_BYTES // row, 1))), 16, LONG // 4))
-    count = -(-length // block)
+    missing = -count % block
 
     def blocks(x: jax.Array) -> jax.Array:
-        widths = [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, widths).reshape(batch, count, block, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
 
     # Their gradients are added up over the blocks in this type.
     wide_k, wide_v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (k, v))
 
     @jax.checkpoint
     def attend(wide: tuple[jax.Array, jax.Array], of_block: tuple[Any, ...]) -> jax.Array:
-        q, start, segments = of_block
-        mask = (start + jnp.arange(block))[:, None] >= jnp.arange(length)
-        mask = mask[None, None]
-        if segment_ids is not None:
-            mask = mask & _same_segment(segments, segment_ids)
+        q, start, of_queries = of_block
         k, v = (x.astype(q.dtype) for x in wide)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return _attend_from(q, k, v, segments and (of_queries, segments[1]), start)
 
-    segments = None if segment_ids is None else blocks(segment_ids)
-    of_blocks = (blocks(q), jnp.arange(count) * block, segments)
+    starts = start + jnp.arange(0, count + missing, block)
+    of_blocks = (blocks(q), starts, segments and blocks(segments[0]))
     y = jax.lax.map(functools.partial(attend, (wide_k, wide_v)), of_blocks)
-    return jnp.moveaxis(y, 0, 1).reshape(batch, count * block, *q.shape[2:])[:, :length]
+    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :count]
+
+
+def _attend_from(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: _Segments, start: jax.Array | int
+) -> jax.Array:
+    """Attention of queries, the first of which is token ``start`` of its row."""
+    places = start + jnp.arange(q.shape[1])
+    mask = (places[:, None] >= jnp.arange(k.shape[1]))[None, None]
+    if segments is not None:
+        mask = mask & _same_segment(*segments)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -174,7 +197,8 @@ def _same_segment(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
 
 
 def _on_shards(
-    local: _Local,
+    attend: Callable[..., jax.Array],
+    kernel: Any,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -182,22 +206,49 @@ def _on_shards(
     mesh: Mesh | None,
     rules: ShardingRules,
 ) -> jax.Array:
-    """Run a kernel that the compiler cannot split on every device's rows and heads."""
+    """Attend on every device from its queries: some rows, heads, and tokens.
+
+    Args:
+      attend: ``(kernel, q, k, v, segments, start) -> y``; ``start`` is the place of the first query
+        in its row, whose keys are all there.
+      kernel: the TPU kernel, whose tables are split as the queries' tokens are; None without one.
+      q: as in :func:`causal_attention`.
+      k: as there.
+      v: as there.
+      segment_ids: as there.
+      mesh: as there.
+      rules: as there.
+    """
     if mesh is None or mesh.size == 1:
-        return local(q, k, v, segment_ids)
+        return attend(kernel, q, k, v, None if segment_ids is None else (segment_ids,) * 2, 0)
     queries = rules.spec(_Q_AXES, q.shape, mesh)
+    rows, context = PartitionSpec(*queries[:2]), queries[1]  # type: ignore[no-untyped-call]
     shards = q.shape[2] // _local_shape(q, mesh, rules)[2]
     # Where there are fewer key heads than shards, each shard takes the one that its queries need.
     copies = math.lcm(k.shape[2], shards) // k.shape[2]
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
-    rows = PartitionSpec(*queries[:2])  # type: ignore[no-untyped-call]
+
+    def on_shard(
+        kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None
+    ) -> jax.Array:
+        if context is None:
+            return attend(kernel, q, k, v, None if ids is None else (ids, ids), 0)
+        whole = functools.partial(jax.lax.all_gather, axis_name=context, axis=1, tiled=True)
+        segments = None if ids is None else (ids, whole(ids))
+        start = jax.lax.axis_index(context) * q.shape[1]
+        return attend(kernel, q, whole(k), whole(v), segments, start)
+
+    tables = None
+    if kernel is not None:
+        by_tokens = PartitionSpec(None, context)  # type: ignore[no-untyped-call]
+        tables = kernel.manual_sharding_spec(NamedSharding(mesh, by_tokens))
     return jax.shard_map(
-        local,
+        on_shard,
         mesh=mesh,
-        in_specs=(queries, queries, queries, rows),
+        in_specs=(tables, queries, queries, queries, rows),
         out_specs=queries,
         check_vma=False,
-    )(q, k, v, segment_ids)
+    )(kernel, q, k, v, segment_ids)
 
 
 def _splash(
@@ -205,33 +256,32 @@ def _splash(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
-    *,
-    interpret: bool,
+    mesh: Mesh | None,
+    rules: ShardingRules,
 ) -> jax.Array:
     """JAX's TPU kernel. It takes whole blocks: later tokens, which nobody sees, fill the last."""
     length = q.shape[1]
-    multiple = _LANES if length <= _SPLASH_BLOCK else _SPLASH_BLOCK
-    missing = -length % multiple
+    shards = 1 if mesh is None else rules.shards("length", mesh)
+    multiple = _LANES if length <= _SPLASH_BLOCK * shards else _SPLASH_BLOCK
+    missing = -length % (multiple * shards)
 
     def whole(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
-    # The kernel does not scale, and wants heads before tokens.
-    scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
-    q_k_v = tuple(jnp.swapaxes(whole(x), 1, 2) for x in (scaled, k, v))
-    segments = None if segment_ids is None else whole(segment_ids)
-    kernel = _splash_kernel(q.shape[2], length + missing, interpret)
-    y = _in_precision(kernel, jax.config.jax_default_matmul_precision, q_k_v, segments)
-    return jnp.swapaxes(y, 1, 2)[:, :length]
+    q, k, v = whole(q), whole(k), whole(v)
+    segment_ids = None if segment_ids is None else whole(segment_ids)
+    heads = _local_shape(q, mesh, rules)[2]
+    kernel = _splash_kernel(heads, length + missing, shards, _platform(mesh) != "tpu")
+    return _on_shards(_splash_rows, kernel, q, k, v, segment_ids, mesh, rules)[:, :length]
 
 
 @functools.cache
-def _splash_kernel(heads: int, length: int, interpret: bool) -> Callable[..., jax.Array]:
-    """The kernel for rows: [batch, heads, length, head_dim], and segment ids [batch, length]."""
+def _splash_kernel(heads: int, length: int, shards: int, interpret: bool) -> Any:
+    """The kernel for one row, of which each shard has an equal part of the queries."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    block = min(length, _SPLASH_BLOCK)
+    block = min(length // shards, _SPLASH_BLOCK)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{name}": block for name in names}
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
@@ -240,50 +290,53 @@ def _splash_kernel(heads: int, length: int, interpret: bool) -> Callable[..., ja
             mask,
             block_sizes=splash.BlockSizes(**blocks),
             head_shards=1,
-            q_seq_shards=1,
+            q_seq_shards=shards,
             interpret=interpret,
         )
     # Its tables as NumPy's arrays lie on no device, so that programs for all can contain them.
-    kernel = jax.tree.map(np.asarray, kernel)
-
-    def of_row(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        return kernel(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
-
-    def of_rows(
-        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
-    ) -> jax.Array:
-        if segment_ids is None:
-            return jax.vmap(kernel)(q, k, v)
-        return jax.vmap(of_row)(q, k, v, segment_ids)
-
-    return of_rows
+    return jax.tree.map(np.asarray, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _splash_rows(
+    kernel: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: _Segments,
+    _: jax.Array | int,
+) -> jax.Array:
+    """Apply the kernel, which does not scale and wants heads before tokens, to every row."""
+    scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
+    q_k_v = tuple(jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
+    precision = jax.config.jax_default_matmul_precision
+    return jnp.swapaxes(_in_precision(precision, kernel, q_k_v, segments), 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_precision(
-    kernel: Callable[..., jax.Array],
-    precision: str | None,
-    q_k_v: tuple[jax.Array, ...],
-    segment_ids: jax.Array | None,
+    precision: str | None, kernel: Any, q_k_v: tuple[jax.Array, ...], segments: _Segments
 ) -> jax.Array:
     """Multiply in the same precision backward as forward; JAX has forgotten it by then."""
-    return kernel(*q_k_v, segment_ids)
+    return _plain(kernel, q_k_v, segments)
+
+
+def _plain(kernel: Any, q_k_v: tuple[jax.Array, ...], segments: _Segments) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    if segments is None:
+        return jax.vmap(kernel)(*q_k_v)
+    return jax.vmap(kernel)(*q_k_v, SegmentIds(*segments))
 
 
 def _forward(
-    kernel: Callable[..., jax.Array],
-    precision: str | None,
-    q_k_v: tuple[jax.Array, ...],
-    segment_ids: jax.Array | None,
+    precision: str | None, kernel: Any, q_k_v: tuple[jax.Array, ...], segments: _Segments
 ) -> tuple[jax.Array, Any]:
-    return jax.vjp(lambda *q_k_v: kernel(*q_k_v, segment_ids), *q_k_v)
+    return jax.vjp(lambda *q_k_v: _plain(kernel, q_k_v, segments), *q_k_v)
 
 
-def _backward(
-    kernel: Callable[..., jax.Array], precision: str | None, pullback: Any, y: jax.Array
-) -> tuple[Any, None]:
+def _backward(precision: str | None, pullback: Any, y: jax.Array) -> tuple[None, Any, None]:
     with jax.default_matmul_precision(precision):
-        return pullback(y), None
+        return None, pullback(y), None
 
 
 _in_precision.defvjp(_forward, _backward)

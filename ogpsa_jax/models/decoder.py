@@ -248,7 +248,9 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         x = jnp.take(table, input_ids, axis=0).astype(self.placement.dtype)
         # Every device looks up its part of the hidden dimension for all rows; then they exchange.
         # A batch has far fewer tokens than the vocabulary, whose table is so never gathered.
-        x = self.placement.constrain(x, "exchanged", "length", "embed")
+        x = self.placement.constrain(x, "exchanged", None, "embed")
+        # One axis of the mesh at a time, which the compiler would not do by itself.
+        x = self.placement.constrain(x, "exchanged", ("length",), "embed")
         return self.placement.constrain(x, "batch", "length", "features")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -264,10 +266,27 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         reduced once, however often logits are computed.
 
         Args:
-          compute: what it returns has the rows on the leading axis, as its arguments have.
+          compute: what it returns has the axes batch and length, as its arguments have.
           hidden: ``[batch, length, hidden]``.
-          *rows: further arrays ``[batch, ...]``.
+          *rows: further arrays ``[batch, length, ...]``.
         """
+        batch, length = hidden.shape[:2]
+        parts = self.placement.length_parts(length)
+        if parts == 1:
+            return self._with_logits(compute, hidden, *rows)
+
+        def fold(x: jax.Array) -> jax.Array:
+            # In two steps, or the compiler would not see that nothing moves.
+            x = x.reshape(batch, parts, length // parts, *x.shape[2:])
+            x = self.placement.constrain(x, "batch", "length", *(None,) * (x.ndim - 2))
+            x = x.reshape(batch * parts, *x.shape[2:])
+            return self.placement.constrain(x, ("batch", "length"), *(None,) * (x.ndim - 1))
+
+        found = self._with_logits(compute, *(fold(x) for x in (hidden, *rows)))
+        return jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[2:]), found)
+
+    def _with_logits(self, compute: Callable[..., Any], hidden: jax.Array, *rows: jax.Array) -> Any:
+        """:meth:`with_logits`, where the parts of a row that devices have count as rows."""
         split = self.placement.row_axes(len(hidden))
         tokens, vocab = hidden.shape[0] * hidden.shape[1], self.config.vocab_size
         if not split or tokens <= vocab:
@@ -304,9 +323,9 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
         def unembed(hidden: jax.Array) -> jax.Array:
             with jax.named_scope("lm_head"):
-                hidden = place.constrain(hidden, "exchanged", "length", "features")
+                hidden = place.constrain(hidden, "exchanged", None, "features")
             logits = self._logits(hidden, kernel)
-            return place.constrain(logits, "exchanged", "length", ("vocab", "embed"))
+            return place.constrain(logits, "exchanged", None, ("vocab", "embed"))
 
         return unembed
 

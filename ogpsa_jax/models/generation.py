@@ -126,11 +126,8 @@ def _rows(
 
 def rows_multiple(model: Decoder) -> int:
     """The number of shards into which the mesh splits the rows of a batch."""
-    mesh, axes = model.placement.mesh, model.placement.rules.batch
-    if mesh is None or axes is None:
-        return 1
-    names = (axes,) if isinstance(axes, str) else axes
-    return math.prod(mesh.shape.get(name, 1) for name in names)
+    mesh = model.placement.mesh
+    return 1 if mesh is None else model.placement.rules.shards("batch", mesh)
 
 
 def _pad_left(rows: list[np.ndarray], row_multiple: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +168,7 @@ def _generate(
         config.num_kv_heads,
         config.head_dim,
     )
-    axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+    axes = ("layers", "batch", None, "kv_heads", "head_dim")
     keys = placement.constrain(jnp.zeros(shape, placement.dtype), *axes)
     values = placement.constrain(jnp.zeros(shape, placement.dtype), *axes)
 

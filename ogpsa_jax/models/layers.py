@@ -64,13 +64,18 @@ class ModelPlacement:
         return self.constrain(param[...], *param.get_metadata()["out_sharding"])
 
     def row_axes(self, rows: int) -> tuple[str, ...]:
-        """The mesh axes that so many rows are split over; none if the rows cannot be."""
+        """The mesh axes over which so many rows, or parts of rows, are split; none if not all."""
         if self.mesh is None:
             return ()
         sizes = self.mesh.shape
-        [part] = self.rules.spec(("batch",), (self.mesh.size,), self.mesh)
+        [part] = self.rules.spec((("batch", "length"),), (self.mesh.size,), self.mesh)
         axes = tuple(axis for axis in as_tuple(part) if sizes[axis] > 1)
         return axes if rows % math.prod(sizes[axis] for axis in axes) == 0 else ()
+
+    def length_parts(self, length: int) -> int:
+        """Into how many parts the mesh splits the tokens of a row."""
+        shards = 1 if self.mesh is None else self.rules.shards("length", self.mesh)
+        return 1 if length % shards else shards
 
     def spec(self, param: nnx.Param, only: Sequence[str]) -> PartitionSpec:
         """How a parameter is split over some of the mesh axes."""

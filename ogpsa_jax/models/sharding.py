@@ -6,6 +6,7 @@ names, as in ``("layers", "embed", ("mlp", "embed"))``, is split over what each 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ class ShardingRules:
     """Logical axis -> mesh axis or axes (``None``: not split).
 
     The defaults shard parameters fully over ``fsdp`` and, within a layer, over ``tensor`` as in
-    Megatron (arXiv 1909.08053); rows of a batch are split over ``data`` and ``fsdp``. Axes a mesh
-    does not have are left out.
+    Megatron (arXiv 1909.08053); rows of a batch are split over ``data`` and ``fsdp``. ``context``,
+    for long rows, splits the tokens of a row, and parameters as ``fsdp`` does. Axes a mesh does not
+    have are left out.
 
     Kernels whose inputs are the hidden dimension are split over their outputs alone: the product of
     an input-side subspace with their gradient, a sum over inputs, then needs no other device.
@@ -33,7 +35,7 @@ class ShardingRules:
     # Parameters.
     layers: MeshAxes = None
     vocab: MeshAxes = "tensor"
-    embed: MeshAxes = "fsdp"
+    embed: MeshAxes = ("fsdp", "context")
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
@@ -43,7 +45,7 @@ class ShardingRules:
     batch: MeshAxes = ("data", "fsdp")
     exchanged: MeshAxes = "data"  # rows where each device has its part of every row
     looked_up: MeshAxes = "data"  # rows while their embeddings are looked up
-    length: MeshAxes = None
+    length: MeshAxes = "context"
     features: MeshAxes = None
     head_dim: MeshAxes = None
 
@@ -91,6 +93,10 @@ class ShardingRules:
             given.update(parts[i] if several else ())
         whole = (axes[0] if len(axes) == 1 else tuple(axes) or None for axes in parts)
         return PartitionSpec(*whole)  # type: ignore[no-untyped-call]
+
+    def shards(self, name: str, mesh: Mesh | AbstractMesh) -> int:
+        """Into how many parts a mesh splits an axis that has enough elements."""
+        return math.prod(mesh.shape.get(axis, 1) for axis in self._mesh_axes(name))
 
     def _mesh_axes(self, name: str) -> tuple[str, ...]:
         if name not in _LOGICAL_AXES:

@@ -48,7 +48,6 @@ def over_chunks(
     Returns:
       What the function gives, its chunks put together: ``[B, T, ...]``.
     """
-    length = batch["input_ids"].shape[1]
     dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
     hidden = model.hidden_states(
         batch["input_ids"],
@@ -56,18 +55,20 @@ def over_chunks(
         segment_ids=batch.get("segment_ids"),
         **dropout,
     )
-    chunk = min(chunk_size, length)
-    missing = -length % chunk
-
-    def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-        split = padded.reshape(len(x), -1, chunk, *x.shape[2:])
-        return jnp.moveaxis(split, 1, 0)
-
-    def together(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
     def of_rows(unembed: Callable[[jax.Array], jax.Array], *arrays: jax.Array) -> Any:
+        length = arrays[0].shape[1]  # the whole row, or a part of it that lies on one device
+        chunk = min(chunk_size, length)
+        missing = -length % chunk
+
+        def cut(x: jax.Array) -> jax.Array:
+            padded = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+            split = padded.reshape(len(x), -1, chunk, *x.shape[2:])
+            return jnp.moveaxis(split, 1, 0)
+
+        def together(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
+
         @jax.checkpoint
         def of_chunk(hidden: jax.Array, *arrays: jax.Array) -> Any:
             return function(unembed(hidden), *arrays)

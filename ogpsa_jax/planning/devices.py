@@ -16,7 +16,6 @@ from jax.sharding import AxisType, Mesh
 
 from ogpsa_jax.errors import InputError
 
-_AXES = ("data", "fsdp", "tensor")
 _MOST = 100_000  # devices
 
 
@@ -141,29 +140,34 @@ def prepare_compiler(target: Target) -> None:
         )
 
 
-def planned_mesh(sizes: tuple[int, int, int], target: Target) -> Mesh:
+def planned_mesh(sizes: tuple[int, int, int], target: Target, context: int = 1) -> Mesh:
     """The mesh of a configuration, over described devices.
 
     Args:
       sizes: of the axes data, fsdp and tensor; one may be -1.
       target: the devices.
+      context: size of the axis context; 1: no such axis.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or the compiler knows no such
         topology.
     """
-    known = math.prod(size for size in sizes if size != -1)
-    whole = tuple(target.count // known if size == -1 else size for size in sizes)
+    known = math.prod(size for size in sizes if size != -1) * context
+    data, fsdp, tensor = (target.count // known if size == -1 else size for size in sizes)
+    axes: tuple[str, ...] = ("data", "fsdp", "tensor")
+    whole: tuple[int, ...] = (data, fsdp, tensor)
+    if context > 1:
+        axes, whole = ("data", "fsdp", "context", "tensor"), (data, fsdp, context, tensor)
     if math.prod(whole) != target.count:
         raise InputError(
-            f"mesh: data x fsdp x tensor = {whole[0]} x {whole[1]} x {whole[2]} does not make the "
+            f"mesh: {' x '.join(axes)} = {' x '.join(map(str, whole))} does not make the "
             f"{target.count} devices of {target.name}; change mesh, or let one axis be -1."
         )
-    kinds = (AxisType.Auto,) * 3
+    kinds = (AxisType.Auto,) * len(axes)
     if target.compiled_for == "cpu":
         devices = jax.devices()[: target.count]
-        return jax.make_mesh(whole, _AXES, axis_types=kinds, devices=devices)
-    return Mesh(_tpu_devices(target, whole), _AXES, axis_types=kinds)
+        return jax.make_mesh(whole, axes, axis_types=kinds, devices=devices)
+    return Mesh(_tpu_devices(target, whole), axes, axis_types=kinds)
 
 
 def _tpu_devices(target: Target, sizes: tuple[int, ...]) -> Any:
@@ -188,7 +192,7 @@ def _tpu_devices(target: Target, sizes: tuple[int, ...]) -> Any:
             "goes over slices."
         )
     inside = (sizes[0] // target.slices, *sizes[1:])
-    across = (target.slices, 1, 1)
+    across = (target.slices, *(1,) * len(inside[1:]))
     return mesh_utils.create_hybrid_device_mesh(
         inside, across, devices, allow_split_physical_axes=True
     )

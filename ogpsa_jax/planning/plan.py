@@ -121,7 +121,9 @@ def plan(
     Raises:
       InputError: the mesh does not fit the devices, or the batch the mesh.
     """
-    mesh = planned_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), target)
+    section = config.mesh
+    sizes = (section.data, section.fsdp, section.tensor)
+    mesh = planned_mesh(sizes, target, context=section.context)
     run = abstract_run(config, mesh)
     share = (config.train.batch_size - config.reference_rows) // row_shards(mesh)
     micro = min(config.train.micro_batch_size, max(share, 1))

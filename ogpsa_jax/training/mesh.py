@@ -1,4 +1,4 @@
-"""Devices as a mesh of axes data, fsdp and tensor, and how batches lie on it.
+"""Devices as a mesh of axes data, fsdp, context and tensor, and how batches lie on it.
 
 Parameters, optimizer state and basis follow the table in :mod:`ogpsa_jax.models.sharding`; rows of
 a batch are split over data and fsdp together.
@@ -20,6 +20,7 @@ from ogpsa_jax.data.batches import HostBatch
 from ogpsa_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
+AXES = ("data", "fsdp", "context", "tensor")
 ROWS = ("data", "fsdp")
 
 
@@ -78,16 +79,17 @@ def make_mesh(section: MeshSection) -> Mesh:
       InputError: the sizes do not multiply to the number of devices.
     """
     count = jax.device_count()
-    sizes = [section.data, section.fsdp, section.tensor]
+    axes = tuple(axis for axis in AXES if axis != "context" or section.context > 1)
+    sizes = [getattr(section, axis) for axis in axes]
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(count // rest, 1)
     if math.prod(sizes) != count:
         raise InputError(
-            f"mesh: data x fsdp x tensor = {sizes[0]} x {sizes[1]} x {sizes[2]} does not make the "
+            f"mesh: {' x '.join(axes)} = {' x '.join(map(str, sizes))} does not make the "
             f"{count} devices there are; change mesh, or let one axis be -1."
         )
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -210,17 +210,20 @@ def logits_and_gradients(model: Decoder, ids: jax.Array, segments: jax.Array) ->
         ((2, 2, 2), ("data", "fsdp", "tensor")),
         ((1, 2, 4), ("data", "fsdp", "tensor")),  # fewer key heads than shards
         ((8,), ("tensor",)),
+        ((2, 2, 2), ("fsdp", "context", "tensor")),
+        ((8,), ("context",)),  # 140 tokens: as many as one block, which no shard has whole
     ],
 )
-def test_the_kernel_on_a_mesh_equals_plain_attention_on_one_device(
-    sizes: tuple[int, ...], axes: tuple[str, ...]
+@pytest.mark.parametrize("kind", ["splash", "xla"])
+def test_attention_on_a_mesh_equals_plain_attention_on_one_device(
+    sizes: tuple[int, ...], axes: tuple[str, ...], kind: AttentionKind
 ) -> None:
     rng = new_rng()
     ids = jnp.asarray(rng.integers(0, 96, (4, 140)), jnp.int32)
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (4, 140)), axis=1), jnp.int32)
     mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(sizes))
     wanted = logits_and_gradients(decoder(), ids, segments)
-    model = decoder(attention="splash", mesh=mesh, remat="full")
+    model = decoder(attention=kind, mesh=mesh, remat="full")
     found = logits_and_gradients(model, ids, segments)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())

@@ -13,6 +13,7 @@ import pytest
 
 from ogpsa_jax import cli
 from ogpsa_jax.config import load_config
+from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.models.attention import causal_attention
 from ogpsa_jax.planning import plan as planning
@@ -39,6 +40,7 @@ SETTINGS = {
     "in step": ["ogpsa.preset=in-step", "train.batch_size=16"],
     "off, adapters": ["ogpsa.preset=off", "model.lora.rank=4"],
     "tensor": [*PAPER, "mesh.tensor=2"],
+    "context": [*PAPER, "mesh.context=2"],
 }
 
 
@@ -62,6 +64,15 @@ def test_the_planned_step_is_the_program_that_training_compiles(overrides):
     planned = abstract_run(config, mesh).train_step()
     assert jax.tree.map(jnp.shape, planned.args[0]) == jax.tree.map(jnp.shape, state)
     assert planned.call.lower(*planned.args).as_text() == real.as_text()
+
+
+def test_a_planned_mesh_has_the_axis_context_where_rows_are_split():
+    assert (
+        planned_mesh((1, -1, 2), EIGHT, context=2).shape
+        == make_mesh(MeshSection(context=2, tensor=2)).shape
+    )
+    with pytest.raises(InputError, match=r"data x fsdp x context x tensor = 1 x 2 x 3 x 1"):
+        planned_mesh((1, -1, 1), EIGHT, context=3)
 
 
 def test_operations_are_counted_as_often_as_loops_run_and_again_where_recomputed():

@@ -1,6 +1,7 @@
 """A small real run, made once: data drawn from a printed seed, a random model, a configuration."""
 
 import json
+import math
 import os
 import random
 import re
@@ -24,6 +25,7 @@ from ogpsa_jax.models import Decoder, save_pretrained
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.reporting.model_card import write_missing_card
 from ogpsa_jax.training import Hooks, run
+from ogpsa_jax.training.mesh import AXES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "configs/models/tiny"
@@ -106,10 +108,10 @@ def configured(ground: Path) -> Callable[..., RunConfig]:
 
 def some_devices(section: MeshSection) -> Mesh:
     """A mesh over the first devices only; -1 counts as 1."""
-    shape = tuple(max(size, 1) for size in (section.data, section.fsdp, section.tensor))
-    names = ("data", "fsdp", "tensor")
-    devices = jax.devices()[: shape[0] * shape[1] * shape[2]]
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    names = tuple(axis for axis in AXES if axis != "context" or section.context > 1)
+    shape = tuple(max(getattr(section, axis), 1) for axis in names)
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
 @pytest.fixture

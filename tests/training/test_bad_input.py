@@ -78,6 +78,7 @@ def rewrite(model: Path, **changes: object) -> None:
         ("train.batch_size=6", ["train.batch_size", "8 row shards", "multiple of 8"]),
         ("mesh.fsdp=3", ["3", "does not make the 8 devices"]),
         ("mesh.tensor=16", ["does not make the 8 devices"]),
+        ("mesh.context=3", ["mesh.context: 3 does not divide data.max_length"]),
         ("output_dir=' '", ["output_dir", "not ' '"]),
         ("model.dtype=float16", ["model.dtype", "a CPU does not compute in float16"]),
         ("model.lora={rank: 100000}", ["model.lora.rank", "exceeds the model's width, 64"]),

@@ -50,6 +50,15 @@ def test_losses_and_weights_are_those_of_one_device(
     assert_same_numbers(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.parametrize("attention", ["auto", "splash"])
+def test_losses_and_weights_with_split_rows_are_those_of_one_device(
+    attention, uninterrupted, on_some_devices, configured, tmp_path
+):
+    mesh = ["mesh.fsdp=2", "mesh.context=2", "mesh.tensor=2"]
+    run.train(configured(tmp_path / "run", *mesh, f"model.attention={attention}"))
+    assert_same_numbers(tmp_path / "run", uninterrupted)
+
+
 def test_a_run_is_resumed_on_another_number_of_devices(
     interrupted, uninterrupted, on_some_devices, configured
 ):
