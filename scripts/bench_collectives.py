@@ -131,8 +131,7 @@ def main() -> None:
     off = load_config(OPTIONS.config, [*OPTIONS.overrides, model, "ogpsa.preset=off"])
     if projected.objective != "sft":
         raise InputError(f"{OPTIONS.config}: needs objective: sft.")
-    section = projected.mesh
-    mesh = planned_mesh((section.data, section.fsdp, section.tensor), TARGET)
+    mesh = planned_mesh(projected.mesh, TARGET)
     print(
         f"{OPTIONS.model} on {TARGET.name}: {dict(mesh.shape)}; jax {jax.__version__}, compiled "
         f"for {TARGET.compiled_for}"

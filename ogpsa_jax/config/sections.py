@@ -333,7 +333,7 @@ class DpoSection(Section):
 class MeshSection(Section):
     """Devices along each axis; -1: all that are left."""
 
-    data: int = Field(1, description="replicas of parameters and optimizer state")
+    data: int = Field(1, description="replicas of parameters and optimizer state, in each slice")
     fsdp: int = Field(-1, description="shards of parameters, optimizer state and basis")
     context: PositiveInt = Field(
         1,
@@ -341,10 +341,17 @@ class MeshSection(Section):
         "tokens and more, and must divide data.max_length",
     )
     tensor: int = Field(1, description="shards of heads, hidden units and vocabulary")
+    dcn_data: int = Field(
+        -1,
+        description="replicas across slices, which the data-center network connects (TPU slices; "
+        "hosts of GPUs); multiplies data; -1: one in each slice, 1: fsdp goes over all slices",
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshSection":
         sizes = (self.data, self.fsdp, self.tensor)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"sizes must be positive, at most one of them -1, not {sizes}")
+        if self.dcn_data < 1 and self.dcn_data != -1:
+            raise ValueError(f"dcn_data must be positive or -1, not {self.dcn_data}")
         return self

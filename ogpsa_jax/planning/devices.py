@@ -9,12 +9,13 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
+from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.errors import InputError
+from ogpsa_jax.training.mesh import make_mesh
 
 _MOST = 100_000  # devices
 
@@ -140,59 +141,27 @@ def prepare_compiler(target: Target) -> None:
         )
 
 
-def planned_mesh(sizes: tuple[int, int, int], target: Target, context: int = 1) -> Mesh:
-    """The mesh of a configuration, over described devices.
-
-    Args:
-      sizes: of the axes data, fsdp and tensor; one may be -1.
-      target: the devices.
-      context: size of the axis context; 1: no such axis.
+def planned_mesh(section: MeshSection, target: Target) -> Mesh:
+    """The mesh that training makes of a configuration, over described devices.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or the compiler knows no such
-        topology.
+      InputError: the sizes do not make the devices, or the compiler knows no such topology.
     """
-    known = math.prod(size for size in sizes if size != -1) * context
-    data, fsdp, tensor = (target.count // known if size == -1 else size for size in sizes)
-    axes: tuple[str, ...] = ("data", "fsdp", "tensor")
-    whole: tuple[int, ...] = (data, fsdp, tensor)
-    if context > 1:
-        axes, whole = ("data", "fsdp", "context", "tensor"), (data, fsdp, context, tensor)
-    if math.prod(whole) != target.count:
-        raise InputError(
-            f"mesh: {' x '.join(axes)} = {' x '.join(map(str, whole))} does not make the "
-            f"{target.count} devices of {target.name}; change mesh, or let one axis be -1."
-        )
-    kinds = (AxisType.Auto,) * len(axes)
     if target.compiled_for == "cpu":
-        devices = jax.devices()[: target.count]
-        return jax.make_mesh(whole, axes, axis_types=kinds, devices=devices)
-    return Mesh(_tpu_devices(target, whole), axes, axis_types=kinds)
+        return make_mesh(section, jax.devices()[: target.count], target.slices)
+    from jax.experimental import topologies
 
-
-def _tpu_devices(target: Target, sizes: tuple[int, ...]) -> Any:
-    from jax.experimental import mesh_utils, topologies
-
+    # A chip of v4 has two cores, which training sees as one device.
+    cores = {"chip_config_name": "megacore"} if target.device.name == "v4" else {}
     try:
         described = topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{target.device.name}:{target.topology}",
             num_slices=target.slices,
+            **cores,
         )
     except Exception as error:  # of libtpu, whose errors have no common type
         raise InputError(
             f"--on: the compiler knows no {target.name} ({str(error).splitlines()[0]})."
         ) from error
-    devices = described.devices
-    if target.slices == 1:
-        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    if sizes[0] % target.slices:
-        raise InputError(
-            f"mesh.data: {sizes[0]} is no multiple of the {target.slices} slices; the axis data "
-            "goes over slices."
-        )
-    inside = (sizes[0] // target.slices, *sizes[1:])
-    across = (target.slices, *(1,) * len(inside[1:]))
-    return mesh_utils.create_hybrid_device_mesh(
-        inside, across, devices, allow_split_physical_axes=True
-    )
+    return make_mesh(section, described.devices)

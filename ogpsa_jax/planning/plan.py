@@ -20,7 +20,7 @@ from ogpsa_jax.planning.devices import Target, planned_mesh
 from ogpsa_jax.planning.flops import count_flops
 from ogpsa_jax.planning.hlo import collectives
 from ogpsa_jax.progress import Progress
-from ogpsa_jax.training.mesh import row_shards
+from ogpsa_jax.training.mesh import check_batch, row_shards
 
 _VERSION = 2  # of what is kept of a compilation
 # What the names of operations say of why a collective is there; the first that fits counts.
@@ -121,9 +121,8 @@ def plan(
     Raises:
       InputError: the mesh does not fit the devices, or the batch the mesh.
     """
-    section = config.mesh
-    sizes = (section.data, section.fsdp, section.tensor)
-    mesh = planned_mesh(sizes, target, context=section.context)
+    mesh = planned_mesh(config.mesh, target)
+    check_batch(config, mesh)
     run = abstract_run(config, mesh)
     share = (config.train.batch_size - config.reference_rows) // row_shards(mesh)
     micro = min(config.train.micro_batch_size, max(share, 1))
