@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ogpsa_jax.projection import xla
 from ogpsa_jax.projection.groups import (
     MASKED,
     Group,
@@ -19,8 +20,14 @@ from ogpsa_jax.projection.groups import (
     is_masked,
 )
 from ogpsa_jax.projection.serialization import serialisable
-from ogpsa_jax.projection.subspace import Leaves, Span, Subspaces, gram, pseudo_inverse
-from ogpsa_jax.projection.xla import round_to
+from ogpsa_jax.projection.subspace import (
+    Leaves,
+    Span,
+    Subspaces,
+    gram,
+    orthonormalise,
+    pseudo_inverse,
+)
 
 
 @dataclass(frozen=True)
@@ -133,18 +140,28 @@ class OgpsaState(ProjectionState):
     def stored(self, vectors: Leaves) -> list[jax.Array]:
         """Leaves rounded to the dtypes in which the basis is stored."""
         types = [leaf.dtype for leaf in self.directions()[0]]
-        return [round_to(leaf, dtype) for leaf, dtype in zip(vectors, types, strict=True)]
+        return [xla.round_to(leaf, dtype) for leaf, dtype in zip(vectors, types, strict=True)]
 
     def with_span(self, span: Span) -> Self:
         """The state with another subspace; if `span` is not finite, one refusal more."""
-        basis_KxN = self.stored(span.basis_KxN)
-        gram_GxKxK = gram(basis_KxN, self.settings.groups)
+        directions, grams = self.directions(), []
+        weights_GxMxK = span.weights_GxMxK
+        for batch in xla.batches(span.vectors_MxN, self.settings.groups):
+            found_KxN = orthonormalise(weights_GxMxK, span.vectors_MxN, batch)
+            basis_KxN = self.stored([found_KxN.get(i, old) for i, old in enumerate(directions[0])])
+            grams.append(gram(basis_KxN, batch))
+            for k, direction in enumerate(directions):
+                for place in found_KxN:
+                    new = basis_KxN[place][k]
+                    direction[place] = jnp.where(span.finite, new, direction[place])
+            directions, weights_GxMxK = xla.one_after_another(directions, weights_GxMxK)
+        gram_GxKxK = jnp.concatenate(grams)
         # Directions that orthonormalising dropped have no energy either.
         present_GxK = jnp.diagonal(gram_GxKxK, axis1=-2, axis2=-1) > 0
         lost_G = jnp.sum(jnp.where(present_GxK, 0.0, span.spectrum_GxK), axis=-1)
         return self.with_basis(
             span.finite,
-            [[leaf[k] for leaf in basis_KxN] for k in range(self.settings.rank)],
+            directions,
             gram=gram_GxKxK,
             spectrum=jnp.where(present_GxK, span.spectrum_GxK, 0.0),
             mean=jnp.where(present_GxK, span.mean_GxK, 0.0),
@@ -154,13 +171,14 @@ class OgpsaState(ProjectionState):
     def with_basis(
         self, accept: jax.Array, directions: Sequence[Leaves], **arrays: jax.Array
     ) -> Self:
-        """The state with other directions and what describes them, if `accept`."""
+        """The state with these directions, and what describes them if `accept`."""
         basis = tuple(
             jax.tree.structure(tree).unflatten(new)
             for tree, new in zip(self.basis, directions, strict=True)
         )
         metric, rank_used = pseudo_inverse(arrays["gram"], self.settings.rank_tol)
-        return self.after_refresh(accept, basis=basis, metric=metric, rank_used=rank_used, **arrays)
+        described = self.after_refresh(accept, metric=metric, rank_used=rank_used, **arrays)
+        return replace(described, basis=basis)
 
 
 def init_span(

@@ -18,7 +18,6 @@ from ogpsa_jax.projection.subspace import (
     combine,
     inner,
     inner_with_each,
-    orthonormalise,
     principal,
     scale_references,
 )
@@ -123,9 +122,10 @@ def _windowed(state: OgpsaState, scaled: Scaled, window: int, keep: jax.Array) -
         last_GxW = jnp.concatenate([pushed_Gx1, keep * array_GxK[:, : window - 1]], axis=1)
         return jnp.pad(last_GxW, [(0, 0), (0, rest)])
 
+    choose = partial(jnp.where, scaled.finite)
     return state.with_basis(
         scaled.finite,
-        [newest_N, *older, *zeros],
+        jax.tree.map(choose, [newest_N, *older, *zeros], state.directions()),
         gram=jnp.pad(gram_GxWxW, [(0, 0), (0, rest), (0, rest)]),
         spectrum=shifted(state.spectrum),
         mean=shifted(state.mean),
@@ -152,13 +152,12 @@ def _decayed(state: OgpsaState, scaled: Scaled, decay: jax.Array) -> Span:
     weights_GxJxK = lengths_GxJ[:, :, None] * pairs.weights_GxMxK
     unit_factors_GxJ = jnp.pad(inverse_norm_Gx1, [(0, 0), (settings.rank, 0)], constant_values=1.0)
     vectors_JxN = [[*leaf, new] for *leaf, new in zip(*directions, reference_N, strict=True)]
-    basis_KxN = combine(
-        xla.scale_rows(unit_factors_GxJ, weights_GxJxK), vectors_JxN, settings.groups
-    )
+    scaled_weights_GxJxK = xla.scale_rows(unit_factors_GxJ, weights_GxJxK)
     total_GxJ = jnp.concatenate([decay * state.mean, new_Gx1], axis=1)
     in_basis_GxKxJ = matmul(jnp.swapaxes(weights_GxJxK, 1, 2), gram_GxJxJ)
     return Span(
-        orthonormalise(basis_KxN, settings.groups),
+        scaled_weights_GxJxK,
+        vectors_JxN,
         pairs.spectrum_GxK,
         mean_GxK=jnp.sum(in_basis_GxKxJ * total_GxJ[:, None, :], axis=-1),
         discarded_G=decay * state.discarded + pairs.discarded_G,

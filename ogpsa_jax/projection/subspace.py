@@ -43,9 +43,13 @@ TINY = 2.0**-112  # its inverse, over the root of the smallest `rank_tol`, is st
 
 
 class Span(NamedTuple):
-    """An orthonormal basis, and what is known of the references that it stands for."""
+    """A nearly orthonormal basis, and what is known of the references that it stands for.
 
-    basis_KxN: list[jax.Array]  # float32; zero where a direction is absent
+    The basis is what it is made from: for :func:`orthonormalise`, some leaves at a time.
+    """
+
+    weights_GxMxK: jax.Array  # float32; zero where a direction is absent
+    vectors_MxN: Sequence[Vectors]
     spectrum_GxK: jax.Array  # float32: energy of the unit references by direction
     mean_GxK: jax.Array  # float32: sum of the unit references, in the basis
     discarded_G: jax.Array  # float32: energy of the unit references outside the basis
@@ -100,10 +104,10 @@ def span_of(
     # From the references as they came, so that nothing of their size outlives the Gram matrices.
     unit_factors_GxM = scaled.factors_GxM * inverse_norms_GxM
     weights_GxMxK = xla.scale_rows(unit_factors_GxM, pairs.weights_GxMxK)
-    basis_KxN = orthonormalise(combine(weights_GxMxK, references_MxN, groups), groups)
     total_GxM = jnp.sum(gram_GxMxM, axis=-1)  # ⟨reference i, sum of the references⟩
     return Span(
-        basis_KxN,
+        weights_GxMxK,
+        references_MxN,
         pairs.spectrum_GxK,
         mean_GxK=jnp.sum(pairs.weights_GxMxK * total_GxM[:, :, None], axis=1),
         discarded_G=pairs.discarded_G,
@@ -148,7 +152,7 @@ def gram(vectors_MxN: Leaves, groups: Sequence[Group]) -> jax.Array:
 
     One reduction a leaf, and not one a pair: hundreds of leaves times M² pairs compile slowly.
     """
-    count = vectors_MxN[0].shape[0]
+    count = groups[0].of(vectors_MxN)[0].shape[0]
     blocks = []
     for group in groups:
         total_LxMxM = jnp.zeros((group.length, count, count), jnp.float32)
@@ -221,24 +225,34 @@ def combine(
     return basis_KxN
 
 
-def orthonormalise(basis_KxN: Leaves, groups: Sequence[Group]) -> list[jax.Array]:
-    """The closest orthonormal set to a nearly orthonormal one, zero vectors staying zero.
+def orthonormalise(
+    weights_GxMxK: jax.Array, vectors_MxN: Sequence[Vectors], groups: Sequence[Group]
+) -> dict[int, jax.Array]:
+    """The closest orthonormal set to nearly orthonormal combinations of vectors.
 
     The first pass leaves errors of round-off over eigenvalue; a direction whose norm is off by half
-    is nothing but that, and is dropped.
+    is nothing but that, and is dropped. Zero vectors stay zero.
+
+    Args:
+      weights_GxMxK: as :func:`combine` takes them.
+      vectors_MxN: as :func:`combine` takes them.
+      groups: some of all groups, which follow each other.
+
+    Returns:
+      Of the leaves of these groups, by place: float32, stacked with K in front.
     """
-    out_KxN = list(basis_KxN)
-    for batch in xla.batches(basis_KxN, groups):
-        weights = xla.inverse_root(gram(basis_KxN, batch))
-        for group in batch:
-            rows = slice(group.start - batch[0].start, group.rows.stop - batch[0].start)
-            alone = group._replace(leaves=tuple(range(len(group.leaves))), start=0)
-            vectors_KxN = combine(weights[rows], group.of(basis_KxN), [alone])
-            # Once more to norm one: the Gram matrix, whose entries XLA's CPU backend adds up one by
-            # one, is 1e-6 off and more where all terms are positive. It adds up squares in blocks.
-            factors_KxL = inverse_sqrt(_squared_norms(vectors_KxN, alone))
-            for place, leaf, axis in zip(group.leaves, vectors_KxN, group.axes, strict=True):
-                out_KxN[place] = leaf * spread(factors_KxL, leaf.ndim - 1, axis)
+    out_KxN = {}
+    first_KxN = combine(weights_GxMxK, vectors_MxN, groups)
+    roots = xla.inverse_root(gram(first_KxN, groups))
+    for group in groups:
+        rows = slice(group.start - groups[0].start, group.rows.stop - groups[0].start)
+        alone = group._replace(leaves=tuple(range(len(group.leaves))), start=0)
+        vectors_KxN = combine(roots[rows], group.of(first_KxN), [alone])
+        # Once more to norm one: the Gram matrix, whose entries XLA's CPU backend adds up one by
+        # one, is 1e-6 off and more where all terms are positive. It adds up squares in blocks.
+        factors_KxL = inverse_sqrt(_squared_norms(vectors_KxN, alone))
+        for place, leaf, axis in zip(group.leaves, vectors_KxN, group.axes, strict=True):
+            out_KxN[place] = leaf * spread(factors_KxL, leaf.ndim - 1, axis)
     return out_KxN
 
 

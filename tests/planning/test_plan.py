@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ogpsa_jax import cli
+from ogpsa_jax import cli, ogpsa_project, refresh
 from ogpsa_jax.config import load_config
 from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.errors import InputError
@@ -232,3 +233,25 @@ def test_the_real_compiler_plans_for_tpus(on, tmp_path):
     found = planning.plan(config, parse_target(on), cache=Path(tmp_path))
     assert (found.devices, found.compiled_for) == (32, "tpu")
     assert found.programs["train step"].bytes_sent > 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs, libtpu, is absent"
+)
+def test_a_refresh_on_tpus_holds_intermediate_vectors_of_one_leaf_at_a_time():
+    rank, leaves, shape = 4, 8, (4, 2048, 2048)
+    mesh = planned_mesh(MeshSection(), parse_target("v5e:2x2"))
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    like = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    params = {f"w{i}": like for i in range(leaves)}
+    state = jax.tree.map(
+        lambda x: (
+            like if x.shape == shape else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+        ),
+        jax.eval_shape(ogpsa_project(rank=rank, stacked={"w": 0}).init, params),
+    )
+    compiled = jax.jit(refresh, donate_argnums=0).lower(state, [params, params]).compile()
+    size = leaves * np.prod(shape) * 4 / mesh.size
+    # Of a leaf, both passes; a batch of leaves may be as large as 2**24 entries, and is one here.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * rank * size
