@@ -15,7 +15,7 @@ logger = logging.getLogger("ogpsa_jax.cli")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it succeeded, 2 with one sentence on stderr for bad input."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parsed(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("ogpsa_jax").setLevel(logging.INFO)
     # Orbax logs the traceback of every error that it also raises.
@@ -53,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(sentence: str) -> int:
     print(f"ogpsa-jax: {sentence}", file=sys.stderr)
     return 2
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; of ``key=value`` also those that follow an option."""
+    parser = _parser()
+    parsed, left = parser.parse_known_args(arguments)
+    late = [item for item in left if "=" in item and not item.startswith("-")]
+    if late != left or (late and not hasattr(parsed, "config")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if late:
+        parsed.config = [*parsed.config, *late]
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ogpsa_jax import cli
 from ogpsa_jax.cli import main
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.files import read_yaml
@@ -46,6 +47,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, told, capsys, tmp_
     assert len(lines) == 1
     assert lines[0].startswith("ogpsa-jax: ")
     assert not any(tmp_path.iterdir())
+
+
+def test_overrides_may_follow_an_option(capsys):
+    parsed = cli._parsed(["plan", "a.yaml", "b=1", "--on", "h100:8", "c.d=2", "--json", "e=3"])
+    assert parsed.config == ["a.yaml", "b=1", "c.d=2", "e=3"]
+    assert parsed.json
+    for wrong in (["plan", "a.yaml", "--on", "h100:8", "--sjon"], ["export", "run", "to", "a=1"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(wrong)
+        assert stopped.value.code == 2
+        assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 
 def test_every_key_is_listed_with_its_meaning(capsys):
