@@ -96,8 +96,8 @@ def test_a_push_holds_no_more_than_rank_plus_one_copies(rank):
     push = jax.jit(push_reference, donate_argnums=0)
     memory = push.lower(state, params).compile().memory_analysis()
     # Beside the state, which is updated in place, and the reference that comes in; and the
-    # intermediate vectors of one leaf.
-    assert memory.temp_size_in_bytes <= (rank + 1) * size + 1.01 * rank * size / len(params)
+    # vectors of one leaf: before, between and after the two combinations.
+    assert memory.temp_size_in_bytes <= (rank + 1) * size + 3 * rank * size / len(params)
 
 
 def test_a_window_below_one_is_refused(rng):
