@@ -282,6 +282,13 @@ class OptimizerSection(Section):
     )
 
 
+class ProfileSection(Section):
+    """Steps of which a trace is written."""
+
+    start: PositiveInt = Field(10, description="first step, from 1; compilation is over by then")
+    steps: PositiveInt = Field(3, description="how many")
+
+
 class TrainSection(Section):
     """How long, in what pieces, and what is kept."""
 
@@ -300,6 +307,15 @@ class TrainSection(Section):
     save_every: PositiveInt = Field(100, description="steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept")
     log_every: PositiveInt = Field(5, description="steps between flushes of the metrics")
+    profile: ProfileSection | None = Field(
+        None, description="write a trace of some steps, for TensorBoard and Perfetto"
+    )
+    compilation_cache: str | None = Field(
+        "auto",
+        description="folder of compiled programs, for the next run; auto: in the user's cache on "
+        "accelerators, none on CPUs; null: none. Where JAX_COMPILATION_CACHE_DIR is set, that "
+        "counts",
+    )
 
 
 class ExportSection(Section):

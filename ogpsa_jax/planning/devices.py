@@ -1,9 +1,4 @@
-"""Devices that need not be here: what they can do, and meshes of them for the compiler.
-
-Figures are those that the makers publish, for dense bfloat16: Google's Cloud TPU pages "TPU v4",
-"TPU v5e", "TPU v5p" and "TPU v6e"; NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and
-B200. Network is what one device sends and receives in all to its neighbours.
-"""
+"""Devices that need not be here, and meshes of them for the compiler."""
 
 import importlib.util
 import math
@@ -13,6 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
+from ogpsa_jax.accelerators import DEVICES, Device
 from ogpsa_jax.config.sections import MeshSection
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training.mesh import make_mesh
@@ -20,39 +16,6 @@ from ogpsa_jax.training.mesh import make_mesh
 _MOST = 100_000  # devices
 
 
-@dataclass(frozen=True)
-class Device:
-    """One kind of accelerator.
-
-    Attributes:
-      name: as in ``--on``.
-      memory: bytes.
-      flops: bfloat16 operations a second.
-      memory_bandwidth: bytes a second.
-      network_bandwidth: bytes a second, to all neighbours in the slice or the machine.
-    """
-
-    name: str
-    memory: float
-    flops: float
-    memory_bandwidth: float
-    network_bandwidth: float
-
-
-_GIB = 2.0**30
-DEVICES = {
-    each.name: each
-    for each in (
-        Device("v4", 32 * _GIB, 275e12, 1228e9, 300e9),
-        Device("v5e", 16 * _GIB, 197e12, 819e9, 200e9),
-        Device("v5p", 95 * _GIB, 459e12, 2765e9, 600e9),
-        Device("v6e", 32 * _GIB, 918e12, 1640e9, 448e9),
-        Device("a100", 80e9, 312e12, 2039e9, 600e9),
-        Device("h100", 80e9, 989e12, 3350e9, 900e9),
-        Device("h200", 141e9, 989e12, 4800e9, 900e9),
-        Device("b200", 180e9, 2250e12, 7700e9, 1800e9),
-    )
-}
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
 

@@ -178,6 +178,16 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def speed(self) -> Path:
+        """How fast the steps were; a resumed run appends."""
+        return self.path / "speed.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of ``train.profile``."""
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         """A folder for each saved step."""
         return self.path / "checkpoints"

@@ -16,7 +16,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_folder(kind: str) -> Path:
-    """Where arrays of a kind are kept: ``$XDG_CACHE_HOME/ogpsa_jax/KIND``."""
+    """Where things of a kind are kept: ``$XDG_CACHE_HOME/ogpsa_jax/KIND``."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "ogpsa_jax" / kind
 

@@ -3,6 +3,7 @@
 Nothing here reads files of models or data: see :mod:`ogpsa_jax.training.run` for that.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ogpsa_jax.config import RunConfig
 from ogpsa_jax.data.batches import HostBatch
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.objectives.cross_entropy import Batch
+from ogpsa_jax.runs import RunDir
 from ogpsa_jax.training.checkpoints import Checkpoints
 from ogpsa_jax.training.evaluator import Evaluation, Evaluator
 from ogpsa_jax.training.hooks import Hooks
@@ -27,6 +29,7 @@ from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.preemption import SigtermFlag, Terminated
 from ogpsa_jax.training.progress import RunProgress
 from ogpsa_jax.training.refreshing import refresh_when_due
+from ogpsa_jax.training.speed import Profiler, SpeedMeter
 from ogpsa_jax.training.step import (
     Metrics,
     Network,
@@ -116,7 +119,14 @@ def fit(
     train_step = make_train_step(
         network.graphdef, workload.objective, optimizer, reference_loss=in_step_loss
     )
-    refreshed = _refresh_of(network, workload, config, mesh)
+    files = RunDir(run_dir)
+    meter = SpeedMeter(
+        files.speed,
+        network.model().config,
+        half=config.model.dtype != "float32",
+        frozen=config.model.lora is not None,
+    )
+    refreshed = _refresh_of(network, workload, config, mesh, meter)
     evaluator = Evaluator(network, workload.evaluations, mesh)
 
     state = first_state(
@@ -131,31 +141,39 @@ def fit(
     with (
         SigtermFlag() as terminated,
         Monitor(config, run_dir, start, total, progress, hooks or Hooks()) as monitor,
+        contextlib.closing(Profiler(files.profile, config.train.profile)) as profiler,
     ):
         if start == 0:
+            files.speed.unlink(missing_ok=True)
             _measure_start(state, network, workload, mesh, evaluator, monitor)
             state = _span_inputs(state, network, workload, config, mesh, monitor)
         monitor.doing("compiling the first step")
         for step in range(start, total):
-            state, at_refresh = refreshed(state, step)
-            inputs = _step_inputs(step, workload, config, mesh)
-            state, metrics = train_step(state, network.frozen, *inputs)
             done = step + 1
+            profiler.before(done, state)
+            state, at_refresh = refreshed(state, step)
+            inputs = _step_inputs(step, workload, config, mesh, meter)
+            state, metrics = train_step(state, network.frozen, *inputs)
             monitor.add_step(done, metrics | at_refresh)
+            profiler.after(done, metrics)
             if step == start:
+                jax.block_until_ready(metrics)  # type: ignore[no-untyped-call]
+                meter.restart()
                 monitor.doing("the first steps", say=False)
             # Asked once a step: a signal that comes later than this belongs to the next step.
             stops = terminated(done) or monitor.hooks.failed
             saves = _is_multiple(done, config.train.save_every) or done == total or stops
             evaluates = _is_multiple(done, config.train.eval_every) or done == total
             if _is_multiple(done, config.train.log_every) or evaluates or saves:
-                monitor.flush()
+                monitor.flush(meter)
             if evaluates:
                 monitor.doing("measuring the held-out sets", say=False)
                 measures, rows = evaluator.measure_rows(state.params)
                 monitor.add_evaluation(done, measures, rows if done == total else None)
             if saves:
                 checkpoints.save(done, state)
+            if evaluates or saves:
+                meter.restart()
             if stops and done < total:
                 checkpoints.close()
                 monitor.hooks.raise_failure(done)
@@ -173,7 +191,7 @@ def _is_multiple(step: int, interval: int | None) -> bool:
 
 
 def _refresh_of(
-    network: Network, workload: Workload, config: RunConfig, mesh: Mesh
+    network: Network, workload: Workload, config: RunConfig, mesh: Mesh, meter: SpeedMeter
 ) -> Callable[[TrainState, int], tuple[TrainState, Metrics]]:
     """The run's :func:`refresh_when_due`; nothing is ever due where it has no such interval."""
     loss, section = workload.reference_loss, config.ogpsa.refresh
@@ -188,6 +206,7 @@ def _refresh_of(
         project_momentum=config.ogpsa.project_momentum,
         batches_per_refresh=workload.batches_per_refresh,
         micro_batch_size=config.train.micro_batch_size,
+        aside=meter.excluded,
     )
 
 
@@ -235,17 +254,22 @@ def _span_inputs(
 
 
 def _step_inputs(
-    step: int, workload: Workload, config: RunConfig, mesh: Mesh
+    step: int, workload: Workload, config: RunConfig, mesh: Mesh, meter: SpeedMeter
 ) -> tuple[Batch, Batch | None, jax.Array | None]:
     """Batch, reference batch and rounding key of 0-based `step`: a function of seed and step."""
-    batch = shard_rows(workload.batches.batch(step), mesh)
+    with meter.waiting():
+        rows = workload.batches.batch(step)
+        batch, reference_batch = shard_rows(rows, mesh), None
+        meter.add(rows)
+        if workload.in_step_batches is not None:
+            rows = workload.in_step_batches.batch(step)
+            reference_batch = shard_rows(rows, mesh)
+            meter.add_tokens(rows)
     if config.model.lora is not None and config.model.lora.dropout:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         # One a row, so that what is dropped depends neither on mesh nor on micro-batches.
         batch["dropout_keys"] = jax.random.split(key, batch["input_ids"].shape[:-1])
-    reference_batch = rounding_key = None
-    if workload.in_step_batches is not None:
-        reference_batch = shard_rows(workload.in_step_batches.batch(step), mesh)
+    rounding_key = None
     if config.optimizer.stochastic_rounding:
         rounding_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
     return batch, reference_batch, rounding_key

@@ -81,6 +81,14 @@ class MetricsLog:
                 if isinstance(value, int | float) and name != "step" and math.isfinite(value):
                     self._board.add_scalar(name, value, line["step"])
 
+    def show(self, step: int, values: Line) -> None:
+        """Write values to TensorBoard alone."""
+        if self._board is None:
+            return
+        with self._told():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
     def flush(self) -> None:
         """Make everything written so far durable."""
         if self._file is None or self._board is None:

@@ -21,6 +21,7 @@ from ogpsa_jax.training.metrics import (
 )
 from ogpsa_jax.training.optimizer import learning_rate
 from ogpsa_jax.training.progress import RunProgress, progress_of
+from ogpsa_jax.training.speed import SpeedMeter
 from ogpsa_jax.training.step import Metrics
 
 logger = logging.getLogger(__name__)
@@ -85,14 +86,18 @@ class Monitor:
         """Keep the metrics of 1-based `step`, which may not be computed yet."""
         self._pending.append((step, metrics))
 
-    def flush(self) -> None:
+    def flush(self, meter: SpeedMeter) -> None:
         """Write the metrics of the steps since the last time, show them, warn, call the hooks."""
         lines = [self._line(step, metrics) for step, metrics in self._pending]
         self._pending.clear()
+        speed = meter.measured(lines[-1]["step"]) if lines else {}
+        if speed:
+            step = lines[-1]["step"]
+            self._log.show(step, {f"speed/{name}": value for name, value in speed.items()})
         for line in lines:
             self._log.write(line)
         self._log.flush()
-        self._shown.add(lines)
+        self._shown.add(lines, speed)
         problems = find_problems(lines) | find_capped(lines, self._config.ogpsa)
         problems |= find_lost_updates(lines, self._config) | find_noise(self.lines, self._config)
         for kind, problem in problems.items():

@@ -9,6 +9,8 @@ from ogpsa_jax.config import RunConfig
 from ogpsa_jax.progress import Bar, Progress
 from ogpsa_jax.training.metrics import Line
 
+_LONG_WAIT = 0.05  # share of the time, from which on it is shown
+
 
 class RunProgress(Progress):
     """Activities before and after training, and a bar of optimizer steps in between.
@@ -34,8 +36,8 @@ class RunProgress(Progress):
         """Show that `total` steps are to be taken, of which `start` were taken before."""
         self._steps = self.bar("", total, "steps", start=start)
 
-    def add(self, lines: Sequence[Line]) -> None:
-        """Show that the steps of these metrics lines have been taken."""
+    def add(self, lines: Sequence[Line], speed: Line | None = None) -> None:
+        """Show that the steps of these metrics lines have been taken, and how fast."""
         if not lines or self._steps is None:
             return
         now, line = self.clock(), lines[-1]
@@ -48,6 +50,10 @@ class RunProgress(Progress):
             self._units += sum(each["weight"] for each in lines)
             rate = self._units / max(now - self._rate_since, 1e-9)
             text += f"  {rate:,.0f} {self._unit}/s"
+        if speed and "mfu" in speed:
+            text += f"  MFU {speed['mfu']:.0%}"
+        if speed and speed["data_wait"] >= _LONG_WAIT:
+            text += f"  waits for data {speed['data_wait']:.0%}"
         self._steps.at(line["step"], text)
 
 

@@ -1,6 +1,7 @@
 """When the basis is refreshed, and with which of the reference rows."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ def refresh_when_due(
     project_momentum: bool,
     batches_per_refresh: int | None,
     micro_batch_size: int,
+    aside: Callable[[TrainState], AbstractContextManager[None]],
 ) -> Callable[[TrainState, int], tuple[TrainState, Metrics]]:
     """A function that refreshes the basis where that is due.
 
@@ -45,6 +47,7 @@ def refresh_when_due(
       project_momentum: whether the first moments are projected with the new basis.
       batches_per_refresh: how many batches of each set a refresh takes, in turn; None: all.
       micro_batch_size: rows of a device at a time, at most.
+      aside: around a refresh, for what measures steps.
 
     Returns:
       ``refreshed(state, step) -> (state, metrics)`` for before 0-based `step`; no metrics where
@@ -63,7 +66,9 @@ def refresh_when_due(
         if not is_due(state, step, section):
             return state, {}
         number = refreshes_so_far(state)
-        state, metrics = refresh(state, network.frozen, always or on_devices(number))
+        with aside(state):
+            state, metrics = refresh(state, network.frozen, always or on_devices(number))
+            jax.block_until_ready(metrics)  # type: ignore[no-untyped-call]
         if number == 0:  # there was no basis before
             del metrics["reference/captured_fraction"], metrics["distance_moved"]
         return state, metrics

@@ -42,6 +42,7 @@ from ogpsa_jax.training.rounding import (
     measure_rounding,
     rounding_warning,
 )
+from ogpsa_jax.training.speed import keep_compilations
 from ogpsa_jax.training.step import Network
 from ogpsa_jax.training.summary import (
     curve_warnings,
@@ -60,7 +61,10 @@ _FREE_ON_RESUME: Any = {
     "output_dir": ...,  # a moved directory is still the same run
     "export": ...,
     "ogpsa": {"offload"},
-    "train": {"micro_batch_size", "save_every", "keep_checkpoints", "log_every", "remat"},
+    "train": {
+        *("micro_batch_size", "loss_chunk", "remat"),
+        *("save_every", "keep_checkpoints", "log_every", "profile", "compilation_cache"),
+    },
 }
 
 
@@ -159,6 +163,7 @@ def _train(config: RunConfig, hooks: Hooks | None) -> Summary:
         return summary
     _check_writable(run_dir)
     join_processes()
+    keep_compilations(config.train.compilation_cache)
     with progress_of(config) as progress:
         summary = _carry_out(config, run_dir, progress, hooks)
     _call_on_finish(hooks, files)

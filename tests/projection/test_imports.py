@@ -15,6 +15,7 @@ CORE = {"projection"}
 PLAIN = {"errors", "files", "remote"}  # what every room but the core may use
 ROOMS = {
     "errors": set(),
+    "accelerators": set(),
     "remote": {"errors"},
     "files": {"errors", "remote"},
     "validation": set(),
@@ -33,7 +34,8 @@ ROOMS = {
     | {"runs", "config", "models", "data", "objectives", "validation", "progress"},
     "reporting": PLAIN | {"runs", "config", "evaluation", "validation"},
     "training": PLAIN
-    | {"runs", "config", "projection", "objectives", "models", "data", "manifest", "progress"},
+    | {"runs", "config", "projection", "objectives", "models", "data", "manifest", "progress"}
+    | {"accelerators"},
 }
 # Clients of all rooms; none of the others imports them, but for the command line.
 CLIENTS = {"planning", "demo", "cli"}
