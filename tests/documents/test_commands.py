@@ -119,7 +119,28 @@ RUN: dict[str, dict[str, Twin]] = {
     },
 }
 # What the test named runs, word for word or with small inputs.
+PLANNED = "tests/planning/test_plan.py::test_the_real_compiler_plans_for_tpus"
 ELSEWHERE = {
+    # Programs of this size take minutes to compile.
+    **{
+        f"ogpsa-jax plan configs/{name}-sft-recommended.yaml model.path=configs/models/{rest}": PLANNED
+        for name, rest in (
+            (
+                "qwen2.5-7b",
+                "qwen2.5-7b data.max_length=32768 mesh.context=8 train.micro_batch_size=1 "
+                "--on v5p:4x4x4",
+            ),
+            (
+                "llama3.1-8b",
+                "llama3.1-70b mesh.fsdp=64 mesh.tensor=8 train.micro_batch_size=1 --on v5p:8x8x8",
+            ),
+            (
+                "llama3.1-8b",
+                "llama3.1-405b mesh.fsdp=512 mesh.tensor=8 train.batch_size=1024 "
+                "train.micro_batch_size=1 --on v5p:16x16x16",
+            ),
+        )
+    },
     "python scripts/prepare_data.py --out data": "tests/data/test_prepare_data.py::test_",
     "python scripts/replay_golden.py --golden tests/golden/extract --run sft_pg_two": (
         "tests/golden/test_replay.py::test_the_committed_extract_is_reproduced"
