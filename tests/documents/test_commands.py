@@ -123,7 +123,9 @@ PLANNED = "tests/planning/test_plan.py::test_the_real_compiler_plans_for_tpus"
 ELSEWHERE = {
     # Programs of this size take minutes to compile.
     **{
-        f"ogpsa-jax plan configs/{name}-sft-recommended.yaml model.path=configs/models/{rest}": PLANNED
+        f"ogpsa-jax plan configs/{name}-sft-recommended.yaml model.path=configs/models/{rest}": (
+            PLANNED
+        )
         for name, rest in (
             (
                 "qwen2.5-7b",
