@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.manifest import check_manifest, write_manifest
-from ogpsa_jax.training.mesh import everywhere
+from ogpsa_jax.training.processes import everywhere
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 
 from ogpsa_jax.runs import RunDir
-from ogpsa_jax.training.mesh import everywhere
+from ogpsa_jax.training.processes import everywhere
 
 Hook = Callable[[int, Mapping[str, float]], None]
 

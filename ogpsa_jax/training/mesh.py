@@ -6,14 +6,13 @@ a batch are split over data and fsdp together.
 
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.config import RunConfig
@@ -26,54 +25,6 @@ AXES = ("data", "fsdp", "context", "tensor")  # from the least to the most traff
 ROWS = ("data", "fsdp")
 _MOST_MULTIPLES = 1000  # of the row shards that are tried as a batch size
 _MOST_TENSOR = 8  # devices that share a row in advice: those of one host
-
-
-# What launchers set to the number of processes of a job step; JAX finds the rest by itself there.
-_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-
-
-def join_processes() -> None:
-    """Make this process one of several, if the environment says that it is.
-
-    ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
-    ``JAX_PROCESS_ID`` say it on any machine; under ``srun``, ``mpirun`` and on Cloud TPU pods it is
-    found. Must come before anything asks for devices.
-
-    Raises:
-      InputError: some of the three variables are missing or no numbers, or the others cannot be
-        reached.
-    """
-    if jax.distributed.is_initialized():
-        return
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    try:
-        if address:
-            count, index = (
-                int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-            )
-            jax.distributed.initialize(address, count, index)
-        elif any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHERS) or (
-            "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        ):
-            jax.distributed.initialize()
-    except KeyError as error:
-        raise InputError(
-            f"environment: JAX_COORDINATOR_ADDRESS is set, but {error.args[0]} is not; set "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID as well."
-        ) from None
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            "environment: the processes of this run cannot be joined "
-            f"({str(error).splitlines()[0]}); check JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
-            "and JAX_PROCESS_ID."
-        ) from error
-
-
-def everywhere(here: bool) -> bool:
-    """Whether `here` is true in every process."""
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
 
 
 def make_mesh(

@@ -26,7 +26,7 @@ from ogpsa_jax.training.export import export
 from ogpsa_jax.training.hooks import HookError, Hooks
 from ogpsa_jax.training.inputs import check_same_inputs, run_date
 from ogpsa_jax.training.loop import fit
-from ogpsa_jax.training.mesh import check_batch, join_processes, make_mesh
+from ogpsa_jax.training.mesh import check_batch, make_mesh
 from ogpsa_jax.training.metrics import Line, draw_curves
 from ogpsa_jax.training.prepare import (
     model_config,
@@ -35,6 +35,7 @@ from ogpsa_jax.training.prepare import (
     prepare_reference_log_probs,
     trained_parameters,
 )
+from ogpsa_jax.training.processes import ending_together, join_processes
 from ogpsa_jax.training.progress import RunProgress, progress_of
 from ogpsa_jax.training.references import prepare_references
 from ogpsa_jax.training.rounding import (
@@ -164,7 +165,7 @@ def _train(config: RunConfig, hooks: Hooks | None) -> Summary:
     _check_writable(run_dir)
     join_processes()
     keep_compilations(config.train.compilation_cache)
-    with progress_of(config) as progress:
+    with ending_together(), progress_of(config) as progress:
         summary = _carry_out(config, run_dir, progress, hooks)
     _call_on_finish(hooks, files)
     return summary

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from ogpsa_jax.errors import InputError
 from ogpsa_jax.training import run
-from ogpsa_jax.training.mesh import join_processes
+from ogpsa_jax.training.processes import join_processes
 
 from .conftest import STEPS, command, environment
 from .test_mesh import WEIGHTS_ATOL, assert_same_numbers
