@@ -28,6 +28,9 @@ from ogpsa_jax.models.remat import LAYER_INPUT, Remat, check_remat, named, remat
 from ogpsa_jax.models.rope import rope_table
 from ogpsa_jax.models.sharding import Gathered, ShardingRules, check_mesh, gather, matmul_gathered
 
+# Tokens of a micro-batch, over the vocabulary, up to which devices exchange hidden states. Both
+# ways send the same at 1.5; gathering the kernel needs memory for it and its gradient.
+_EXCHANGED = 2
 FINAL_HIDDEN = "final_hidden"
 DECODER_KERNELS = {
     rf"\blayers\b.*\b{names}\b.*\b(kernel|a)\b": Kernel(inputs, stacked=(0,))
@@ -260,7 +263,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
     def with_logits(self, compute: Callable[..., Any], hidden: jax.Array, *rows: jax.Array) -> Any:
         """``compute(unembed, hidden, *rows)``, which calls `unembed` for parts of `hidden`.
 
-        On a mesh, whichever sends less: devices exchange hidden states, and each computes the
+        On a mesh, by the number of tokens: devices exchange hidden states, and each computes the
         logits of its part of the vocabulary; or each row shard computes all logits of its rows
         with the kernel, which is gathered once, and whose gradient is added up on each device and
         reduced once, however often logits are computed.
@@ -289,7 +292,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         """:meth:`with_logits`, where the parts of a row that devices have count as rows."""
         split = self.placement.row_axes(len(hidden))
         tokens, vocab = hidden.shape[0] * hidden.shape[1], self.config.vocab_size
-        if not split or tokens <= vocab:
+        if not split or tokens <= _EXCHANGED * vocab:
             return compute(self._exchanging(), hidden, *rows)
         stored = self.placement.spec(self._head, only=split)
 

@@ -44,7 +44,6 @@ class ShardingRules:
     # Activations.
     batch: MeshAxes = ("data", "fsdp")
     exchanged: MeshAxes = "data"  # rows where each device has its part of every row
-    looked_up: MeshAxes = "data"  # rows while their embeddings are looked up
     length: MeshAxes = "context"
     features: MeshAxes = None
     head_dim: MeshAxes = None
