@@ -35,6 +35,15 @@ _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK
 _COMMUNICATION = re.compile(
     r"gloo|nccl|by peer|socket closed|coordination service|heartbeat|unhealthy", re.IGNORECASE
 )
+_OF_JAX = (jax.errors.JaxRuntimeError, ValueError, RuntimeError)
+# As the command line ends on them.
+_EXIT_CODES = (
+    (InputError, 2),
+    (ModuleNotFoundError, 2),
+    (OSError, 2),
+    (MemoryError, 2),
+    (KeyboardInterrupt, 130),
+)
 _kept: list[Any] = []  # what C++ calls must not be collected
 
 
@@ -91,11 +100,11 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         if not jax.distributed.is_initialized() or isinstance(error, Terminated):
             raise  # alone, or all have agreed to end
-        if isinstance(error, Exception) and _COMMUNICATION.search(str(error)):
+        if type(error) in _OF_JAX and _COMMUNICATION.search(str(error)):
             _leave_at_exit(PEER_LOST)
             _say(f"another process of this run is lost ({_first_line(error)})")
             raise PeerLost(PEER_LOST) from None
-        _leave_at_exit({InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
+        _leave_at_exit(next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1))
         raise
 
 

@@ -6,9 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from ogpsa_jax.training.processes import PEER_LOST
+from ogpsa_jax.errors import InputError
+from ogpsa_jax.training import processes
+from ogpsa_jax.training.hooks import HookError
+from ogpsa_jax.training.preemption import Terminated
+from ogpsa_jax.training.processes import PEER_LOST, PeerLost
 
 from . import test_processes
 from .conftest import environment
@@ -99,6 +104,37 @@ def test_processes_that_fail_alike_say_why_and_none_is_lost(
     for _, _, error in ends:
         assert "set train.batch_size=8" in error
         assert "exit code" not in error
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (InputError("gs://data: Connection reset by peer."), 2),
+        (HookError("on_step raised ConnectionError: Connection reset by peer"), 1),
+        (OSError(28, "No space left on device"), 2),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
+        (RuntimeError("UNAVAILABLE: Gloo AllGather failed: Connection closed by peer"), PEER_LOST),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), PEER_LOST),
+        (Terminated(143), None),
+    ],
+)
+def test_a_process_that_fails_leaves_with_the_code_of_its_error(error, code, monkeypatch):
+    codes = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "_leave_at_exit", codes.append)
+    with (
+        pytest.raises(PeerLost if code == PEER_LOST else type(error)),
+        processes.ending_together(),
+    ):
+        raise error
+    assert codes == ([] if code is None else [code])
+
+
+def test_a_process_alone_fails_as_ever(monkeypatch):
+    monkeypatch.setattr(processes, "_leave_at_exit", None)
+    with pytest.raises(ValueError, match="by peer"), processes.ending_together():
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 
 
 @pytest.mark.parametrize("process", [0, 1])
