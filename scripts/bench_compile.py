@@ -1,6 +1,7 @@
 """How long update and refresh take to compile: Qwen2.5-7B on 256 devices; 300 leaves at rank 16.
 
     python scripts/bench_compile.py
+    python scripts/bench_compile.py --depths 4,28     # the trainer's step alone, by layers
 
 Compiles from shapes alone, for simulated host devices; allocates and runs nothing. Prints wall and
 processor time, and what the compiled programs send between devices.
@@ -79,8 +80,30 @@ def programs(label, params, rank, count, **settings) -> None:
     report(f"{label}, refresh", refresh, state, [params] * count, donate=0)
 
 
+def compile_steps(depths: list[int], rounds: int) -> None:
+    """The paper's step of models that differ in their layers alone, in turns."""
+    steps = {}
+    for layers in depths:
+        model = nnx.eval_shape(lambda n=layers: Decoder(bench.qwen2(n, 512), rngs=nnx.Rngs(0)))
+        network = Network.of(model)
+        config = bench.configuration(["ogpsa.preset=paper"])
+        optimizer = make_optimizer(config, total_steps=100)
+        state = TrainState(network.trained, jax.eval_shape(optimizer.init, network.trained))
+        batch = jax.eval_shape(lambda: bench.random_batch(0, (2, 4, 128), 32000))
+
+        def compiled(rest=(network.graphdef, optimizer, state, network.frozen, batch)):
+            graphdef, optimizer, *shapes = rest
+            make_train_step(graphdef, sft_loss, optimizer).lower(*shapes).compile()
+
+        steps[f"{layers} layers"] = compiled
+    seconds = bench.take_turns(steps, rounds)
+    for name, found in seconds.items():
+        beside = bench.spread(bench.ratios(found, seconds[f"{depths[0]} layers"]))
+        print(f"{name}: {bench.spread(found, 1)} CPU seconds, {beside} of the first")
+
+
 def main() -> None:
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jax {jax.__version__}")
+    print(bench.machine())
     mesh = jax.make_mesh((64, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         for stacked in (True, False):
@@ -92,14 +115,27 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=256"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--depths", help="of the trainer's step, comma-separated")
+    parser.add_argument("--rounds", type=int, default=2, help="of --depths")
+    OPTIONS = parser.parse_args()
+    if not OPTIONS.depths:
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=256"
     import dataclasses
 
+    import bench_common as bench
     import jax
     import jax.numpy as jnp
+    from flax import nnx
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     from ogpsa_jax import ogpsa_project, refresh
+    from ogpsa_jax.models import Decoder
+    from ogpsa_jax.objectives.sft import sft_loss
+    from ogpsa_jax.training.optimizer import make_optimizer
+    from ogpsa_jax.training.step import Network, TrainState, make_train_step
 
-    main()
+    if OPTIONS.depths:
+        compile_steps([int(depth) for depth in OPTIONS.depths.split(",")], OPTIONS.rounds)
+    else:
+        main()

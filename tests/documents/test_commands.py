@@ -44,6 +44,9 @@ _SMOKE = {"sft.yaml": "configs/smoke-sft.yaml", "dpo.yaml": "configs/smoke-dpo.y
 # The real small model's data are not in the repository; see `stand_ins`.
 _STORIES = {"configs/stories260k": "stand-ins/stories260k"}
 
+_SAFETY = "../shared/data/safety_tuned_llamas/safety_only_data_Instructions.json"
+_TINY = "configs/models/tiny"
+
 # What is run in this order in one folder, as a reader would; a later command finds what an earlier
 # one has made.
 RUN: dict[str, dict[str, Twin]] = {
@@ -116,6 +119,16 @@ RUN: dict[str, dict[str, Twin]] = {
         "python scripts/bench_step.py --one-thread": Twin(
             "--model configs/models/tiny --ranks 8 --rounds 1", {" --one-thread": ""}
         ),
+        "python scripts/bench_torch.py --rounds 3": Twin("--small --rounds 1"),
+        f"python scripts/bench_packing.py --data {_SAFETY} "
+        "--tokenizer ../shared/data/tokenizers/qwen2.5": Twin(
+            "--rounds 1 --width 64",
+            {_SAFETY: "configs/data/safety_sft.jsonl", "../shared/data/tokenizers/qwen2.5": _TINY},
+        ),
+        "python scripts/bench_growth.py": Twin("--small --rounds 1"),
+        "python scripts/bench_generation.py": Twin("--width 64 --rounds 1 --new 4"),
+        "python scripts/bench_compile.py --depths 4,28": Twin("--depths 1,2 --rounds 1"),
+        "python scripts/bench_accelerator.py": Twin("--small --rounds 1"),
     },
 }
 # What the test named runs, word for word or with small inputs.
