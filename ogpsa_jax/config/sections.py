@@ -12,7 +12,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # As `ogpsa_jax.models.remat` has them; reading a configuration needs no models.
-Remat = Literal[
+RematPolicy = Literal[
     "none",
     "full",
     "dots",
@@ -296,7 +296,7 @@ class TrainSection(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
     batch_size: PositiveInt = Field(128, description="rows an optimizer step, over all devices")
     micro_batch_size: PositiveInt = Field(4, description="rows of a device at a time, at most")
-    remat: Remat = Field(
+    remat: RematPolicy = Field(
         "full",
         description="what the backward pass computes again: nothing, all of a layer, or all but "
         "what is saved (matrix products, or those of attention), on the device or offloaded to "

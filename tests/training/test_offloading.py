@@ -76,7 +76,7 @@ def test_devices_without_host_memory_are_refused(monkeypatch):
 
 
 def test_policies_have_the_same_names_in_configurations_and_models():
-    assert get_args(sections.Remat) == get_args(remat.Remat)
+    assert get_args(sections.RematPolicy) == get_args(remat.Remat)
     with pytest.raises(ValueError, match=r"one of none, full, dots, .*, got 'minimal'"):
         Decoder(read_config(TINY), rngs=nnx.Rngs(0), remat="minimal")
 
