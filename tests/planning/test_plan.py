@@ -184,7 +184,7 @@ def test_what_a_plan_holds_is_told_and_given_as_json(found):
 
 def test_what_does_not_fit_says_what_to_change(monkeypatch, tmp_path):
     small = parse_target("h100:8")
-    device = DEVICES["h100"].__class__("tiny", 1e6, 1e12, 1e12, 1e12)
+    device = DEVICES["h100"].__class__("tiny", (), 1e6, 1e12, 1e12, 1e12)
     small = type(small)(device, None, 8, 1, "cpu")
     config = load_config(SMOKE, [*PAPER, "train.batch_size=32"])
     found = planning.plan(config, small, cache=tmp_path)

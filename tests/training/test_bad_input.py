@@ -75,7 +75,7 @@ def rewrite(model: Path, **changes: object) -> None:
         ("data.max_length=4", ["line 1", "nothing is left to learn", "data.max_length"]),
         ("data.max_length=1000000", ["max_position_embeddings"]),
         ("data.template=nowhere.jinja", ["nowhere.jinja"]),
-        ("train.batch_size=6", ["train.batch_size", "8 row shards", "multiple of 8"]),
+        ("train.batch_size=6", ["train.batch_size", "8 row shards", "set train.batch_size=8"]),
         ("mesh.fsdp=3", ["3", "does not make the 8 devices"]),
         ("mesh.tensor=16", ["does not make the 8 devices"]),
         ("mesh.context=3", ["mesh.context: 3 does not divide data.max_length"]),
