@@ -18,7 +18,8 @@ if [ "$processes" -eq 1 ]; then
 fi
 
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+stopped=
+trap 'stopped=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 for ((index = 0; index < processes; index++)); do
   JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-8476}" \
     JAX_NUM_PROCESSES="$processes" \
@@ -27,6 +28,8 @@ for ((index = 0; index < processes; index++)); do
     "$here/resume.sh" ogpsa-jax train "$@" &
   pids+=("$!")
 done
+# A signal that came before this line may have missed some of them.
+[ -z "$stopped" ] || kill -TERM "${pids[@]}" 2>/dev/null
 
 code=0
 for pid in "${pids[@]}"; do

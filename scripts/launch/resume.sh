@@ -14,8 +14,13 @@ trap 'stopped=1; [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null' TERM
 
 code=0
 for ((restart = 0; restart <= ${RESTARTS:-100}; restart++)); do
+  if [ -n "$stopped" ]; then # while it paused
+    break
+  fi
   "$@" &
   pid=$!
+  # A signal that came before this line found no process to be passed on to.
+  [ -z "$stopped" ] || kill -TERM "$pid" 2>/dev/null
   wait "$pid"
   code=$?
   # A signal ends the first wait early; the command is still writing its checkpoint.
