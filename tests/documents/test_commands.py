@@ -119,7 +119,7 @@ RUN: dict[str, dict[str, Twin]] = {
         "python scripts/bench_step.py --one-thread": Twin(
             "--model configs/models/tiny --ranks 8 --rounds 1", {" --one-thread": ""}
         ),
-        "python scripts/bench_torch.py --rounds 3": Twin("--small --rounds 1"),
+        "python scripts/bench_torch.py --rounds 5": Twin("--small --rounds 1"),
         f"python scripts/bench_packing.py --data {_SAFETY} "
         "--tokenizer ../shared/data/tokenizers/qwen2.5": Twin(
             "--rounds 1 --width 64",
