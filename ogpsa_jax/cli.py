@@ -284,7 +284,8 @@ def _plan(parsed: argparse.Namespace) -> None:
     target = parse_target(parsed.on)
     prepare_compiler(target)
     from ogpsa_jax.config import load_config
-    from ogpsa_jax.planning.plan import plan, plan_text
+    from ogpsa_jax.planning.plan import plan
+    from ogpsa_jax.planning.text import plan_text
 
     path, *overrides = parsed.config
     found = plan(load_config(path, overrides), target, progress=True)

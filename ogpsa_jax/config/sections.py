@@ -6,22 +6,13 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ogpsa_jax.remat import Remat
+
 FloatDType = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# As `ogpsa_jax.models.remat` has them; reading a configuration needs no models.
-RematPolicy = Literal[
-    "none",
-    "full",
-    "dots",
-    "save_qkv_proj",
-    "save_dot_except_mlp",
-    "full_offloaded",
-    "qkv_proj_offloaded",
-    "dots_offloaded",
-]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -296,7 +287,7 @@ class TrainSection(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
     batch_size: PositiveInt = Field(128, description="rows an optimizer step, over all devices")
     micro_batch_size: PositiveInt = Field(4, description="rows of a device at a time, at most")
-    remat: RematPolicy = Field(
+    remat: Remat = Field(
         "full",
         description="what the backward pass computes again: nothing, all of a layer, or all but "
         "what is saved (matrix products, or those of attention), on the device or offloaded to "

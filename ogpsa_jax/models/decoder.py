@@ -24,9 +24,9 @@ from ogpsa_jax.models.layers import (
     normal_init,
     split_keys,
 )
-from ogpsa_jax.models.remat import LAYER_INPUT, Remat, check_remat, named, remat_policy
 from ogpsa_jax.models.rope import rope_table
 from ogpsa_jax.models.sharding import Gathered, ShardingRules, check_mesh, gather, matmul_gathered
+from ogpsa_jax.remat import LAYER_INPUT, Remat, check_remat, named, remat_policy
 
 # Tokens of a micro-batch, over the vocabulary, up to which devices exchange hidden states. Both
 # ways send the same at 1.5; gathering the kernel needs memory for it and its gradient.

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogpsa_jax.models.attention import AttentionKind, causal_attention
 from ogpsa_jax.models.config import DecoderConfig
-from ogpsa_jax.models.remat import OUT_PROJ, QKV_PROJ, named
 from ogpsa_jax.models.rope import apply_rope
 from ogpsa_jax.models.sharding import LogicalAxis, ShardingRules, as_tuple, constrain
+from ogpsa_jax.remat import OUT_PROJ, QKV_PROJ, named
 
 Tap = Callable[[str, jax.Array], None] | None
 # What the kernels of a layer multiply, by the names that taps and `DECODER_KERNELS` know it by.

@@ -27,13 +27,13 @@ from ogpsa_jax.models.decoder import Decoder
 from ogpsa_jax.models.folders import UNROUNDED, copy_companions, resolve_folder, written_beside
 from ogpsa_jax.models.layers import AttentionKind, merged_kernel
 from ogpsa_jax.models.names import TensorName, host_tensors, pick, tensor_names
-from ogpsa_jax.models.remat import Remat
 from ogpsa_jax.models.safetensors_files import (
     CheckpointReader,
     checkpoint_writer,
     weights_reader,
 )
 from ogpsa_jax.models.sharding import ShardingRules
+from ogpsa_jax.remat import Remat
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -21,6 +21,7 @@ from ogpsa_jax.planning import plan as planning
 from ogpsa_jax.planning.abstract import abstract_run
 from ogpsa_jax.planning.devices import DEVICES, parse_target, planned_mesh
 from ogpsa_jax.planning.flops import count_flops
+from ogpsa_jax.planning.text import plan_text
 from ogpsa_jax.training.mesh import make_mesh, shard_rows
 from ogpsa_jax.training.optimizer import make_optimizer
 from ogpsa_jax.training.prepare import (
@@ -175,7 +176,7 @@ def test_what_a_plan_holds_is_told_and_given_as_json(found):
     assert {"parameters", "gradients", "projection"} <= sent
     assert found.fits
     assert json.loads(json.dumps(found.as_dict()))["programs"]["refresh"]["flops"] > 0
-    text = planning.plan_text(found)
+    text = plan_text(found)
     for part in ("parameters", "refresh", "projection", "h100:8", "estimate", "fits"):
         assert part in text
     steps = found.programs["train step"].seconds * found.steps
@@ -191,7 +192,7 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, tmp_path):
     assert not found.fits
     assert "train.remat: full" in found.advice
     assert "ogpsa.basis_dtype: bfloat16" in found.advice
-    assert f"does not fit; try {found.advice[0]}" in planning.plan_text(found)
+    assert f"does not fit; try {found.advice[0]}" in plan_text(found)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ PLAIN = {"errors", "files", "remote"}  # what every room but the core may use
 ROOMS = {
     "errors": set(),
     "accelerators": set(),
+    "remat": set(),
     "remote": {"errors"},
     "files": {"errors", "remote"},
     "validation": set(),
@@ -25,10 +26,10 @@ ROOMS = {
     "__init__": CORE,
     "nnx": CORE,
     "linen": CORE,
-    "models": PLAIN | {"manifest", "__init__"},
+    "models": PLAIN | {"manifest", "remat", "__init__"},
     "data": PLAIN | {"progress"},
     "objectives": {"projection", "models", "data"},
-    "config": PLAIN | {"objectives", "validation"},
+    "config": PLAIN | {"objectives", "remat", "validation"},
     "runs": PLAIN | {"config", "models", "validation"},
     "evaluation": PLAIN
     | {"runs", "config", "models", "data", "objectives", "validation", "progress"},

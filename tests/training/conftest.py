@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 from flax import nnx
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, Mesh
 
 from ogpsa_jax.config import RunConfig, load_config
 from ogpsa_jax.config.sections import MeshSection
+from ogpsa_jax.data import TrainBatches
 from ogpsa_jax.models import Decoder, save_pretrained
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.reporting.model_card import write_missing_card
@@ -193,3 +195,19 @@ def prompts(ground: Path, tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     return path
+
+
+def epoch_total(
+    loss: Callable[..., Any], model: Any, examples: Any, packing: bool, rows: int
+) -> tuple[float, float]:
+    """Sums of ``loss(model, batch) -> (loss, weight)`` over the batches of one epoch."""
+    batches = TrainBatches(
+        examples,
+        **{"batch_size": rows, "micro_batch_size": rows, "max_length": 128},
+        **{"packing": packing, "seed": 1},
+    )
+    sums = [
+        loss(model, {name: jnp.asarray(array[0]) for name, array in batches.batch(i).items()})
+        for i in range(len(batches))
+    ]
+    return sum(float(s) for s, _ in sums), sum(float(w) for _, w in sums)

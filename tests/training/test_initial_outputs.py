@@ -1,6 +1,7 @@
 """What the initial model says of reference rows, once for all: its answers and predictions."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ogpsa_jax.data import Example, Predictions, TrainBatches
+from ogpsa_jax.data import Example, Predictions
 from ogpsa_jax.models import generate, load_pretrained
 from ogpsa_jax.objectives.distillation import distillation_loss
 from ogpsa_jax.training import initial_outputs
@@ -19,6 +20,7 @@ from ogpsa_jax.training.initial_outputs import add_predictions, answer_prompts
 from ogpsa_jax.training.mesh import make_mesh
 from ogpsa_jax.training.prepare import RunData, model_config, prepare_data, prepare_model
 
+from .conftest import epoch_total
 from .initial import INITIAL, OWN, Asked, Configured, change_weights, with_prompts
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -180,18 +182,7 @@ def test_packing_puts_every_prediction_where_its_token_is(
     other.norm.scale = nnx.Param(other.norm.scale[...] * 1.3)
     loss = nnx.jit(lambda model, batch: distillation_loss(model, batch)[:2])
 
-    def total(packing: bool, rows: int) -> tuple[float, float]:
-        batches = TrainBatches(
-            examples,
-            **{"batch_size": rows, "micro_batch_size": rows, "max_length": 128},
-            **{"packing": packing, "seed": 1},
-        )
-        sums = [
-            loss(other, {name: jnp.asarray(array[0]) for name, array in batches.batch(i).items()})
-            for i in range(len(batches))
-        ]
-        return sum(float(s) for s, _ in sums), sum(float(w) for _, w in sums)
-
+    total = partial(epoch_total, loss, other, examples)
     nats, tokens = total(False, 1)
     assert nats > 0.01
     assert tokens == sum(int(e.sequences[0].loss_mask.sum()) for e in examples)

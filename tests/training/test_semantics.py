@@ -1,6 +1,7 @@
 """What is minimised, clipped, scheduled and decayed, against its definition and transformers'."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from flax import nnx
 
 from ogpsa_jax import refresh
 from ogpsa_jax.config.sections import OptimizerSection
-from ogpsa_jax.data import TrainBatches
 from ogpsa_jax.models import Decoder, abstract_decoder
 from ogpsa_jax.models.config import read_config
 from ogpsa_jax.models.names import tensor_names
@@ -19,7 +19,7 @@ from ogpsa_jax.objectives.sft import sft_loss
 from ogpsa_jax.training.optimizer import decays, learning_rate, make_optimizer
 from ogpsa_jax.training.prepare import model_config, prepare_data
 
-from .conftest import TINY
+from .conftest import TINY, epoch_total
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -29,18 +29,7 @@ def test_the_loss_of_an_epoch_is_that_of_its_examples_one_by_one(packing, config
     model = Decoder(read_config(TINY), rngs=nnx.Rngs(3), dtype="float32")
     loss = nnx.jit(lambda model, batch: sft_loss(model, batch)[:2])
 
-    def total(packing: bool, rows: int) -> tuple[float, float]:
-        batches = TrainBatches(
-            examples,
-            **{"batch_size": rows, "micro_batch_size": rows, "max_length": 128},
-            **{"packing": packing, "seed": 1},
-        )
-        sums = [
-            loss(model, {name: jnp.asarray(array[0]) for name, array in batches.batch(i).items()})
-            for i in range(len(batches))
-        ]
-        return sum(float(s) for s, _ in sums), sum(float(w) for _, w in sums)
-
+    total = partial(epoch_total, loss, model, examples)
     nats, tokens = total(False, 1)
     assert tokens == sum(int(e.sequences[0].loss_mask.sum()) for e in examples)
     # A few hundred float32 terms, summed in another order.
